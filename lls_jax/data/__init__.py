@@ -1,0 +1,6 @@
+"""Data sets: what they are, preparing them, loading them, and batches made on the device."""
+
+from lls_jax.data.specs import SPECS, DatasetSpec, get_spec
+from lls_jax.data.storage import DatasetError, Split, load
+
+__all__ = ["SPECS", "DatasetError", "DatasetSpec", "Split", "get_spec", "load"]

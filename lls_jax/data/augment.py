@@ -1,0 +1,73 @@
+"""Augmentation of a batch, on the device, inside jit."""
+
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+Augmentation = Literal["none", "flip", "full"]
+AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
+
+_CROP_PADDING = 4
+_ERASE_PROBABILITY = 0.2
+_ERASE_AREA = (0.02, 0.33)
+_ERASE_ASPECT = (0.3, 3.3)
+
+
+def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Mirror each image left to right with probability one half; ``[batch, height, width, c]``."""
+    flips = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
+    return jnp.where(flips, images[:, :, ::-1], images)
+
+
+def random_crop(key: jax.Array, images: jax.Array, padding: int = _CROP_PADDING) -> jax.Array:
+    """Pad each image with `padding` black pixels a side, and cut a window of its own size.
+
+    Args:
+        key: random key.
+        images: ``[batch, height, width, channels]``.
+        padding: in pixels.
+    """
+    batch, *size = images.shape
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    offsets = jax.random.randint(key, (batch, 2), 0, 2 * padding + 1)
+    cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), size))
+    return cut(padded, offsets)
+
+
+def random_erase(
+    key: jax.Array, images: jax.Array, probability: float = _ERASE_PROBABILITY
+) -> jax.Array:
+    """Set a random rectangle of some images to zero, which is the mean of normalised ones.
+
+    The rectangle's area is 2 to 33 % of the image's, its aspect ratio 0.3 to 3.3, log-uniform.
+
+    Args:
+        key: random key.
+        images: normalised, ``[batch, height, width, channels]``.
+        probability: that an image is touched.
+
+    References:
+        Zhong et al., "Random Erasing Data Augmentation", https://arxiv.org/abs/1708.04896.
+    """
+    batch, height, width, _ = images.shape
+    keys = jax.random.split(key, 5)
+    chosen = jax.random.bernoulli(keys[0], probability, (batch,))
+    area = height * width * jax.random.uniform(keys[1], (batch,), jnp.float32, *_ERASE_AREA)
+    log_aspect = jax.random.uniform(
+        keys[2], (batch,), jnp.float32, *(math.log(a) for a in _ERASE_ASPECT)
+    )
+    root_aspect = jnp.exp(0.5 * log_aspect)
+
+    def span(key: jax.Array, length: jax.Array, size: int) -> jax.Array:
+        """Whether each of `size` positions is inside a random span of `length`."""
+        length = jnp.clip(jnp.round(length), 1, size)
+        start = jnp.floor(jax.random.uniform(key, (batch,)) * (size - length + 1))
+        position = jnp.arange(size, dtype=jnp.float32)
+        return (position >= start[:, None]) & (position < (start + length)[:, None])
+
+    rows = span(keys[3], jnp.sqrt(area) * root_aspect, height)
+    columns = span(keys[4], jnp.sqrt(area) / root_aspect, width)
+    erased = chosen[:, None, None] & rows[:, :, None] & columns[:, None, :]
+    return jnp.where(erased[..., None], jnp.zeros_like(images), images)
