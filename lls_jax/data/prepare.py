@@ -1,5 +1,6 @@
 """Writing data sets in TensorFlow Datasets' format, without TensorFlow, all or nothing."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -131,7 +132,9 @@ def _write(
 
     tfds.disable_progress_bar()
     builder = _make_builder(spec, data_dir, splits, progress)
-    builder.download_and_prepare(file_format="array_record")
+    # It announces the folder aside, which is not where the set will be.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(file_format="array_record")
     for split, data in splits.items():
         written = builder.info.splits[split].num_examples
         if written != len(data.labels):

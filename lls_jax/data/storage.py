@@ -165,6 +165,7 @@ def _write_cache(cache: pathlib.Path, data: Split) -> None:
         with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as file:
             try:
                 np.savez(file, images=data.images, labels=data.labels)
+                os.chmod(file.name, 0o644)
                 os.replace(file.name, cache)
             except BaseException:
                 os.unlink(file.name)

@@ -1,0 +1,138 @@
+"""The command line: options from typed configs, and errors as one line with exit status 2."""
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+from simple_parsing import ArgumentParser, SimpleHelpFormatter
+from simple_parsing.wrappers.field_wrapper import DashVariant
+
+from experiments.config import TrainConfig
+
+Config = TypeVar("Config")
+
+_BAD_INPUT = 2
+
+
+class UserError(Exception):
+    """Something that the person at the command line can mend; the message says how."""
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        hint = "" if message.endswith(".") else f"; see {self.prog} --help"
+        self.exit(_BAD_INPUT, f"error: {message}{hint}\n")
+
+
+class _HelpFormatter(SimpleHelpFormatter):
+    """Adds defaults; not where there is none, or where the help says it in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if "[default:" in text or action.default in (None, argparse.SUPPRESS):
+            return text
+        return super()._get_help_string(action)
+
+    def start_section(self, heading: str | None) -> None:
+        # The config's type means nothing to who types the command.
+        super().start_section("settings" if heading and heading.endswith("['config']") else heading)
+
+
+def parse(
+    default: Config | type[Config],
+    prog: str,
+    description: str,
+    arguments: Sequence[str] | None = None,
+) -> Config:
+    """A config from the command line.
+
+    Args:
+        default: values of the options that are not given, or just the config's type.
+        prog: the experiment's name.
+        description: what ``--help`` says first.
+        arguments: the command line; None for ``sys.argv``.
+    """
+    parser = _Parser(
+        prog=f"python -m experiments.{prog}",
+        description=description,
+        formatter_class=_HelpFormatter,
+        add_option_string_dash_variants=DashVariant.DASH,
+        allow_abbrev=False,
+    )
+    if isinstance(default, type):
+        parser.add_arguments(default, dest="config")
+    else:
+        parser.add_arguments(type(default), dest="config", default=default)
+    try:
+        return parser.parse_args(arguments).config
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(command: Callable[[], int]) -> NoReturn:
+    """Run a command and exit with its status; what a person can mend is one line, no traceback.
+
+    With ``LLS_JAX_TRACEBACK=1`` in the environment the traceback is shown too.
+    """
+    # Orbax notes there what its options imply.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        sys.exit(command())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = _user_message(error)
+        if message is None or os.environ.get("LLS_JAX_TRACEBACK"):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(_BAD_INPUT)
+
+
+def _user_message(error: Exception) -> str | None:
+    """What to tell the person; None where the error is ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if "No space left on device" in str(error):
+        where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        return (
+            f"the disk is full{where}: make room, or choose another folder, and run the same "
+            "command again; what was saved before is whole."
+        )
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}; check the path and its permissions."
+    # Typed errors of the library; it is imported by now if one of them was raised.
+    typed = (
+        ("lls_jax.data.storage", "DatasetError"),
+        ("lls_jax.checkpoint", "CheckpointError"),
+    )
+    for module, name in typed:
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(error, kind):
+            return str(error)
+    return None
+
+
+def train_command(default: TrainConfig, description: str) -> None:
+    """The command of a preset: parse, then train.
+
+    Args:
+        default: the preset.
+        description: what ``--help`` says first.
+    """
+    parsed = parse(default, default.dataset, description)
+    # Not an option: the preset decides it.
+    config = dataclasses.replace(parsed, dataset=default.dataset)
+
+    def command() -> int:
+        # Imported late: JAX takes longer to start than `--help` may take to answer.
+        from experiments.train import train_and_evaluate
+
+        return train_and_evaluate(config)
+
+    run(command)

@@ -1,0 +1,126 @@
+"""The options of a training run. Imports nothing heavy: ``--help`` answers at once."""
+
+import dataclasses
+from typing import Any
+
+from simple_parsing import field, flag
+
+OPTIMIZERS = ("schedule_free_adamw", "schedule_free_sgd", "adamw", "adam", "sgd")
+SCHEDULES = ("constant", "multistep", "plateau")
+PRECISIONS = ("float32", "bfloat16")
+
+# What may differ when a run is resumed: where things lie and what is shown, never the numbers.
+NOT_COMPARED = ("data_dir", "workdir", "progress", "checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train a network with a local learning rule, or with backpropagation."""
+
+    dataset: str = field(default="cifar10", cmd=False)
+
+    rule: str = "lls_mxm"
+    """Learning rule: lls, lls_m, lls_mxm, lls_mxm_reduced, or the baseline bp."""
+    model: str = "small_conv"
+    """Network: small_conv."""
+    epochs: int = 100
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images a training step; what is left over at an epoch's end is not used in that epoch."""
+    eval_batch_size: int = 500
+    """Images a step of evaluation; changes speed and memory only."""
+    learning_rate: float = 5e-3
+    """Step size of the optimizer."""
+    optimizer: str = "schedule_free_adamw"
+    """schedule_free_adamw, schedule_free_sgd, adamw, adam, or sgd (with --momentum)."""
+    momentum: float = 0.9
+    """Momentum of sgd, and the averaging weight b1 of the schedule-free optimizers."""
+    weight_decay: float = 0.0
+    """Decay of the weights: decoupled for the adamw kinds, L2 for the others."""
+    schedule: str = "constant"
+    """Of the learning rate: constant; multistep: a tenth after 50 %% and again after 75 %% of the
+    epochs; plateau: a tenth after 5 epochs with no lower training loss, by block for a local rule.
+    """
+    basis_rows: int | None = None
+    """Rows of the basis of lls_mxm_reduced [default: the model's published number]."""
+    waveform: str = "square"
+    """Of the periodic basis: square or cosine."""
+    temperature: float = 0.5
+    """Divides the logits of the local losses."""
+    label_smoothing: float = 0.0
+    """Share of a local loss's target that is spread evenly over the classes, in [0, 1)."""
+    dropout: float = 0.0
+    """Rate of the dropout after each pooling between blocks, in [0, 1)."""
+    augmentation: str = "flip"
+    """none; flip: left to right; full: flip, crop with 4 pixels of padding, random erasing."""
+    precision: str = "float32"
+    """Of the activations: float32 or bfloat16. Parameters, statistics and losses are float32."""
+    seed: int = 0
+    """Of every random draw of the run."""
+    train_examples: int | None = None
+    """Use only the first N training images [default: all]."""
+    eval_examples: int | None = None
+    """Use only the first N test images [default: all]."""
+    data_dir: str | None = None
+    """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
+    workdir: str | None = None
+    """Folder of this run; the same command resumes it [default: runs/DATASET-MODEL-RULE-sSEED]."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints inside an epoch; 0: at the end of each epoch only."""
+    progress: bool = flag(default=True, negative_prefix="--no-")
+    """Show a progress bar where there is a terminal."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming option and value, for what no run could use."""
+        for name, smallest in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("eval_batch_size", 1),
+            ("train_examples", 1),
+            ("eval_examples", 1),
+            ("checkpoint_every", 0),
+            ("seed", 0),
+            ("weight_decay", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"{option(name)} is {value}; it must be at least {smallest}.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"--learning-rate is {self.learning_rate}; it must be positive.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"--momentum is {self.momentum}; it must lie in [0, 1).")
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(known)}."
+                )
+        if self.schedule == "plateau" and self.optimizer.startswith("schedule_free"):
+            raise ValueError(
+                f"--schedule plateau does not go with --optimizer {self.optimizer}, which averages "
+                "the weights instead; use --schedule constant, or another optimizer."
+            )
+
+    def run_folder(self) -> str:
+        """Where this run lies."""
+        return self.workdir or f"runs/{self.dataset}-{self.model}-{self.rule}-s{self.seed}"
+
+
+def option(name: str) -> str:
+    """An option as it is typed: ``batch_size`` is ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """A config from what a run folder holds.
+
+    Raises:
+        ValueError: it has fields that no config has, or wrong values.
+    """
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown fields {', '.join(unknown)}")
+    return TrainConfig(**values)

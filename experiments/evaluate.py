@@ -1,0 +1,132 @@
+"""Reload a run's checkpoint and judge it on the test images."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from simple_parsing import flag
+
+from experiments.command_line import UserError, parse, run
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Judge a checkpoint: loss, top-1, top-5, accuracy by class, confusion matrix."""
+
+    workdir: str
+    """Folder of the run."""
+    checkpoint: str = "best"
+    """best: the most accurate one; last: the newest one; or a step."""
+    json: bool = flag(default=False)
+    """Print JSON."""
+    eval_batch_size: int | None = None
+    """Images a step [default: the run's]."""
+    eval_examples: int | None = None
+    """Use only the first N test images [default: the run's]."""
+    data_dir: str | None = None
+    """Folder of prepared data sets [default: the run's]."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming option and value, for what cannot be."""
+        if self.checkpoint not in ("best", "last") and not self.checkpoint.isdecimal():
+            raise ValueError(f"--checkpoint is {self.checkpoint!r}; expected best, last or a step.")
+        for name in ("eval_batch_size", "eval_examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+
+
+def _choose(manager: Any, wanted: str) -> int:
+    from lls_jax import checkpoint
+
+    steps = checkpoint.list_steps(manager)
+    if not steps:
+        raise UserError("this run has no checkpoint yet; train it first.")
+    if wanted == "last":
+        return steps[-1]
+    if wanted == "best":
+        best = checkpoint.best_step(manager)
+        return steps[-1] if best is None else best
+    if int(wanted) not in steps:
+        raise UserError(
+            f"there is no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}."
+        )
+    return int(wanted)
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Judge a checkpoint and say how it did; returns the exit status."""
+    import jax
+
+    from experiments import judging, plots, run_folder
+    from experiments.setup import example_image, load_split, make_task
+    from lls_jax import checkpoint
+
+    folder = pathlib.Path(config.workdir)
+    trained = run_folder.read_config(folder)
+    changes = {
+        name: getattr(config, name)
+        for name in ("eval_batch_size", "eval_examples", "data_dir")
+        if getattr(config, name) is not None
+    }
+    trained = dataclasses.replace(trained, **changes)
+    task = make_task(trained)
+    params, batch_stats = jax.eval_shape(
+        lambda key: task.model.init(task.rule, key, example_image(task.spec)), jax.random.key(0)
+    )
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        {"params": params, "batch_stats": batch_stats},
+    )
+    if not run_folder.checkpoints(folder).is_dir():
+        raise UserError(f"{folder} has no checkpoint yet; train it first.")
+    with checkpoint.open_checkpoints(run_folder.checkpoints(folder), read_only=True) as manager:
+        step = _choose(manager, config.checkpoint)
+        variables, meta = checkpoint.restore_evaluation(manager, step, abstract)
+    test = load_split(trained, task.spec, "test")
+    result = judging.judge(task.model, variables, task.spec, test, trained.eval_batch_size)
+    picture = folder / f"confusion-{step}.png"
+    title = f"{trained.dataset}, {trained.model}, {trained.rule}, step {step}"
+    plots.draw_confusion(result.confusion, task.spec.class_names, title, picture)
+    by_class = {
+        name: 100 * float(row[label]) / max(int(row.sum()), 1)
+        for label, (name, row) in enumerate(zip(task.spec.class_names, result.confusion))
+    }
+    report = {
+        "workdir": str(folder),
+        "step": step,
+        "epoch": meta["epochs_done"],
+        "dataset": trained.dataset,
+        "model": trained.model,
+        "rule": trained.rule,
+        "examples": int(test.labels.shape[0]),
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "top5": result.top5,
+        "accuracy_by_class": by_class,
+        "confusion": result.confusion.tolist(),
+        "picture": str(picture),
+    }
+    print(json.dumps(report, indent=2) if config.json else _text(report))
+    return 0
+
+
+def _text(report: dict[str, Any]) -> str:
+    top5 = "" if report["top5"] is None else f"  Acc@5 {report['top5']:.2f} %"
+    width = max(map(len, report["accuracy_by_class"]))
+    lines = [
+        f"{report['rule']} on {report['model']}, {report['dataset']}: checkpoint of step "
+        f"{report['step']} (epoch {report['epoch']}), {report['examples']} test images",
+        f"loss {report['loss']:.4f}  Acc@1 {report['accuracy']:.2f} %{top5}",
+        "accuracy by class:",
+        *(f"  {name:<{width}}  {acc:6.2f} %" for name, acc in report["accuracy_by_class"].items()),
+        f"confusion matrix: {report['picture']}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    config = parse(EvaluateConfig, "evaluate", __doc__ or "")
+    run(lambda: evaluate(config))

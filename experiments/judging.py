@@ -1,0 +1,77 @@
+"""Judging weights on a data set: loss, accuracies, confusion."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lls_jax.data import DatasetSpec, batches
+from lls_jax.models import Network
+
+
+class Judgement(NamedTuple):
+    """How good weights are.
+
+    Attributes:
+        loss: mean cross-entropy of the classifier.
+        accuracy: share of images whose best class is right, in percent.
+        top5: share of images whose five best classes hold the right one, in percent; None where
+            there are five classes or fewer.
+        confusion: counts ``[true class, predicted class]``.
+    """
+
+    loss: float
+    accuracy: float
+    top5: float | None
+    confusion: np.ndarray
+
+
+def correct_within(logits: jax.Array, labels: jax.Array, best: int) -> jax.Array:
+    """Whether the label is among the `best` largest logits; bool ``[batch]``."""
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    return jnp.sum(logits > own, axis=1) < best
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judge_batch(
+    model: Network, variables: Any, image: jax.Array, label: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    logits, _ = model.apply(variables["params"], variables["batch_stats"], image)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    top5 = jnp.sum(weight * correct_within(logits, label, 5))
+    confusion = jnp.zeros((model.num_classes, model.num_classes), jnp.int32)
+    confusion = confusion.at[label, jnp.argmax(logits, axis=1)].add(weight.astype(jnp.int32))
+    return jnp.sum(weight * losses), top5, confusion
+
+
+def judge(
+    model: Network,
+    variables: Any,
+    spec: DatasetSpec,
+    data: batches.DeviceSplit,
+    batch_size: int,
+) -> Judgement:
+    """Judge weights on all examples of a split.
+
+    Args:
+        model: the network.
+        variables: ``{"params", "batch_stats"}``.
+        spec: the data set, for its normalisation.
+        data: the examples, on the device.
+        batch_size: examples a step; does not change the result beyond rounding.
+    """
+    count = int(data.labels.shape[0])
+    total: Any = None
+    for image, label, weight in batches.evaluation_batches(spec, data, min(batch_size, count)):
+        part = _judge_batch(model, variables, image, label, weight)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    loss, top5, confusion = jax.tree.map(np.asarray, total)
+    return Judgement(
+        loss=float(loss) / count,
+        accuracy=100 * float(np.trace(confusion)) / count,
+        top5=100 * float(top5) / count if spec.num_classes > 5 else None,
+        confusion=confusion,
+    )

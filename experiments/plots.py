@@ -1,0 +1,111 @@
+"""Pictures of runs. Matplotlib without its global state, so that no display is touched."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+
+
+def _save(figure: Figure, path: pathlib.Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def _series(records: Sequence[Record], name: str) -> list[float]:
+    return [record[name] for record in records]
+
+
+def draw_curves(records: Sequence[Record], title: str, path: pathlib.Path) -> None:
+    """Accuracy, loss, and each local layer's loss against epochs.
+
+    Args:
+        records: one an epoch, from ``metrics.jsonl``.
+        title: above the picture.
+        path: of the PNG; replaced in one step.
+    """
+    layers = len(records[0]["layer_loss"])
+    figure = Figure(figsize=(15 if layers else 10, 4), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, 3 if layers else 2)
+    epochs = _series(records, "epoch")
+    for panel, quantity, label in zip(
+        panels, ("accuracy", "loss"), ("accuracy [%]", "cross-entropy of the classifier")
+    ):
+        for split in ("train", "test"):
+            panel.plot(epochs, _series(records, f"{split}_{quantity}"), ".-", label=split)
+        panel.set_ylabel(label)
+    if layers:
+        losses = np.array(_series(records, "layer_loss"))
+        for layer in range(layers):
+            panels[2].plot(epochs, losses[:, layer], ".-", label=f"L{layer + 1}")
+        panels[2].set_ylabel("local loss, training")
+    for panel in panels:
+        panel.set_xlabel("epoch")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    _save(figure, path)
+
+
+def draw_comparison(runs: dict[str, Sequence[Record]], path: pathlib.Path) -> None:
+    """Test accuracy and loss of several runs, against epochs and against seconds.
+
+    Args:
+        runs: records by the run's name.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    panels = figure.subplots(2, 2)
+    for row, (quantity, label) in enumerate(
+        (("test_accuracy", "test accuracy [%]"), ("test_loss", "test loss"))
+    ):
+        for column, (against, unit) in enumerate(
+            (("epoch", "epoch"), ("total_seconds", "time [s]"))
+        ):
+            panel = panels[row][column]
+            for name, records in runs.items():
+                x, y = _series(records, against), _series(records, quantity)
+                panel.plot(x, y, ".-", label=name)
+            panel.set_xlabel(unit)
+            panel.set_ylabel(label)
+            panel.grid(alpha=0.3)
+    panels[0][0].legend()
+    _save(figure, path)
+
+
+def draw_confusion(
+    confusion: np.ndarray, class_names: Sequence[str], title: str, path: pathlib.Path
+) -> None:
+    """A confusion matrix, its rows scaled to 100 %.
+
+    Args:
+        confusion: counts ``[true class, predicted class]``.
+        class_names: names of the classes, in label order.
+        title: above the picture.
+        path: of the PNG.
+    """
+    count = len(class_names)
+    side = min(4 + 0.45 * count, 30)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    panel = figure.subplots()
+    percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    image = panel.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="% of the true class")
+    panel.set_xticks(range(count), class_names, rotation=60, ha="right")
+    panel.set_yticks(range(count), class_names)
+    panel.set_xlabel("predicted")
+    panel.set_ylabel("true")
+    panel.set_title(title)
+    if count <= 20:
+        for row in range(count):
+            for column in range(count):
+                value = percent[row, column]
+                color = "white" if value > 50 else "black"
+                panel.text(
+                    column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=8
+                )
+    _save(figure, path)

@@ -1,0 +1,192 @@
+"""A run's folder: its config, its environment, its metrics, and who may write there."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+from experiments.command_line import UserError
+from experiments.config import NOT_COMPARED, TrainConfig, from_dict, option
+
+Record = dict[str, Any]
+
+_PACKAGES = (
+    *("lls_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
+    *("tensorflow-datasets", "numpy"),
+)
+
+
+def checkpoints(folder: pathlib.Path) -> pathlib.Path:
+    """Where a run's checkpoints lie."""
+    return folder / "checkpoints"
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Replace a file's content so that a reader sees the old or the new one, whole."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def to_json(value: Any) -> str:
+    """JSON as run folders hold it."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+@contextmanager
+def claim(folder: pathlib.Path) -> Iterator[None]:
+    """Make a run's folder and keep other processes from training in it.
+
+    Raises:
+        UserError: it cannot be written, or another process trains in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"run folder {folder} cannot be written ({error.strerror}); give another --workdir."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {folder}; wait for it, or give another --workdir."
+            ) from None
+        yield
+
+
+def read_config(folder: pathlib.Path) -> TrainConfig:
+    """The config of a run.
+
+    Raises:
+        UserError: there is no run in this folder, or its config cannot be read.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no run (it has no config.json); give the --workdir of a training run."
+        )
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a config of this version: {error}.") from error
+
+
+def write_config(folder: pathlib.Path, config: TrainConfig) -> None:
+    """Write a new run's config; an old one's stays as it was."""
+    path = folder / "config.json"
+    if not path.exists():
+        write_atomically(path, to_json(dataclasses.asdict(config)))
+
+
+def check_config(folder: pathlib.Path, config: TrainConfig) -> None:
+    """Check that a run that lies in a folder already has the same config.
+
+    Raises:
+        UserError: the folder holds a run with another config; the message names what differs.
+    """
+    if not (folder / "config.json").exists():
+        return
+    stored = read_config(folder)
+    differing = [
+        f"{option(field.name)} {getattr(stored, field.name)} there, "
+        f"{getattr(config, field.name)} here"
+        for field in dataclasses.fields(config)
+        if field.name not in NOT_COMPARED
+        and getattr(stored, field.name) != getattr(config, field.name)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} holds a run with another config ({'; '.join(differing)}); give the same "
+            "options to resume it, or another --workdir for a new run."
+        )
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file lies in, if it is one."""
+    here = pathlib.Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def write_environment(folder: pathlib.Path) -> None:
+    """Note versions, device and commit: of this start, after those of earlier ones."""
+    import jax
+
+    device = jax.devices()[0]
+    entry = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "device_count": jax.device_count(),
+        "commit": _commit(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+    path = folder / "environment.json"
+    try:
+        entries = json.loads(path.read_text()) if path.exists() else []
+    except ValueError:
+        entries = []
+    if not entries or entries[-1] != entry:
+        write_atomically(path, to_json([*entries, entry]))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def read_metrics(folder: pathlib.Path) -> list[Record]:
+    """The records of a run, one an epoch; a last line cut short by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def append_metrics(folder: pathlib.Path, record: Record) -> None:
+    """Add an epoch's record."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def keep_metrics(folder: pathlib.Path, epochs: int) -> list[Record]:
+    """Drop the records of epochs that a resumed run is about to repeat; returns the others."""
+    records = read_metrics(folder)
+    kept = [record for record in records if record["epoch"] <= epochs]
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    path = folder / "metrics.jsonl"
+    if path.exists() and path.read_text() != text:
+        write_atomically(path, text)
+    return kept

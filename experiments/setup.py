@@ -1,0 +1,119 @@
+"""From a config to data, model, rule and optimizer: what training and evaluation share."""
+
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import optimizers
+from experiments.command_line import UserError
+from experiments.config import TrainConfig
+from lls_jax import data, models, rules, training
+from lls_jax.data import batches, prepare, storage
+from lls_jax.models import Network
+
+
+class Task(NamedTuple):
+    """A network, its rule and the images they are for."""
+
+    spec: data.DatasetSpec
+    model: Network
+    rule: rules.Rule
+
+
+class Run(NamedTuple):
+    """All that a training run works with, the data on the device."""
+
+    task: Task
+    tx: optax.GradientTransformation
+    train_step: training.TrainStep
+    train: batches.DeviceSplit
+    test: batches.DeviceSplit
+    sample: batches.Sampler
+    steps_per_epoch: int
+
+
+def make_task(config: TrainConfig) -> Task:
+    """Data set's entry, model and rule.
+
+    Raises:
+        UserError: an unknown name, an option out of range, images too small for the model.
+    """
+    try:
+        spec = data.get_spec(config.dataset)
+        model = models.make(
+            config.model,
+            num_classes=spec.num_classes,
+            dropout=config.dropout,
+            dtype=jnp.dtype(config.precision),
+        )
+        basis_rows = config.basis_rows
+        if config.rule == "lls_mxm_reduced" and basis_rows is None:
+            basis_rows = model.basis_rows
+        rule = rules.make(
+            config.rule,
+            num_classes=spec.num_classes,
+            waveform=config.waveform,
+            temperature=config.temperature,
+            label_smoothing=config.label_smoothing,
+            basis_rows=basis_rows,
+        )
+        model.check_image((1, *spec.image_shape))
+        return Task(spec, model, rule)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def data_folder(config: TrainConfig) -> pathlib.Path:
+    """Where the prepared data sets lie."""
+    if config.data_dir is None:
+        return storage.default_data_dir()
+    return pathlib.Path(config.data_dir)
+
+
+def load_split(config: TrainConfig, spec: data.DatasetSpec, split: str) -> batches.DeviceSplit:
+    """One part of the data set, on the device; downloads the set where it is missing."""
+    folder = data_folder(config)
+    if not storage.is_prepared(spec, folder):
+        print(f"data set {spec.name!r} is not in {folder}; downloading it", flush=True)
+        prepare.prepare(spec, folder, progress=config.progress)
+    limit = config.train_examples if split == "train" else config.eval_examples
+    return batches.to_device(data.load(spec, split, folder, limit))
+
+
+def make_run(config: TrainConfig) -> Run:
+    """Everything that training needs.
+
+    Raises:
+        UserError: the config asks for what cannot be.
+        lls_jax.data.DatasetError: the data set is missing or damaged.
+    """
+    task = make_task(config)
+    available = config.train_examples or task.spec.train_size
+    if config.batch_size > available:
+        raise UserError(
+            f"--batch-size is {config.batch_size}, but there are only {available} training images; "
+            "use a smaller one."
+        )
+    try:
+        sample = batches.make_sampler(task.spec, config.augmentation, config.batch_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    steps_per_epoch = available // config.batch_size
+    tx = optimizers.make(config, steps_per_epoch)
+    return Run(
+        task=task,
+        tx=tx,
+        train_step=training.make_train_step(task.model, task.rule, tx),
+        train=load_split(config, task.spec, "train"),
+        test=load_split(config, task.spec, "test"),
+        sample=sample,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def example_image(spec: data.DatasetSpec) -> jax.Array:
+    """An image of the right shape, for drawing parameters."""
+    return jnp.zeros((1, *spec.image_shape))

@@ -1,0 +1,394 @@
+"""Training a run from its config: resumable at every step, and judged after every epoch."""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import judging, plots, progress, run_folder
+from experiments.command_line import UserError
+from experiments.config import TrainConfig, option
+from experiments.setup import Run, example_image, make_run
+from lls_jax import checkpoint, evaluation, training
+from lls_jax.data import batches
+from lls_jax.rules import Backpropagation
+
+# Batches from which BatchNorm's statistics are estimated at the averaged weights.
+_STATS_BATCHES = 50
+# Steps that may be under way at once: enough to keep a device busy, few enough to stop soon.
+_IN_FLIGHT = 4
+_REFRESH_SECONDS = 0.5
+_REDRAW_SECONDS = 10.0
+# Stands in for an epoch's number where batches are drawn for the statistics.
+_STATS_EPOCH = 2**31 - 1
+
+
+class Totals(NamedTuple):
+    """Sums over the steps of the epoch so far, on the device.
+
+    Attributes:
+        loss: of the classifier's loss.
+        layer_loss: of each local layer's loss, ``[local layers]``.
+        correct: images classified rightly.
+        correct5: images whose five best classes hold the right one.
+    """
+
+    loss: jax.Array
+    layer_loss: jax.Array
+    correct: jax.Array
+    correct5: jax.Array
+
+
+class Position(NamedTuple):
+    """Where a run is.
+
+    Attributes:
+        state: the training state; its step counts updates over all epochs.
+        totals: of the epoch that is under way.
+        epochs_done: epochs trained and judged.
+        seconds: spent training and judging so far, over all sessions.
+        epoch_seconds: of those, spent in the epoch that is under way.
+    """
+
+    state: training.TrainState
+    totals: Totals
+    epochs_done: int
+    seconds: float
+    epoch_seconds: float
+
+
+@jax.jit
+def _add(totals: Totals, metrics: training.Metrics, labels: jax.Array) -> Totals:
+    logits = metrics["logits"]
+    return Totals(
+        totals.loss + metrics["loss"],
+        totals.layer_loss + metrics["layer_loss"],
+        totals.correct + jnp.sum(judging.correct_within(logits, labels, 1)),
+        totals.correct5 + jnp.sum(judging.correct_within(logits, labels, 5)),
+    )
+
+
+def _no_totals(run: Run) -> Totals:
+    is_local = not isinstance(run.task.rule, Backpropagation)
+    layers = len(run.task.model.specs) if is_local else 0
+    zero = jnp.zeros((), jnp.int32)
+    return Totals(jnp.zeros(()), jnp.zeros((layers,)), zero, zero)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(leaves).all()
+
+
+def _check_finite(run: Run, position: Position) -> None:
+    """Raise UserError, naming the layer, if a loss or a parameter is not a finite number."""
+    step = int(position.state.step)
+    losses = np.asarray(position.totals.layer_loss)
+    advice = (
+        "the last good checkpoint is untouched; try a lower --learning-rate in another --workdir."
+    )
+    for layer, loss in enumerate(losses):
+        if not np.isfinite(loss):
+            raise UserError(
+                f"the loss of local layer L{layer + 1} is not finite by step {step}; {advice}"
+            )
+    if not np.isfinite(position.totals.loss):
+        raise UserError(f"the classifier's loss is not finite by step {step}; {advice}")
+    for name, params in position.state.params.items():
+        if not _all_finite(params):
+            layer = run.task.model.block_names.index(name) + 1 if name != "classifier" else None
+            where = "the classifier" if layer is None else f"layer L{layer}"
+            raise UserError(f"a weight of {where} is not finite by step {step}; {advice}")
+
+
+class _Signals:
+    """Notes Ctrl-C and SIGTERM, so that the step under way can finish; a second ends at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def _note(self, number: int, frame: Any) -> None:
+        del frame
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        old = [signal.signal(number, self._note) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, old):
+                signal.signal(number, handler)
+
+
+def _evaluation_state(run: Run, state: training.TrainState, data_key: jax.Array) -> Any:
+    """The weights and statistics to judge, as ``{"params", "batch_stats"}``."""
+    count = min(_STATS_BATCHES, run.steps_per_epoch)
+
+    def images() -> Iterator[jax.Array]:
+        size = run.train.labels.shape[0]
+        permutation = batches.epoch_permutation(data_key, _STATS_EPOCH, size)
+        for index in range(count):
+            key = jax.random.fold_in(jax.random.fold_in(data_key, _STATS_EPOCH), index)
+            yield run.sample(run.train, permutation, index, key)["image"]
+
+    judged = evaluation.evaluation_state(run.task.model, state, images())
+    return {"params": judged.params, "batch_stats": judged.batch_stats}
+
+
+def _keys(config: TrainConfig) -> tuple[jax.Array, jax.Array]:
+    """Of the weights and dropout, and of the data."""
+    model_key, data_key = jax.random.split(jax.random.key(config.seed))
+    return model_key, data_key
+
+
+def _start(config: TrainConfig, run: Run) -> Position:
+    model_key, _ = _keys(config)
+    task = run.task
+    state = training.create_train_state(
+        task.model, task.rule, run.tx, model_key, example_image(task.spec)
+    )
+    return Position(state, _no_totals(run), 0, 0.0, 0.0)
+
+
+def _resume(manager: Any, folder: pathlib.Path, start: Position) -> Position | None:
+    """The newest checkpoint that can be read; damaged ones are reported and set aside."""
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        {"state": start.state._asdict(), "totals": start.totals._asdict()},
+    )
+    for step in reversed(checkpoint.list_steps(manager)):
+        try:
+            restored, meta = checkpoint.restore_training(manager, step, abstract)
+        except checkpoint.CheckpointError as error:
+            aside = checkpoint.set_aside(run_folder.checkpoints(folder), step)
+            manager.reload()
+            print(f"warning: {error}; set aside as {aside}, trying the one before", file=sys.stderr)
+            continue
+        return Position(
+            training.TrainState(**restored["state"]),
+            Totals(**restored["totals"]),
+            meta["epochs_done"],
+            meta["seconds"],
+            meta["epoch_seconds"],
+        )
+    return None
+
+
+def _save(
+    manager: Any, config: TrainConfig, position: Position, judged: Any, accuracy: float | None
+) -> None:
+    checkpoint.save(
+        manager,
+        checkpoint.Checkpoint(
+            step=int(position.state.step),
+            training={
+                "state": position.state._asdict(),
+                "totals": position.totals._asdict(),
+            },
+            evaluation=judged,
+            meta={
+                "epochs_done": position.epochs_done,
+                "seconds": position.seconds,
+                "epoch_seconds": position.epoch_seconds,
+                "accuracy": accuracy,
+                "config": dataclasses.asdict(config),
+            },
+        ),
+    )
+
+
+def _record(run: Run, config: TrainConfig, position: Position, test: Any) -> dict[str, Any]:
+    images = run.steps_per_epoch * config.batch_size
+    totals = jax.tree.map(np.asarray, position.totals)
+    return {
+        "epoch": position.epochs_done,
+        "step": int(position.state.step),
+        "train_loss": float(totals.loss) / run.steps_per_epoch,
+        "train_accuracy": 100 * float(totals.correct) / images,
+        "train_top5": None if test.top5 is None else 100 * float(totals.correct5) / images,
+        "test_loss": test.loss,
+        "test_accuracy": test.accuracy,
+        "test_top5": test.top5,
+        "layer_loss": [float(loss) / run.steps_per_epoch for loss in totals.layer_loss],
+    }
+
+
+def resume_command(config: TrainConfig) -> str:
+    """The command that goes on with a run."""
+    default = TrainConfig(dataset=config.dataset)
+    arguments = ["python", "-m", f"experiments.{config.dataset}"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in ("dataset", "progress"):
+            continue
+        if value != getattr(default, field.name) or field.name == "rule":
+            arguments += [option(field.name), str(value)]
+    return shlex.join(arguments) + ("" if config.progress else " --no-progress")
+
+
+def train_and_evaluate(config: TrainConfig) -> int:
+    """Train a run to its end, from its newest checkpoint where it has one.
+
+    Args:
+        config: the run.
+
+    Returns:
+        Exit status: 0, or 130 / 143 after Ctrl-C / SIGTERM, with all saved.
+
+    Raises:
+        UserError: the config, the folder or a loss is such that the run cannot go on.
+    """
+    folder = pathlib.Path(config.run_folder())
+    signals = _Signals()
+    with run_folder.claim(folder), signals.noted():
+        run_folder.check_config(folder, config)
+        run = make_run(config)
+        # Only now: a start that failed leaves no config that would bind the next one.
+        run_folder.write_config(folder, config)
+        run_folder.write_environment(folder)
+        with checkpoint.open_checkpoints(run_folder.checkpoints(folder)) as manager:
+            return _train(config, run, folder, manager, signals)
+
+
+def _train(
+    config: TrainConfig, run: Run, folder: pathlib.Path, manager: Any, signals: _Signals
+) -> int:
+    start = _start(config, run)
+    position = _resume(manager, folder, start) or start
+    records = run_folder.keep_metrics(folder, position.epochs_done)
+    device = jax.devices()[0]
+    print(
+        f"{config.rule} on {config.model}, {config.dataset}: {run.train.labels.shape[0]} training "
+        f"and {run.test.labels.shape[0]} test images, {run.steps_per_epoch} steps an epoch, "
+        f"{device.platform} ({device.device_kind}), in {folder}"
+    )
+    if position is not start:
+        print(f"resumed at step {int(position.state.step)}, epoch {position.epochs_done} done")
+    _, data_key = _keys(config)
+    drawn = 0.0
+    while position.epochs_done < config.epochs:
+        position, stopped = _train_epoch(config, run, manager, position, data_key, signals)
+        if stopped:
+            print(
+                f"stopped at step {int(position.state.step)}, saved; resume with:\n"
+                f"  {resume_command(config)}"
+            )
+            return 128 + (signals.received or 0)
+        began = time.perf_counter()
+        judged = _evaluation_state(run, position.state, data_key)
+        test = judging.judge(
+            run.task.model, judged, run.task.spec, run.test, config.eval_batch_size
+        )
+        judging_seconds = time.perf_counter() - began
+        position = position._replace(
+            epochs_done=position.epochs_done + 1,
+            seconds=position.seconds + judging_seconds,
+        )
+        images = run.steps_per_epoch * config.batch_size
+        record = {
+            **_record(run, config, position, test),
+            "seconds": position.epoch_seconds + judging_seconds,
+            "total_seconds": position.seconds,
+            "images_per_second": images / position.epoch_seconds,
+        }
+        # Metrics first: a kill in between leaves a record that the resumed run drops and repeats.
+        run_folder.append_metrics(folder, record)
+        records.append(record)
+        position = position._replace(totals=_no_totals(run), epoch_seconds=0.0)
+        _save(manager, config, position, judged, test.accuracy)
+        print(progress.epoch_line(record, config.epochs), flush=True)
+        finished = position.epochs_done == config.epochs
+        if finished or time.perf_counter() - drawn > _REDRAW_SECONDS:
+            title = f"{config.dataset}, {config.model}, {config.rule}"
+            plots.draw_curves(records, title, folder / "curves.png")
+            drawn = time.perf_counter()
+    best = max(records, key=lambda record: (record["test_accuracy"], record["epoch"]))
+    print(
+        f"done: {position.epochs_done} epochs in {position.seconds:.1f} s, test accuracy "
+        f"{records[-1]['test_accuracy']:.2f} % (best {best['test_accuracy']:.2f} % after epoch "
+        f"{best['epoch']}); evaluate with:\n"
+        f"  python -m experiments.evaluate --workdir {shlex.quote(str(folder))}"
+    )
+    return 0
+
+
+def _train_epoch(
+    config: TrainConfig,
+    run: Run,
+    manager: Any,
+    position: Position,
+    data_key: jax.Array,
+    signals: _Signals,
+) -> tuple[Position, bool]:
+    """The rest of an epoch: ``(position, stopped)``; stopped by a signal, it is saved."""
+    state, totals = position.state, position.totals
+    step = int(state.step)
+    end = (position.epochs_done + 1) * run.steps_per_epoch
+    permutation = batches.epoch_permutation(
+        data_key, position.epochs_done, run.train.labels.shape[0]
+    )
+    index = step - position.epochs_done * run.steps_per_epoch
+    bar = progress.EpochBar(
+        position.epochs_done + 1,
+        config.epochs,
+        run.steps_per_epoch * config.batch_size,
+        index * config.batch_size,
+        enabled=config.progress,
+    )
+    pending: collections.deque[jax.Array] = collections.deque()
+    began = refreshed = time.perf_counter()
+
+    def here() -> Position:
+        jax.block_until_ready(totals)
+        elapsed = time.perf_counter() - began
+        return position._replace(
+            state=state,
+            totals=totals,
+            seconds=position.seconds + elapsed,
+            epoch_seconds=position.epoch_seconds + elapsed,
+        )
+
+    try:
+        while step < end and signals.received is None:
+            batch = run.sample(run.train, permutation, index, jax.random.fold_in(data_key, step))
+            state, metrics = run.train_step(state, batch)
+            totals = _add(totals, metrics, batch["label"])
+            step, index = step + 1, index + 1
+            pending.append(totals.correct)
+            if len(pending) > _IN_FLIGHT:
+                jax.block_until_ready(pending.popleft())
+            bar.advance(config.batch_size)
+            if time.perf_counter() - refreshed > _REFRESH_SECONDS:
+                refreshed = time.perf_counter()
+                loss = float(totals.loss) / index
+                bar.show(loss, 100 * float(totals.correct) / (index * config.batch_size))
+                if not np.isfinite(loss):
+                    break
+            is_due = config.checkpoint_every and step % config.checkpoint_every == 0
+            if is_due and step < end:
+                _check_finite(run, here())
+                _save(manager, config, here(), _evaluation_state(run, state, data_key), None)
+    finally:
+        bar.close()
+    reached = here()
+    _check_finite(run, reached)
+    if signals.received is None:
+        return reached, False
+    # A signal that came with the epoch's last step still gets the epoch judged on resuming.
+    if step not in checkpoint.list_steps(manager):
+        _save(manager, config, reached, _evaluation_state(run, state, data_key), None)
+    return reached, True
