@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.convolution import convolve_3x3
+from lls_jax.normalization import apply_statistics, normalize_activate
 from lls_jax.rules import LocalRule
 
 Initializer = Callable[..., jax.Array]
 
-_NEGATIVE_SLOPE = 0.01
+_RUNNING_AVERAGE = 0.9
 
 
 def fan_in_uniform(fan_in: int) -> Initializer:
@@ -27,7 +28,7 @@ def fan_in_uniform(fan_in: int) -> Initializer:
 
 
 class Linear(nn.Module):
-    """A dense layer, ``x W + b``, both drawn ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``.
+    """``x W`` and a bias, both drawn ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``.
 
     Attributes:
         features: number of outputs.
@@ -38,16 +39,16 @@ class Linear(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[batch, inputs] -> [batch, features]``."""
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``[batch, inputs] -> [batch, features]``, and the bias, which is not added yet."""
         init = fan_in_uniform(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        return x.astype(self.dtype) @ kernel.astype(self.dtype), bias
 
 
 class Convolution(nn.Module):
-    """A 3x3 convolution with bias, drawn ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``.
+    """A 3x3 convolution and a bias, both drawn ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``.
 
     Attributes:
         features: number of output channels.
@@ -58,28 +59,66 @@ class Convolution(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[batch, height, width, channels] -> [batch, height, width, features]``."""
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``[batch, height, width, channels]`` to ``features``, and the bias, not added yet."""
         init = fan_in_uniform(9 * x.shape[-1])
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        out = convolve_3x3(x.astype(self.dtype), kernel.astype(self.dtype))
-        return out + bias.astype(self.dtype)
+        return convolve_3x3(x.astype(self.dtype), kernel.astype(self.dtype)), bias
+
+
+class Classifier(nn.Module):
+    """A dense layer with its bias.
+
+    Attributes:
+        features: number of classes.
+        dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[batch, inputs] -> [batch, features]``, float32 logits."""
+        logits, bias = Linear(self.features, self.dtype, name="linear")(x)
+        return logits.astype(jnp.float32) + bias
 
 
 class NormalizeActivate(nn.Module):
     """BatchNorm (eps 1e-5, running average 0.9), then LeakyReLU(0.01).
 
-    Statistics are float32 whatever the dtype of the input; the result has the input's dtype.
+    It takes the bias of the layer before it separately. In training, subtracting the batch's mean
+    takes that bias out again, whatever it is: it only moves the running mean, its gradient is
+    exactly zero, and adding it would be two passes over the activation for nothing.
     """
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """``[..., channels] -> [..., channels]``."""
-        normalized = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=x.dtype, name="norm"
-        )(x)
-        return nn.leaky_relu(normalized, _NEGATIVE_SLOPE)
+    def __call__(self, x: jax.Array, layer_bias: jax.Array, *, train: bool) -> jax.Array:
+        """Normalise ``x + layer_bias`` and activate.
+
+        Args:
+            x: ``[..., channels]``.
+            layer_bias: float32 ``[channels]``.
+            train: whether the batch's statistics are used, and averaged into the running ones.
+
+        Returns:
+            The activation, in the shape and dtype of `x`.
+        """
+        channels = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, channels)
+        bias = self.param("bias", nn.initializers.zeros, channels)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        variance = self.variable("batch_stats", "var", jnp.ones, channels)
+        if not train:
+            return apply_statistics(x, mean.value - layer_bias, variance.value, scale, bias)
+        y, batch_mean, batch_variance = normalize_activate(x, scale, bias)
+        if not self.is_initializing():
+            kept, new = _RUNNING_AVERAGE, 1 - _RUNNING_AVERAGE
+            shifted = batch_mean + jax.lax.stop_gradient(layer_bias)
+            mean.value = kept * mean.value + new * shifted
+            variance.value = kept * variance.value + new * batch_variance
+        return y
 
 
 class ConvBlock(nn.Module):
@@ -96,8 +135,8 @@ class ConvBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """``[batch, height, width, channels] -> [batch, height, width, features]``."""
-        x = Convolution(self.features, self.dtype, name="conv")(x)
-        return NormalizeActivate(name="activate")(x, train=train)
+        x, bias = Convolution(self.features, self.dtype, name="conv")(x)
+        return NormalizeActivate(name="norm")(x, bias, train=train)
 
 
 class DenseBlock(nn.Module):
@@ -114,8 +153,8 @@ class DenseBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """``[batch, inputs] -> [batch, features]``."""
-        x = Linear(self.features, self.dtype, name="linear")(x)
-        return NormalizeActivate(name="activate")(x, train=train)
+        x, bias = Linear(self.features, self.dtype, name="linear")(x)
+        return NormalizeActivate(name="norm")(x, bias, train=train)
 
 
 class LocalBlock(nn.Module):

@@ -34,7 +34,7 @@ def _entries(model: Network, rule_params: Mapping[str, Mapping[str, Any]]) -> It
         kind = "conv" if isinstance(spec.module, ConvBlock) else "linear"
         counts[kind] += 1
         torch_block = f"{kind}_block{counts[kind]}"
-        layer, norm = (name, "block", kind), (name, "block", "activate", "norm")
+        layer, norm = (name, "block", kind), (name, "block", "norm")
         yield f"{torch_block}.block.{kind}.weight", "params", (*layer, "kernel"), True
         yield f"{torch_block}.block.{kind}.bias", "params", (*layer, "bias"), True
         yield f"{torch_block}.block.bn.weight", "params", (*norm, "scale"), True
@@ -44,8 +44,8 @@ def _entries(model: Network, rule_params: Mapping[str, Mapping[str, Any]]) -> It
         for parameter in rule_params.get(name, ()):
             # The modulation multiplies scores from the right in both: its layout is the same.
             yield f"{torch_block}.feedback", "params", (name, "rule", parameter), False
-    yield "linear.weight", "params", ("classifier", "kernel"), True
-    yield "linear.bias", "params", ("classifier", "bias"), True
+    yield "linear.weight", "params", ("classifier", "linear", "kernel"), True
+    yield "linear.bias", "params", ("classifier", "linear", "bias"), True
 
 
 def _rule_params(params: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
