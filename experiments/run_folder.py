@@ -131,12 +131,12 @@ def _commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def write_environment(folder: pathlib.Path) -> None:
-    """Note versions, device and commit: of this start, after those of earlier ones."""
+def environment() -> Record:
+    """Versions, device and commit."""
     import jax
 
     device = jax.devices()[0]
-    entry = {
+    return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),
@@ -145,6 +145,11 @@ def write_environment(folder: pathlib.Path) -> None:
         "commit": _commit(),
         "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def write_environment(folder: pathlib.Path) -> None:
+    """Note the environment of this start, after those of earlier ones."""
+    entry = environment()
     path = folder / "environment.json"
     try:
         entries = json.loads(path.read_text()) if path.exists() else []

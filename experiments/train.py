@@ -18,7 +18,7 @@ import numpy as np
 from experiments import judging, plots, progress, run_folder
 from experiments.command_line import UserError
 from experiments.config import TrainConfig, option
-from experiments.setup import Run, example_image, make_run
+from experiments.setup import Run, Task, example_image, make_run
 from lls_jax import checkpoint, evaluation, training
 from lls_jax.data import batches
 from lls_jax.rules import Backpropagation
@@ -68,7 +68,8 @@ class Position(NamedTuple):
 
 
 @jax.jit
-def _add(totals: Totals, metrics: training.Metrics, labels: jax.Array) -> Totals:
+def add_totals(totals: Totals, metrics: training.Metrics, labels: jax.Array) -> Totals:
+    """Add a step's metrics to an epoch's totals."""
     logits = metrics["logits"]
     return Totals(
         totals.loss + metrics["loss"],
@@ -78,9 +79,9 @@ def _add(totals: Totals, metrics: training.Metrics, labels: jax.Array) -> Totals
     )
 
 
-def _no_totals(run: Run) -> Totals:
-    is_local = not isinstance(run.task.rule, Backpropagation)
-    layers = len(run.task.model.specs) if is_local else 0
+def empty_totals(task: Task) -> Totals:
+    """The totals of an epoch that has not begun."""
+    layers = 0 if isinstance(task.rule, Backpropagation) else len(task.model.specs)
     zero = jnp.zeros((), jnp.int32)
     return Totals(jnp.zeros(()), jnp.zeros((layers,)), zero, zero)
 
@@ -161,7 +162,7 @@ def _start(config: TrainConfig, run: Run) -> Position:
     state = training.create_train_state(
         task.model, task.rule, run.tx, model_key, example_image(task.spec)
     )
-    return Position(state, _no_totals(run), 0, 0.0, 0.0)
+    return Position(state, empty_totals(run.task), 0, 0.0, 0.0)
 
 
 def _resume(manager: Any, folder: pathlib.Path, start: Position) -> Position | None:
@@ -308,7 +309,7 @@ def _train(
         # Metrics first: a kill in between leaves a record that the resumed run drops and repeats.
         run_folder.append_metrics(folder, record)
         records.append(record)
-        position = position._replace(totals=_no_totals(run), epoch_seconds=0.0)
+        position = position._replace(totals=empty_totals(run.task), epoch_seconds=0.0)
         _save(manager, config, position, judged, test.accuracy)
         print(progress.epoch_line(record, config.epochs), flush=True)
         finished = position.epochs_done == config.epochs
@@ -366,7 +367,7 @@ def _train_epoch(
         while step < end and signals.received is None:
             batch = run.sample(run.train, permutation, index, jax.random.fold_in(data_key, step))
             state, metrics = run.train_step(state, batch)
-            totals = _add(totals, metrics, batch["label"])
+            totals = add_totals(totals, metrics, batch["label"])
             step, index = step + 1, index + 1
             pending.append(totals.correct)
             if len(pending) > _IN_FLIGHT:
