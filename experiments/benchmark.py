@@ -170,6 +170,6 @@ def benchmark(config: BenchmarkConfig) -> int:
 
 
 if __name__ == "__main__":
-    config = parse(BenchmarkConfig(), "benchmark", __doc__ or "")
+    config = parse(BenchmarkConfig, "benchmark", __doc__ or "")
     use_huge_pages()
     run(lambda: benchmark(config))

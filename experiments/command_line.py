@@ -43,18 +43,21 @@ class _HelpFormatter(SimpleHelpFormatter):
 
 
 def parse(
-    default: Config | type[Config],
+    kind: type[Config],
     prog: str,
     description: str,
     arguments: Sequence[str] | None = None,
+    *,
+    default: Config | None = None,
 ) -> Config:
     """A config from the command line.
 
     Args:
-        default: values of the options that are not given, or just the config's type.
+        kind: the config's type, a dataclass.
         prog: the experiment's name.
         description: what ``--help`` says first.
         arguments: the command line; None for ``sys.argv``.
+        default: values of the options that are not given; None for the type's own.
     """
     parser = _Parser(
         prog=f"python -m experiments.{prog}",
@@ -63,10 +66,7 @@ def parse(
         add_option_string_dash_variants=DashVariant.DASH,
         allow_abbrev=False,
     )
-    if isinstance(default, type):
-        parser.add_arguments(default, dest="config")
-    else:
-        parser.add_arguments(type(default), dest="config", default=default)
+    parser.add_arguments(kind, dest="config", default=default)  # type: ignore[type-var]
     try:
         return parser.parse_args(arguments).config
     except ValueError as error:
@@ -140,7 +140,7 @@ def train_command(default: TrainConfig, description: str) -> None:
         default: the preset.
         description: what ``--help`` says first.
     """
-    parsed = parse(default, default.dataset, description)
+    parsed = parse(TrainConfig, default.dataset, description, default=default)
     # Not an option: the preset decides it.
     config = dataclasses.replace(parsed, dataset=default.dataset)
     use_huge_pages()

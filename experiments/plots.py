@@ -1,7 +1,7 @@
 """Pictures of runs. Matplotlib without its global state, so that no display is touched."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ def draw_curves(records: Sequence[Record], title: str, path: pathlib.Path) -> No
     _save(figure, path)
 
 
-def draw_comparison(runs: dict[str, Sequence[Record]], path: pathlib.Path) -> None:
+def draw_comparison(runs: Mapping[str, Sequence[Record]], path: pathlib.Path) -> None:
     """Test accuracy and loss of several runs, against epochs and against seconds.
 
     Args:

@@ -108,8 +108,8 @@ def _check_finite(run: Run, position: Position) -> None:
         raise UserError(f"the classifier's loss is not finite by step {step}; {advice}")
     for name, params in position.state.params.items():
         if not _all_finite(params):
-            layer = run.task.model.block_names.index(name) + 1 if name != "classifier" else None
-            where = "the classifier" if layer is None else f"layer L{layer}"
+            names = run.task.model.block_names
+            where = f"layer L{names.index(name) + 1}" if name in names else "the classifier"
             raise UserError(f"a weight of {where} is not finite by step {step}; {advice}")
 
 

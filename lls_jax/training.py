@@ -132,7 +132,7 @@ def _local_step(
         x = spec.transition(activation, fold_in(dropout_key, i))
 
     def logits_loss(classifier_params: Any) -> tuple[jax.Array, jax.Array]:
-        logits = model.classifier.apply({"params": classifier_params}, x)
+        logits = model.classify(classifier_params, x)
         return classifier_loss(logits, labels), logits
 
     (loss, logits), grads = jax.value_and_grad(logits_loss, has_aux=True)(

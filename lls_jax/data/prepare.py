@@ -152,7 +152,7 @@ def _make_builder(
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = spec.name
         VERSION = tfds.core.Version(spec.version)
 

@@ -97,11 +97,6 @@ class Network:
         """The blocks' keys in parameters and statistics: ``block_0``, ``block_1``, ..."""
         return tuple(f"block_{i}" for i in range(len(self.specs)))
 
-    @property
-    def classifier(self) -> Classifier:
-        """The classifier; its key in the parameters is ``classifier``."""
-        return Classifier(self.num_classes, self.dtype)
-
     def local_blocks(self, rule: Rule) -> tuple[LocalBlock, ...]:
         """The blocks with their local losses."""
         return tuple(
@@ -135,10 +130,10 @@ class Network:
         Raises:
             ValueError: the image is too small for this model.
         """
-        x = image[None] if image.ndim == 3 else image
-        self.check_image(x.shape)
+        shape = (1, *image.shape) if image.ndim == 3 else image.shape
+        self.check_image(shape)
         # Shapes alone travel from block to block: nothing is computed on the image.
-        x = jax.ShapeDtypeStruct((1, *x.shape[1:]), self.dtype)
+        x = jax.ShapeDtypeStruct((1, *shape[1:]), self.dtype)
         params: Variables = {}
         batch_stats: Variables = {}
         keys = jax.random.split(key, len(self.specs) + 1)
@@ -149,7 +144,8 @@ class Network:
             batch_stats[name] = variables["batch_stats"]
             run = functools.partial(block.apply, variables)
             x = jax.eval_shape(lambda x, run=run, spec=spec: spec.transition(run(x), None), x)
-        params["classifier"] = self.classifier.init(keys[-1], jnp.zeros(x.shape, x.dtype))["params"]
+        classifier = Classifier(self.num_classes, self.dtype)
+        params["classifier"] = classifier.init(keys[-1], jnp.zeros(x.shape, x.dtype))["params"]
         return params, batch_stats
 
     def apply(
@@ -183,7 +179,12 @@ class Network:
             x, updates = spec.module.apply(variables, x, train=train, mutable=["batch_stats"])
             new_stats[name] = {"block": updates["batch_stats"]}
             x = spec.transition(x, fold_in(dropout_key, i))
-        return self.classifier.apply({"params": params["classifier"]}, x), new_stats
+        return self.classify(params["classifier"], x), new_stats
+
+    def classify(self, params: Variables, features: jax.Array) -> jax.Array:
+        """The classifier alone: ``[batch, features]`` to float32 logits ``[batch, classes]``."""
+        logits: Any = Classifier(self.num_classes, self.dtype).apply({"params": params}, features)
+        return logits
 
 
 def fold_in(key: jax.Array | None, data: int) -> jax.Array | None:

@@ -1,0 +1,299 @@
+"""The steps: isolation, what is computed, optimizers, every rule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lls_jax import evaluation, models, rules, training
+from lls_jax.blocks import ConvBlock, DenseBlock, LocalBlock
+from lls_jax.normalization import normalize_activate
+
+CLASSES = 5
+LOCAL_RULES = [name for name in rules.NAMES if name != "bp"]
+
+
+def make_rule(name):
+    reduced = {"basis_rows": 3} if name == "lls_mxm_reduced" else {}
+    return rules.make(name, num_classes=CLASSES, **reduced)
+
+
+def make_batch(seed=None, size=8, side=8):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": jnp.asarray(rng.normal(size=(size, side, side, 3)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32),
+    }
+
+
+def make_state(rule, tx, batch, model=None):
+    model = model or models.make("small_conv", num_classes=CLASSES)
+    state = training.create_train_state(model, rule, tx, jax.random.key(0), batch["image"])
+    return model, state
+
+
+def copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+@pytest.mark.parametrize("model_name", models.NAMES)
+@pytest.mark.parametrize("rule_name", rules.NAMES)
+def test_every_rule_learns_a_batch(rule_name, model_name):
+    rule, tx, batch = make_rule(rule_name), optax.adam(3e-3), make_batch()
+    model = models.make(model_name, num_classes=CLASSES)
+    model, state = make_state(rule, tx, batch, model)
+    step = training.make_train_step(model, rule, tx)
+    history = []
+    for _ in range(12):
+        state, metrics = step(state, batch)
+        history.append(np.append(metrics["layer_loss"], metrics["loss"]))
+    layers = 0 if rule_name == "bp" else len(model.specs)
+    assert metrics["layer_loss"].shape == (layers,)
+    assert metrics["logits"].shape == (8, CLASSES)
+    assert (history[-1] < history[0]).all()
+    assert step._cache_size() == 1
+    assert int(state.step) == 12
+
+
+@pytest.mark.parametrize("rule_name", LOCAL_RULES)
+def test_a_local_loss_has_no_gradient_in_any_other_block(rule_name):
+    rule, batch = make_rule(rule_name), make_batch()
+    model, state = make_state(rule, optax.sgd(0.1), batch)
+    blocks = model.local_blocks(rule)
+
+    def loss_of(layer, params):
+        x = batch["image"]
+        for i, (name, block, spec) in enumerate(zip(model.block_names, blocks, model.specs)):
+            variables = {"params": params[name], "batch_stats": state.batch_stats[name]}
+            (x, loss), _ = block.apply(
+                variables, x, batch["label"], train=True, mutable=["batch_stats"]
+            )
+            if i == layer:
+                return loss
+            x = spec.transition(x, None)
+        raise AssertionError
+
+    for layer, own in enumerate(model.block_names):
+        grads = jax.grad(lambda params, layer=layer: loss_of(layer, params))(state.params)
+        for name in (*model.block_names, "classifier"):
+            largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads[name]))
+            assert (largest > 0) == (name == own), (own, name)
+
+
+def count_convolutions(rule_name):
+    rule, tx, batch = make_rule(rule_name), optax.sgd(0.1), make_batch()
+    model, state = make_state(rule, tx, batch)
+    step = training.make_train_step(model, rule, tx)
+    # Lowered for a GPU, where every convolution is one in the program too.
+    mesh = jax.sharding.AbstractMesh(
+        (),
+        (),
+        abstract_device=jax.sharding.AbstractDevice(
+            device_kind="NVIDIA H100", platform="gpu", num_cores=132
+        ),
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = step.trace(state, batch).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("stablehlo.convolution")
+
+
+def test_no_gradient_toward_a_blocks_input_is_computed():
+    convolutions = 3
+    assert count_convolutions("lls") == 2 * convolutions
+    # Backpropagation needs it for all but the first.
+    assert count_convolutions("bp") == 3 * convolutions - 1
+
+
+def test_a_block_learns_what_it_would_learn_alone():
+    """The network's step equals an explicit loop over blocks with an optimizer each."""
+    rule, tx, batch = make_rule("lls_mxm"), optax.adam(1e-2), make_batch()
+    model, state = make_state(rule, tx, batch)
+    expected, x = {}, batch["image"]
+    for name, block, spec in zip(model.block_names, model.local_blocks(rule), model.specs):
+        stats = {"batch_stats": state.batch_stats[name]}
+
+        def loss(params, block=block, stats=stats, x=x):
+            (activation, loss), _ = block.apply(
+                {"params": params, **stats}, x, batch["label"], train=True, mutable=["batch_stats"]
+            )
+            return loss, activation
+
+        grads, activation = jax.grad(loss, has_aux=True)(state.params[name])
+        updates, _ = tx.update(grads, tx.init(state.params[name]), state.params[name])
+        expected[name] = optax.apply_updates(state.params[name], updates)
+        x = spec.transition(activation, None)
+    new, _ = training.make_train_step(model, rule, tx)(copy(state), batch)
+    for name, params in expected.items():
+        jax.tree.map(
+            # Adam's first update is a sign: where a gradient is nearly 0, rounding may turn it.
+            lambda ours, theirs: np.testing.assert_allclose(
+                np.mean(np.abs(ours - theirs)), 0, atol=1e-4
+            ),
+            new.params[name],
+            params,
+        )
+
+
+def test_the_step_donates_its_state():
+    rule, tx, batch = make_rule("lls"), optax.sgd(0.1), make_batch()
+    model, state = make_state(rule, tx, batch)
+    training.make_train_step(model, rule, tx)(state, batch)
+    assert state.params["block_0"]["block"]["conv"]["kernel"].is_deleted()
+
+
+def test_weights_start_uniform_in_the_fan_in():
+    _, state = make_state(make_rule("lls_mxm"), optax.sgd(0.1), make_batch())
+    for name, fan_in in (("block_0", 27), ("block_1", 9 * 32), ("block_3", 512)):
+        layer = "linear" if name == "block_3" else "conv"
+        for leaf in state.params[name]["block"][layer].values():
+            assert np.abs(leaf).max() <= fan_in**-0.5
+            # Of a uniform distribution.
+            if leaf.size > 500:
+                np.testing.assert_allclose(np.std(leaf), fan_in**-0.5 / 3**0.5, rtol=0.1)
+    modulation = state.params["block_0"]["rule"]["modulation"]
+    assert modulation.shape == (CLASSES, CLASSES)
+    assert 0.004 < np.std(modulation) < 0.018
+
+
+@pytest.mark.parametrize("shape", [(64, 5), (4, 6, 5, 3)])
+def test_normalization_equals_the_textbook_under_autodiff(shape):
+    rng = np.random.default_rng()
+    x = jnp.asarray(rng.normal(2.0, 3.0, shape), jnp.float32)
+    scale, bias = (jnp.asarray(rng.normal(size=shape[-1]), jnp.float32) for _ in range(2))
+    cotangent = jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def textbook(x, scale, bias):
+        axes = tuple(range(x.ndim - 1))
+        mean = jnp.mean(x, axes)
+        variance = jnp.mean((x - mean) ** 2, axes)
+        y = (x - mean) / jnp.sqrt(variance + 1e-5) * scale + bias
+        return jnp.where(y >= 0, y, 0.01 * y)
+
+    ours, ours_vjp = jax.vjp(lambda *a: normalize_activate(*a)[0], x, scale, bias)
+    theirs, theirs_vjp = jax.vjp(textbook, x, scale, bias)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for our, their in zip(ours_vjp(cotangent), theirs_vjp(cotangent)):
+        np.testing.assert_allclose(our, their, atol=2e-5 * np.sqrt(x.size))
+
+
+def test_a_layers_bias_before_normalisation_moves_the_running_mean_only():
+    block, x = ConvBlock(4), make_batch()["image"]
+    variables = block.init(jax.random.key(0), x)
+    moved = copy(variables)
+    moved["params"]["conv"]["bias"] = moved["params"]["conv"]["bias"] + 3.0
+    (a, a_stats), (b, b_stats) = (
+        block.apply(v, x, train=True, mutable=["batch_stats"]) for v in (variables, moved)
+    )
+    np.testing.assert_array_equal(a, b)
+    difference = b_stats["batch_stats"]["norm"]["mean"] - a_stats["batch_stats"]["norm"]["mean"]
+    np.testing.assert_allclose(difference, 0.3, rtol=1e-5)
+    # In evaluation the bias counts.
+    assert not np.allclose(block.apply(variables, x), block.apply(moved, x))
+
+
+def test_local_block_without_labels_gives_the_activation():
+    block = LocalBlock(DenseBlock(6), rule=make_rule("lls"), pool_size=6)
+    x = jnp.ones((3, 4))
+    variables = block.init(jax.random.key(0), x)
+    assert "rule" not in variables["params"]
+    assert block.apply(variables, x).shape == (3, 6)
+
+
+def test_dropout_follows_the_pooling_and_is_off_in_evaluation():
+    rule, tx, batch = make_rule("lls"), optax.sgd(0.0), make_batch()
+    dropping = models.make("small_conv", num_classes=CLASSES, dropout=0.5)
+    assert [spec.dropout for spec in dropping.specs] == [0.5, 0.5, 0.5, 0.0]
+    _, state = make_state(rule, tx, batch, dropping)
+    step = training.make_train_step(dropping, rule, tx)
+    second, first_metrics = step(copy(state), batch)
+    again, again_metrics = step(copy(state), batch)
+    np.testing.assert_array_equal(first_metrics["logits"], again_metrics["logits"])
+    _, later_metrics = step(second, batch)
+    assert first_metrics["layer_loss"][0] == later_metrics["layer_loss"][0]
+    assert not np.allclose(first_metrics["logits"], later_metrics["logits"])
+    plain = models.make("small_conv", num_classes=CLASSES)
+    np.testing.assert_array_equal(
+        training.predict(dropping, again, batch["image"]),
+        training.predict(plain, again, batch["image"]),
+    )
+
+
+@pytest.mark.parametrize("rule_name", ["lls_mxm", "bp"])
+def test_bfloat16_activations_leave_float32_parameters(rule_name):
+    rule, tx, batch = make_rule(rule_name), optax.adam(3e-3), make_batch()
+    model = models.make("small_conv", num_classes=CLASSES, dtype=jnp.bfloat16)
+    model, state = make_state(rule, tx, batch, model)
+    step = training.make_train_step(model, rule, tx)
+    state, first = step(state, batch)
+    for _ in range(9):
+        state, metrics = step(state, batch)
+    assert metrics["loss"] < first["loss"]
+    assert metrics["logits"].dtype == jnp.float32
+    for leaf in jax.tree.leaves((state.params, state.batch_stats)):
+        assert leaf.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("rule_name", ["lls_mxm", "bp"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_evaluation_state_averages_and_estimates_statistics_anew(rule_name, wrapped):
+    rule, batch = make_rule(rule_name), make_batch()
+    tx = optax.contrib.schedule_free_adamw(5e-2)
+    if wrapped:
+        tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
+    model, state = make_state(rule, tx, batch)
+    step = training.make_train_step(model, rule, tx)
+    for _ in range(3):
+        state, _ = step(state, batch)
+    images = [make_batch()["image"] for _ in range(2)]
+    judged = evaluation.evaluation_state(model, state, images)
+    # x = (y - (1 - b1) z) / b1
+    inner = state.opt_state["block_0"] if rule_name != "bp" else state.opt_state
+    inner = inner[1] if wrapped else inner
+    z = inner.z if rule_name != "bp" else inner.z["block_0"]
+    expected = jax.tree.map(lambda y, z: (y - (1 - 0.9) * z) / 0.9, state.params["block_0"], z)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), judged.params["block_0"], expected
+    )
+    # The first layer's statistics, from its own outputs.
+    layer = judged.params["block_0"]["block"]["conv"]
+    outputs = [
+        jax.lax.conv_general_dilated(
+            x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        + layer["bias"]
+        for x in images
+    ]
+    stats = judged.batch_stats["block_0"]["block"]["norm"]
+    means = np.mean([np.mean(out, (0, 1, 2)) for out in outputs], 0)
+    variances = np.mean([np.var(out, (0, 1, 2)) for out in outputs], 0)
+    np.testing.assert_allclose(stats["mean"], means, atol=1e-5)
+    np.testing.assert_allclose(stats["var"], variances, rtol=1e-4)
+
+
+def test_evaluation_state_of_another_optimizer_is_the_state():
+    rule, tx, batch = make_rule("lls"), optax.sgd(0.1), make_batch()
+    model, state = make_state(rule, tx, batch)
+    assert evaluation.evaluation_state(model, state, iter([])) is state
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rules.make("lls_mxn", num_classes=10), "'lls_mxn'.*Did you mean"),
+        (lambda: rules.make("lls", num_classes=1), "`num_classes` is 1"),
+        (lambda: rules.make("lls", num_classes=10, waveform="saw"), "'saw'.*square, cosine"),
+        (lambda: rules.make("lls", num_classes=10, temperature=-1), "`temperature` is -1"),
+        (lambda: rules.make("lls", num_classes=10, basis_rows=5), "`basis_rows` is 5.*'lls'"),
+        (lambda: rules.make("lls_mxm_reduced", num_classes=10), "`basis_rows` is None"),
+        (lambda: models.make("smal_conv", num_classes=10), "'smal_conv'.*'small_conv'"),
+        (lambda: models.make("small_conv", num_classes=10, dropout=1.0), "`dropout` is 1.0"),
+        (
+            lambda: make_state(make_rule("lls"), optax.sgd(0.1), make_batch(side=3)),
+            "3x3 pixels are too small.*'small_conv'.*4x4",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
