@@ -37,14 +37,12 @@ class Totals(NamedTuple):
     """Sums over the steps of the epoch so far, on the device.
 
     Attributes:
-        loss: of the classifier's loss.
-        layer_loss: of each local layer's loss, ``[local layers]``.
+        losses: of each local layer's loss, then of the classifier's, ``[local layers + 1]``.
         correct: images classified rightly.
         correct5: images whose five best classes hold the right one.
     """
 
-    loss: jax.Array
-    layer_loss: jax.Array
+    losses: jax.Array
     correct: jax.Array
     correct5: jax.Array
 
@@ -72,8 +70,7 @@ def add_totals(totals: Totals, metrics: training.Metrics, labels: jax.Array) -> 
     """Add a step's metrics to an epoch's totals."""
     logits = metrics["logits"]
     return Totals(
-        totals.loss + metrics["loss"],
-        totals.layer_loss + metrics["layer_loss"],
+        totals.losses + jnp.append(metrics["layer_loss"], metrics["loss"]),
         totals.correct + jnp.sum(judging.correct_within(logits, labels, 1)),
         totals.correct5 + jnp.sum(judging.correct_within(logits, labels, 5)),
     )
@@ -83,7 +80,7 @@ def empty_totals(task: Task) -> Totals:
     """The totals of an epoch that has not begun."""
     layers = 0 if isinstance(task.rule, Backpropagation) else len(task.model.specs)
     zero = jnp.zeros((), jnp.int32)
-    return Totals(jnp.zeros(()), jnp.zeros((layers,)), zero, zero)
+    return Totals(jnp.zeros((layers + 1,)), zero, zero)
 
 
 @jax.jit
@@ -95,16 +92,16 @@ def _all_finite(tree: Any) -> jax.Array:
 def _check_finite(run: Run, position: Position) -> None:
     """Raise UserError, naming the layer, if a loss or a parameter is not a finite number."""
     step = int(position.state.step)
-    losses = np.asarray(position.totals.layer_loss)
+    *layer_losses, classifier_loss = np.asarray(position.totals.losses)
     advice = (
         "the last good checkpoint is untouched; try a lower --learning-rate in another --workdir."
     )
-    for layer, loss in enumerate(losses):
+    for layer, loss in enumerate(layer_losses):
         if not np.isfinite(loss):
             raise UserError(
                 f"the loss of local layer L{layer + 1} is not finite by step {step}; {advice}"
             )
-    if not np.isfinite(position.totals.loss):
+    if not np.isfinite(classifier_loss):
         raise UserError(f"the classifier's loss is not finite by step {step}; {advice}")
     for name, params in position.state.params.items():
         if not _all_finite(params):
@@ -215,16 +212,17 @@ def _save(
 def _record(run: Run, config: TrainConfig, position: Position, test: Any) -> dict[str, Any]:
     images = run.steps_per_epoch * config.batch_size
     totals = jax.tree.map(np.asarray, position.totals)
+    *layer_losses, loss = (float(total) / run.steps_per_epoch for total in totals.losses)
     return {
         "epoch": position.epochs_done,
         "step": int(position.state.step),
-        "train_loss": float(totals.loss) / run.steps_per_epoch,
+        "train_loss": loss,
         "train_accuracy": 100 * float(totals.correct) / images,
         "train_top5": None if test.top5 is None else 100 * float(totals.correct5) / images,
         "test_loss": test.loss,
         "test_accuracy": test.accuracy,
         "test_top5": test.top5,
-        "layer_loss": [float(loss) / run.steps_per_epoch for loss in totals.layer_loss],
+        "layer_loss": layer_losses,
     }
 
 
@@ -375,9 +373,9 @@ def _train_epoch(
             bar.advance(config.batch_size)
             if time.perf_counter() - refreshed > _REFRESH_SECONDS:
                 refreshed = time.perf_counter()
-                loss = float(totals.loss) / index
+                loss = float(totals.losses[-1]) / index
                 bar.show(loss, 100 * float(totals.correct) / (index * config.batch_size))
-                if not np.isfinite(loss):
+                if not np.isfinite(totals.losses).all():
                     break
             is_due = config.checkpoint_every and step % config.checkpoint_every == 0
             if is_due and step < end:
