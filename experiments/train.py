@@ -282,11 +282,7 @@ def _train(
     while position.epochs_done < config.epochs:
         position, stopped = _train_epoch(config, run, manager, position, data_key, signals)
         if stopped:
-            print(
-                f"stopped at step {int(position.state.step)}, saved; resume with:\n"
-                f"  {resume_command(config)}"
-            )
-            return 128 + (signals.received or 0)
+            return _stopped(config, position, signals)
         began = time.perf_counter()
         judged = _evaluation_state(run, position.state, data_key)
         test = judging.judge(
@@ -311,6 +307,8 @@ def _train(
         _save(manager, config, position, judged, test.accuracy)
         print(progress.epoch_line(record, config.epochs), flush=True)
         finished = position.epochs_done == config.epochs
+        if signals.received is not None and not finished:
+            return _stopped(config, position, signals)
         if finished or time.perf_counter() - drawn > _REDRAW_SECONDS:
             title = f"{config.dataset}, {config.model}, {config.rule}"
             plots.draw_curves(records, title, folder / "curves.png")
@@ -325,6 +323,15 @@ def _train(
     return 0
 
 
+def _stopped(config: TrainConfig, position: Position, signals: _Signals) -> int:
+    """Say how to go on; returns the exit status."""
+    print(
+        f"stopped at step {int(position.state.step)}, saved; resume with:\n"
+        f"  {resume_command(config)}"
+    )
+    return 128 + (signals.received or 0)
+
+
 def _train_epoch(
     config: TrainConfig,
     run: Run,
@@ -333,7 +340,7 @@ def _train_epoch(
     data_key: jax.Array,
     signals: _Signals,
 ) -> tuple[Position, bool]:
-    """The rest of an epoch: ``(position, stopped)``; stopped by a signal, it is saved."""
+    """The rest of an epoch: ``(position, stopped)``; stopped inside it by a signal, it is saved."""
     state, totals = position.state, position.totals
     step = int(state.step)
     end = (position.epochs_done + 1) * run.steps_per_epoch
@@ -385,9 +392,8 @@ def _train_epoch(
         bar.close()
     reached = here()
     _check_finite(run, reached)
-    if signals.received is None:
+    if step == end:
         return reached, False
-    # A signal that came with the epoch's last step still gets the epoch judged on resuming.
     if step not in checkpoint.list_steps(manager):
         _save(manager, config, reached, _evaluation_state(run, state, data_key), None)
     return reached, True

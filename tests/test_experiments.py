@@ -1,0 +1,477 @@
+"""The commands, as a person uses them: train, stop, kill, resume, evaluate, compare, mistype."""
+
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import urllib.error
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments import benchmark, command_line, compare, digits, evaluate, prepare_data, train
+from experiments import run_folder as folders
+from experiments.command_line import UserError
+from experiments.config import OPTIMIZERS, TrainConfig
+from lls_jax import rules
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = TrainConfig(
+    dataset="digits",
+    epochs=3,
+    batch_size=16,
+    train_examples=64,
+    eval_examples=40,
+    augmentation="full",
+    dropout=0.1,
+    progress=False,
+)
+STEPS = 12
+
+
+def tiny(folder, **options):
+    return dataclasses.replace(TINY, workdir=str(folder), **options)
+
+
+def arrays(folder, step=STEPS):
+    """Every array that training goes on with, by path."""
+    with ocp.CheckpointManager(folder / "checkpoints") as manager:
+        arguments = ocp.args.Composite(training=ocp.args.StandardRestore())
+        tree = manager.restore(step, args=arguments)["training"]
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): np.asarray(
+            jax.random.key_data(leaf)
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else leaf
+        )
+        for path, leaf in flat
+    }
+
+
+def results(folder):
+    """The metrics that do not depend on the clock."""
+    clock = ("seconds", "total_seconds", "images_per_second")
+    return [
+        {key: value for key, value in record.items() if key not in clock}
+        for record in folders.read_metrics(folder)
+    ]
+
+
+def assert_same_run(folder, reference):
+    ours, theirs = arrays(folder), arrays(reference)
+    assert ours.keys() == theirs.keys()
+    for path in theirs:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+    assert results(folder) == results(reference)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("reference")
+    assert train.train_and_evaluate(tiny(folder)) == 0
+    return folder
+
+
+# --- training and what it leaves ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", rules.NAMES)
+def test_every_rule_trains_and_reloads(tmp_path, capsys, rule):
+    config = tiny(tmp_path, rule=rule, epochs=1)
+    assert train.train_and_evaluate(config) == 0
+    printed = capsys.readouterr().out
+    (record,) = folders.read_metrics(tmp_path)
+    layers = 0 if rule == "bp" else 4
+    assert len(record["layer_loss"]) == layers
+    assert ("L4 " in printed) == bool(layers)
+    assert f"Acc@1 {record['test_accuracy']:.2f}" in printed
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment[0]["packages"]["jax"] == jax.__version__
+    assert evaluate.evaluate(evaluate.EvaluateConfig(str(tmp_path), json=True)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rule"] == rule
+    assert report["accuracy"] == pytest.approx(record["test_accuracy"])
+    assert report["loss"] == pytest.approx(record["test_loss"], rel=1e-5)
+    assert report["top5"] == pytest.approx(record["test_top5"])
+    assert np.sum(report["confusion"]) == 40
+    # The same command again: nothing left to do.
+    assert train.train_and_evaluate(config) == 0
+    assert "resumed at step 4, epoch 1 done" in capsys.readouterr().out
+    assert len(folders.read_metrics(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("schedule", ["multistep", "plateau"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_and_schedule_trains(tmp_path, optimizer, schedule):
+    if schedule == "plateau" and optimizer.startswith("schedule_free"):
+        with pytest.raises(ValueError, match="--schedule plateau does not go with --optimizer sch"):
+            tiny(tmp_path, optimizer=optimizer, schedule=schedule)
+        return
+    config = tiny(
+        tmp_path, optimizer=optimizer, schedule=schedule, epochs=1, weight_decay=1e-4, rule="lls_m"
+    )
+    assert train.train_and_evaluate(config) == 0
+
+
+def test_a_folder_keeps_its_config(tmp_path, reference):
+    with pytest.raises(UserError) as caught:
+        train.train_and_evaluate(tiny(reference, learning_rate=1e-3, rule="lls"))
+    assert "--rule lls_mxm there, lls here" in str(caught.value)
+    assert "--learning-rate 0.005 there, 0.001 here" in str(caught.value)
+    with folders.claim(reference), pytest.raises(UserError, match="another process is training"):
+        train.train_and_evaluate(tiny(reference))
+
+
+# --- stopping, killing, damaging ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "at_step"), [(signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 8)]
+)
+def test_a_signal_saves_and_the_resumed_run_is_the_same(
+    tmp_path, capsys, monkeypatch, reference, number, status, at_step
+):
+    steps = 0
+
+    def signalled(*arguments, add=train.add_totals):
+        nonlocal steps
+        steps += 1
+        if steps == at_step:
+            os.kill(os.getpid(), number)
+        return add(*arguments)
+
+    monkeypatch.setattr(train, "add_totals", signalled)
+    before = signal.getsignal(number)
+    assert train.train_and_evaluate(tiny(tmp_path)) == status
+    assert signal.getsignal(number) is before
+    printed = capsys.readouterr().out
+    assert f"stopped at step {at_step}, saved; resume with:" in printed
+    command = printed.strip().splitlines()[-1].split()
+    assert command[:3] == ["python", "-m", "experiments.digits"]
+    # What it says to type is this run.
+    parsed = command_line.parse(TrainConfig, "digits", "", command[3:], default=digits.PRESET)
+    assert dataclasses.replace(parsed, dataset="digits") == tiny(tmp_path)
+    monkeypatch.undo()
+    assert train.train_and_evaluate(tiny(tmp_path)) == 0
+    assert f"resumed at step {at_step}" in capsys.readouterr().out
+    assert_same_run(tmp_path, reference)
+
+
+# Each makes the process kill itself somewhere; none of it lets anything clean up.
+KILLS = {
+    "inside an epoch": """
+        add, count = train.add_totals, iter(range(100))
+        def killed(*arguments):
+            return kill() if next(count) == 6 else add(*arguments)
+        train.add_totals = killed
+    """,
+    "between metrics and checkpoint": """
+        append, count = train.run_folder.append_metrics, iter(range(100))
+        def killed(*arguments):
+            append(*arguments)
+            if next(count) == 1:
+                kill()
+        train.run_folder.append_metrics = killed
+    """,
+    "while a checkpoint is written": """
+        import threading
+        save, count = train.checkpoint.save, iter(range(100))
+        def killed(*arguments):
+            if next(count) == 3:
+                threading.Timer(0.01, kill).start()
+            save(*arguments)
+        train.checkpoint.save = killed
+    """,
+}
+
+
+@pytest.mark.parametrize("point", KILLS)
+def test_a_killed_run_resumes_bit_identically(tmp_path, reference, point):
+    config = tiny(tmp_path, checkpoint_every=3)
+    script = "\n".join(
+        [
+            "import os, signal",
+            "from experiments import train",
+            "from experiments.config import TrainConfig",
+            "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)",
+            textwrap.dedent(KILLS[point]),
+            f"train.train_and_evaluate(TrainConfig(**{dataclasses.asdict(config)!r}))",
+        ]
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert train.train_and_evaluate(config) == 0
+    assert_same_run(tmp_path, reference)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [pathlib.Path.unlink, truncate, flip])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    tmp_path, capsys, monkeypatch, reference, damage
+):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.plots, "draw_curves", lambda *a: None)
+        patch.setattr(train, "_REDRAW_SECONDS", 0)
+        judge, count = train.judging.judge, iter(range(9))
+        patch.setattr(train.judging, "judge", lambda *a: stop() if next(count) == 2 else judge(*a))
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(tiny(tmp_path))
+    newest = tmp_path / "checkpoints" / "8"
+    largest = max(
+        (path for path in (newest / "training").rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
+    damage(largest)
+    capsys.readouterr()
+    assert train.train_and_evaluate(tiny(tmp_path)) == 0
+    printed = capsys.readouterr()
+    assert "warning: checkpoint 8 is damaged" in printed.err
+    assert "resumed at step 4, epoch 1 done" in printed.out
+    assert (tmp_path / "damaged" / "8").is_dir()
+    assert_same_run(tmp_path, reference)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_layer(tmp_path, monkeypatch):
+    make_run = train.make_run
+
+    def poisoned(config):
+        run = make_run(config)
+
+        def step(state, batch):
+            state, metrics = run.train_step(state, batch)
+            if int(state.step) == 6:
+                metrics["layer_loss"] = metrics["layer_loss"].at[1].set(np.nan)
+            return state, metrics
+
+        return run._replace(train_step=step)
+
+    monkeypatch.setattr(train, "make_run", poisoned)
+    with pytest.raises(UserError, match="loss of local layer L2 is not finite by step"):
+        train.train_and_evaluate(tiny(tmp_path))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4"]
+    assert evaluate.evaluate(evaluate.EvaluateConfig(str(tmp_path))) == 0
+
+
+def test_a_diverging_run_is_stopped(tmp_path):
+    config = tiny(tmp_path, optimizer="sgd", learning_rate=1e30, rule="bp")
+    with pytest.raises(UserError, match=r"not finite.*lower --learning-rate"):
+        train.train_and_evaluate(config)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+# --- evaluate, compare, benchmark --------------------------------------------------------------
+
+
+def test_evaluate_takes_best_last_and_steps(reference, capsys):
+    records = {record["step"]: record["test_accuracy"] for record in results(reference)}
+    best = max(records, key=lambda step: (records[step], step))
+    for wanted, step in (("best", best), ("last", 12), ("8", 8)):
+        config = evaluate.EvaluateConfig(str(reference), checkpoint=wanted, json=True)
+        evaluate.evaluate(config)
+        report = json.loads(capsys.readouterr().out)
+        assert report["step"] == step
+        assert report["accuracy"] == pytest.approx(records[step])
+    evaluate.evaluate(evaluate.EvaluateConfig(str(reference), checkpoint="last"))
+    printed = capsys.readouterr().out
+    assert "accuracy by class:" in printed
+    assert (reference / "confusion-12.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="no checkpoint of step 7; there are"):
+        evaluate.evaluate(evaluate.EvaluateConfig(str(reference), checkpoint="7"))
+
+
+def test_compare_writes_table_and_picture(reference, tmp_path, capsys):
+    other = tmp_path / "other"
+    train.train_and_evaluate(tiny(other, rule="bp", epochs=1))
+    out = tmp_path / "out"
+    assert compare.compare(compare.CompareConfig([str(reference), str(other)], str(out))) == 0
+    rows = json.loads((out / "comparison.json").read_text())
+    assert [row["rule"] for row in rows] == ["lls_mxm", "bp"]
+    assert rows[0]["test_accuracy"] == results(reference)[-1]["test_accuracy"]
+    table = (out / "comparison.md").read_text().splitlines()
+    assert len(table) == 4
+    assert table[0].startswith("| run | data | model | rule | epochs |")
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_benchmark_reports_every_rule(tmp_path, capsys):
+    config = benchmark.BenchmarkConfig(rules=["lls"], batch_size=4, turns=1, out=str(tmp_path))
+    assert benchmark.benchmark(config) == 0
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [row["rule"] for row in report["results"]] == ["lls", "bp"]
+    for row in report["results"]:
+        assert len(row["all_step_ms"]) == 5
+        assert row["temporary_mb"] > 0
+    assert report["results"][1]["speed_over_bp"] == 1.0
+    assert "| lls |" in capsys.readouterr().out
+
+
+# --- mistakes ----------------------------------------------------------------------------------
+
+
+def command(monkeypatch, capsys, main, *arguments):
+    """Run a command in this process: (exit status, what it wrote to standard error)."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    # Set, it keeps the command from starting this process again.
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, capsys.readouterr().err
+
+
+def run_digits():
+    command_line.train_command(digits.PRESET, "")
+
+
+def run_cifar10():
+    command_line.train_command(TrainConfig(dataset="cifar10"), "")
+
+
+def run_evaluate():
+    config = command_line.parse(evaluate.EvaluateConfig, "evaluate", "")
+    command_line.run(lambda: evaluate.evaluate(config))
+
+
+def run_compare():
+    config = command_line.parse(compare.CompareConfig, "compare", "")
+    command_line.run(lambda: compare.compare(config))
+
+
+def run_prepare():
+    config = command_line.parse(prepare_data.PrepareConfig, "prepare_data", "")
+    command_line.run(lambda: prepare_data.prepare_data(config))
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "parts"),
+    [
+        (run_digits, "--rule lls_mxn", ["'lls_mxn'", "lls, lls_m", "Did you mean"]),
+        (run_digits, "--model vgg9", ["'vgg9'", "small_conv"]),
+        (run_digits, "--optimizer lion", ["'lion'", "schedule_free_adamw"]),
+        (run_digits, "--schedule cosine", ["'cosine'", "multistep"]),
+        (run_digits, "--waveform saw", ["'saw'", "square"]),
+        (run_digits, "--augmentation mixup", ["'mixup'", "flip"]),
+        (run_digits, "--precision float16", ["'float16'", "bfloat16"]),
+        (run_digits, "--lerning-rate 1", ["--lerning-rate", "--help"]),
+        (run_digits, "--epoch 1", ["--epoch", "--help"]),
+        (run_digits, "--epochs many", ["--epochs", "'many'"]),
+        (run_digits, "--epochs 0", ["--epochs is 0", "at least 1"]),
+        (run_digits, "--learning-rate nan", ["--learning-rate is nan", "positive"]),
+        (run_digits, "--batch-size 1438", ["--batch-size is 1438", "1437", "smaller"]),
+        (run_digits, "--train-examples 5000", ["5000", "1437"]),
+        (run_digits, "--temperature 0", ["temperature", "0.0", "positive"]),
+        (run_digits, "--workdir pyproject.toml/run", ["pyproject.toml/run", "--workdir"]),
+        (
+            run_cifar10,
+            "--data-dir {tmp}",
+            ["'cifar10'", "prepare_data cifar10", "--archive", "experiments.digits"],
+        ),
+        (run_evaluate, "--workdir {tmp}", ["{tmp}", "no config.json", "--workdir"]),
+        (run_evaluate, "--workdir x --checkpoint first", ["'first'", "best, last or a step"]),
+        (run_evaluate, "", ["--workdir"]),
+        (run_compare, "{tmp}", ["{tmp}", "no config.json"]),
+        (run_prepare, "imagenet", ["'imagenet'", "cifar10"]),
+        (run_prepare, "cifar10 --archive {tmp}/none", ["{tmp}/none", "does not exist"]),
+        (run_prepare, "digits", ["embedded", "experiments.digits"]),
+    ],
+)
+def test_a_mistake_is_one_clear_line(tmp_path, monkeypatch, capsys, main, arguments, parts):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    monkeypatch.chdir(ROOT)
+    words = arguments.format(tmp=tmp_path).split()
+    takes_folder = main in (run_digits, run_cifar10) and "--workdir" not in words
+    words += ["--workdir", str(tmp_path / "run")] if takes_folder else []
+    status, error = command(monkeypatch, capsys, main, *words)
+    assert status == 2
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    for part in parts:
+        assert part.format(tmp=tmp_path) in error
+    # It binds nothing: the corrected command may use the same folder.
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_full_disk_is_one_clear_line_and_keeps_what_was_saved(tmp_path, monkeypatch, capsys):
+    arguments = [
+        *("--epochs", "2", "--train-examples", "64", "--eval-examples", "40"),
+        *("--batch-size", "16", "--workdir", str(tmp_path)),
+    ]
+    save, count = train.checkpoint.save, iter(range(9))
+
+    def full(*args):
+        if next(count) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "checkpoints"))
+        save(*args)
+
+    monkeypatch.setattr(train.checkpoint, "save", full)
+    status, error = command(monkeypatch, capsys, run_digits, *arguments)
+    assert status == 2
+    assert error == (
+        f"error: the disk is full at {tmp_path}/checkpoints: make room, or choose another folder, "
+        "and run the same command again; what was saved before is whole.\n"
+    )
+    monkeypatch.setattr(train.checkpoint, "save", save)
+    status, _ = command(monkeypatch, capsys, run_digits, *arguments)
+    assert status == 0
+    assert [record["epoch"] for record in folders.read_metrics(tmp_path)] == [1, 2]
+
+
+COMMANDS = ("cifar10", "fashion_mnist", "mnist", "digits", "prepare_data", "evaluate", "compare")
+
+
+@pytest.mark.parametrize("name", (*COMMANDS, "benchmark"))
+def test_help_explains_every_option_without_starting_jax(name):
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{name}', '--help']\n"
+        f"try: runpy.run_module('experiments.{name}', run_name='__main__')\n"
+        "finally: assert not {'jax', 'matplotlib', 'tensorflow_datasets'} & set(sys.modules)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert f"python -m experiments.{name}" in ended.stdout
+    options = ended.stdout.split("settings:")[1]
+    lines = [line for line in options.splitlines() if line.strip().startswith("--")]
+    assert lines
+    assert "(default: None)" not in options
+
+
+def test_the_command_itself_runs_from_a_shell(tmp_path):
+    """The one test of the whole process: start, restart with huge pages, train, exit."""
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "experiments.digits", "--rule", "lls", "--epochs", "1"),
+            *("--train-examples", "64", "--batch-size", "16", "--workdir", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("epoch 1/1") == 1
+    assert ended.stderr == ""
