@@ -79,7 +79,7 @@ def run(command: Callable[[], int]) -> NoReturn:
     With ``LLS_JAX_TRACEBACK=1`` in the environment the traceback is shown too.
     """
     # Orbax notes there what its options imply.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         sys.exit(command())
     except KeyboardInterrupt:

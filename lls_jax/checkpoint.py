@@ -1,8 +1,10 @@
 """Checkpoints of a run, through Orbax: written whole or not at all, verified when read."""
 
+import errno
 import hashlib
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -87,7 +89,11 @@ def save(manager: ocp.CheckpointManager, checkpoint: Checkpoint) -> None:
     Args:
         manager: from :func:`open_checkpoints`.
         checkpoint: ``meta["accuracy"]``, where it is a number, decides which is the best.
+
+    Raises:
+        OSError: there is not enough room on the disk; nothing was written.
     """
+    _check_room(pathlib.Path(manager.directory), (checkpoint.training, checkpoint.evaluation))
     digests = {
         "training": _digest(checkpoint.training),
         "evaluation": _digest(checkpoint.evaluation),
@@ -104,6 +110,13 @@ def save(manager: ocp.CheckpointManager, checkpoint: Checkpoint) -> None:
         force=True,
     )
     manager.wait_until_finished()
+
+
+def _check_room(folder: pathlib.Path, trees: Any) -> None:
+    # Orbax writes from many threads, and each says at length that the disk is full.
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + 2**20
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def _restore_item(

@@ -1,10 +1,10 @@
 """The commands, as a person uses them: train, stop, kill, resume, evaluate, compare, mistype."""
 
 import dataclasses
-import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -421,21 +421,19 @@ def test_a_full_disk_is_one_clear_line_and_keeps_what_was_saved(tmp_path, monkey
         *("--epochs", "2", "--train-examples", "64", "--eval-examples", "40"),
         *("--batch-size", "16", "--workdir", str(tmp_path)),
     ]
-    save, count = train.checkpoint.save, iter(range(9))
+    usage, count = shutil.disk_usage, iter(range(9))
 
-    def full(*args):
-        if next(count) == 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "checkpoints"))
-        save(*args)
+    def full(path):
+        return usage(path)._replace(**({"free": 2**20} if next(count) == 1 else {}))
 
-    monkeypatch.setattr(train.checkpoint, "save", full)
+    monkeypatch.setattr(shutil, "disk_usage", full)
     status, error = command(monkeypatch, capsys, run_digits, *arguments)
     assert status == 2
     assert error == (
         f"error: the disk is full at {tmp_path}/checkpoints: make room, or choose another folder, "
         "and run the same command again; what was saved before is whole.\n"
     )
-    monkeypatch.setattr(train.checkpoint, "save", save)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
     status, _ = command(monkeypatch, capsys, run_digits, *arguments)
     assert status == 0
     assert [record["epoch"] for record in folders.read_metrics(tmp_path)] == [1, 2]

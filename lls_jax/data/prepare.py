@@ -38,7 +38,7 @@ def prepare(
         spec: the data set.
         data_dir: folder of prepared sets; made where it does not exist.
         archive: the official archive; None downloads it.
-        progress: whether to show progress bars.
+        progress: whether to show progress bars where there is a terminal.
 
     Returns:
         The folder of the prepared set.
@@ -104,7 +104,7 @@ def _fetch(file: Download, target: pathlib.Path, spec: DatasetSpec, progress: bo
                 total=int(response.headers.get("Content-Length") or 0) or None,
                 unit="B",
                 unit_scale=True,
-                disable=not progress,
+                disable=None if progress else True,  # None: on a terminal only
             ) as bar,
         ):
             while chunk := response.read(2**16):
@@ -179,7 +179,7 @@ def _make_builder(
                 desc=f"{spec.name} {split}",
                 total=len(data.labels),
                 unit="img",
-                disable=not progress,
+                disable=None if progress else True,  # None: on a terminal only
             )
             for index, (pixels, label) in enumerate(bar):
                 png = io.BytesIO()
