@@ -1,38 +1,50 @@
-"""Measure training: images/s, ms a step, compile time, temporaries, and the ratio to bp.
+"""Measure speed and memory: whole training steps, or the kernels of the local loss.
 
-Rules take turns, a few steps each, so that whatever else the machine does meets all of them alike.
-A step here is all that training does for a batch: drawing, augmenting and normalising it, the
-update, and the running totals.
+--suite training races rules against backpropagation; --suite kernels measures the local loss by
+each implementation, on a GPU.
 """
 
 import dataclasses
-import pathlib
-import time
+import importlib
 from typing import Any
 
 from simple_parsing import field
 
 from experiments.command_line import parse, run, use_huge_pages
-from experiments.config import TrainConfig
+from experiments.config import KERNELS, PRECISIONS, option
 
-_WARM_UP_STEPS = 3
-_STEPS_A_TURN = 5
+SUITES = ("training", "kernels")
+# What a suite measures unless told otherwise.
+_DEFAULTS: dict[str, dict[str, list[Any]]] = {
+    "training": {"models": ["small_conv"], "batch_sizes": [128], "precisions": ["float32"]},
+    "kernels": {
+        "models": ["small_conv", "vgg8", "mobilenet_v1"],
+        "batch_sizes": [128, 1024],
+        "precisions": list(PRECISIONS),
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """Measure the training loop on random images of CIFAR-10's shape."""
+    """Measure on random images."""
 
+    suite: str = "training"
+    """training: whole steps of each rule; kernels: the local loss by each implementation."""
     rules: list[str] = field(default_factory=lambda: ["lls", "lls_m", "lls_mxm", "bp"])
     """Rules to measure; bp is added for the ratio."""
-    model: str = "small_conv"
-    """Network."""
-    batch_size: int = 128
-    """Images a step."""
-    precision: str = "float32"
-    """float32 or bfloat16."""
+    models: list[str] = field(default_factory=list)
+    """Networks [default: small_conv; all that kernels are for with --suite kernels]."""
+    batch_sizes: list[int] = field(default_factory=list)
+    """Images a step [default: 128; 128 1024 with --suite kernels]."""
+    precisions: list[str] = field(default_factory=list)
+    """float32, bfloat16 [default: float32; both with --suite kernels]."""
+    kernels: str = "auto"
+    """Of --suite training: what computes the local losses: auto, xla, pallas or triton."""
     turns: int = 10
-    """Turns of 5 steps that each rule takes; the figures are medians over all its steps."""
+    """Turns that each contestant takes; the figures are medians over them."""
+    cpu: bool = False
+    """Run --suite kernels on a CPU, where there are no kernels to measure but XLA's own."""
     seed: int = 0
     """Of the random images and weights."""
     out: str = "benchmark"
@@ -40,133 +52,28 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming option and value, for what cannot be."""
-        for name in ("batch_size", "turns"):
-            if getattr(self, name) < 1:
+        if self.suite not in SUITES:
+            raise ValueError(f"unknown suite {self.suite!r}; expected one of {', '.join(SUITES)}.")
+        for defaulted, default in _DEFAULTS[self.suite].items():
+            if not getattr(self, defaulted):
+                object.__setattr__(self, defaulted, default)
+        sizes: dict[str, list[int]] = {"batch_sizes": self.batch_sizes, "turns": [self.turns]}
+        for name, counts in sizes.items():
+            if min(counts) < 1:
+                raise ValueError(f"{option(name)} is {min(counts)}; it must be at least 1.")
+        for name, values, known in (
+            ("precisions", self.precisions, PRECISIONS),
+            ("kernels", [self.kernels], KERNELS),
+        ):
+            if unknown := sorted(set(values) - set(known)):
                 raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1."
+                    f"{option(name)} is {unknown[0]!r}; expected one of {', '.join(known)}."
                 )
-
-
-class _Contestant:
-    """One rule's training loop, advanced a few steps at a time."""
-
-    def __init__(self, config: BenchmarkConfig, rule_name: str, images: Any, labels: Any) -> None:
-        import jax
-        import jax.numpy as jnp
-
-        from experiments import optimizers
-        from experiments.setup import example_image, make_task
-        from experiments.train import empty_totals
-        from lls_jax import training
-        from lls_jax.data import batches
-
-        train_config = TrainConfig(
-            rule=rule_name,
-            model=config.model,
-            batch_size=config.batch_size,
-            precision=config.precision,
-        )
-        task = make_task(train_config)
-        tx = optimizers.make(train_config, steps_per_epoch=1000)
-        self.name = rule_name
-        self.times: list[float] = []
-        self._index = 0
-        self._batches = len(labels) // config.batch_size
-        self._data = batches.DeviceSplit(jnp.asarray(images), jnp.asarray(labels))
-        self._key = jax.random.key(config.seed)
-        self._permutation = batches.epoch_permutation(self._key, 0, len(labels))
-        self._sample = batches.make_sampler(task.spec, train_config.augmentation, config.batch_size)
-        self._state = training.create_train_state(
-            task.model, task.rule, tx, self._key, example_image(task.spec)
-        )
-        self._totals = empty_totals(task)
-        self._step = training.make_train_step(task.model, task.rule, tx)
-        batch = self._sample(self._data, self._permutation, 0, self._key)
-        start = time.perf_counter()
-        compiled = self._step.lower(self._state, batch).compile()  # type: ignore[attr-defined]
-        self.compile_seconds = time.perf_counter() - start
-        memory = compiled.memory_analysis()
-        self.temporary_bytes = None if memory is None else int(memory.temp_size_in_bytes)
-
-    def advance(self, steps: int, *, keep: bool) -> None:
-        import jax
-
-        from experiments.train import add_totals
-
-        for _ in range(steps):
-            start = time.perf_counter()
-            key = jax.random.fold_in(self._key, self._index)
-            index = self._index % self._batches
-            batch = self._sample(self._data, self._permutation, index, key)
-            self._state, metrics = self._step(self._state, batch)
-            self._totals = add_totals(self._totals, metrics, batch["label"])
-            jax.block_until_ready(self._totals)
-            jax.block_until_ready(self._state)
-            self._index += 1
-            if keep:
-                self.times.append(time.perf_counter() - start)
 
 
 def benchmark(config: BenchmarkConfig) -> int:
     """Measure, print a table, write JSON and Markdown; returns the exit status."""
-    import statistics
-
-    import jax
-    import numpy as np
-
-    from experiments import run_folder
-
-    names = [*dict.fromkeys([*config.rules, "bp"])]
-    generator = np.random.default_rng(config.seed)
-    count = config.batch_size * 8
-    images = generator.integers(0, 256, (count, 32, 32, 3), np.uint8)
-    labels = generator.integers(0, 10, count).astype(np.int32)
-    contestants = [_Contestant(config, name, images, labels) for name in names]
-    for contestant in contestants:
-        contestant.advance(_WARM_UP_STEPS, keep=False)
-    for _ in range(config.turns):
-        for contestant in contestants:
-            contestant.advance(_STEPS_A_TURN, keep=True)
-    step_seconds = {c.name: statistics.median(c.times) for c in contestants}
-    device = jax.devices()[0]
-    results = [
-        {
-            "rule": c.name,
-            "images_per_second": config.batch_size / step_seconds[c.name],
-            "step_ms": 1e3 * step_seconds[c.name],
-            "compile_seconds": c.compile_seconds,
-            "temporary_mb": None if c.temporary_bytes is None else c.temporary_bytes / 1e6,
-            "speed_over_bp": step_seconds["bp"] / step_seconds[c.name],
-            "all_step_ms": [1e3 * seconds for seconds in c.times],
-        }
-        for c in contestants
-    ]
-    header = "| rule | images/s | ms a step | compile [s] | temporaries [MB] | speed over bp |"
-    lines = [header, "|" + " --- |" * 6]
-    for row in results:
-        memory = "" if row["temporary_mb"] is None else f"{row['temporary_mb']:.0f}"
-        lines.append(
-            f"| {row['rule']} | {row['images_per_second']:.0f} | {row['step_ms']:.1f} | "
-            f"{row['compile_seconds']:.1f} | {memory} | {row['speed_over_bp']:.2f} |"
-        )
-    table = "\n".join(lines) + "\n"
-    environment = run_folder.environment()
-    report = {
-        "config": dataclasses.asdict(config),
-        "environment": environment,
-        "results": results,
-    }
-    out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    run_folder.write_atomically(out / "benchmark.json", run_folder.to_json(report))
-    run_folder.write_atomically(out / "benchmark.md", table)
-    print(
-        f"{config.model}, batch {config.batch_size}, {config.precision}, {device.platform} "
-        f"({device.device_kind}), jax {jax.__version__}; medians of "
-        f"{_STEPS_A_TURN * config.turns} steps\n\n"
-        f"{table}\nwritten: {out / 'benchmark.json'}, benchmark.md"
-    )
-    return 0
+    return importlib.import_module(f"experiments.suites.{config.suite}").run(config)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ def _user_message(error: Exception) -> str | None:
     typed = (
         ("lls_jax.data.storage", "DatasetError"),
         ("lls_jax.checkpoint", "CheckpointError"),
+        ("pallas_kernels.local_loss.availability", "KernelUnavailableError"),
     )
     for module, name in typed:
         kind = getattr(sys.modules.get(module), name, None)

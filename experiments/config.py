@@ -8,6 +8,7 @@ from simple_parsing import field, flag
 OPTIMIZERS = ("schedule_free_adamw", "schedule_free_sgd", "adamw", "adam", "sgd")
 SCHEDULES = ("constant", "multistep", "plateau")
 PRECISIONS = ("float32", "bfloat16")
+KERNELS = ("auto", "xla", "pallas", "triton")
 
 # What may differ when a run is resumed: where things lie and what is shown, never the numbers.
 NOT_COMPARED = ("data_dir", "workdir", "progress", "checkpoint_every")
@@ -55,6 +56,9 @@ class TrainConfig:
     """none; flip: left to right; full: flip, crop with 4 pixels of padding, random erasing."""
     precision: str = "float32"
     """Of the activations: float32 or bfloat16. Parameters, statistics and losses are float32."""
+    kernels: str = "auto"
+    """What computes the local losses: auto: a GPU kernel where `python -m pallas_kernels.tune` has
+    measured one to be faster on this device, else xla; xla; pallas; or triton."""
     seed: int = 0
     """Of every random draw of the run."""
     train_examples: int | None = None
@@ -93,6 +97,7 @@ class TrainConfig:
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
+            ("kernels", KERNELS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(

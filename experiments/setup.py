@@ -13,6 +13,7 @@ from experiments.config import TrainConfig
 from lls_jax import data, models, rules, training
 from lls_jax.data import batches, prepare, storage
 from lls_jax.models import Network
+from pallas_kernels import local_loss
 
 
 class Task(NamedTuple):
@@ -59,6 +60,7 @@ def make_task(config: TrainConfig) -> Task:
             temperature=config.temperature,
             label_smoothing=config.label_smoothing,
             basis_rows=basis_rows,
+            implementation=None if config.kernels == "auto" else config.kernels,
         )
         model.check_image((1, *spec.image_shape))
         return Task(spec, model, rule)
@@ -89,7 +91,10 @@ def make_run(config: TrainConfig) -> Run:
     Raises:
         UserError: the config asks for what cannot be.
         lls_jax.data.DatasetError: the data set is missing or damaged.
+        pallas_kernels.local_loss.KernelUnavailableError: the kernels asked for cannot run here.
     """
+    if config.kernels != "auto":
+        local_loss.require(config.kernels)
     task = make_task(config)
     available = config.train_examples or task.spec.train_size
     if config.batch_size > available:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lls_jax.convolution import convolve_3x3
+from lls_jax.convolution import convolve_3x3, depthwise_3x3
 from lls_jax.normalization import apply_statistics, normalize_activate
 from lls_jax.rules import LocalRule
 
@@ -52,10 +52,12 @@ class Convolution(nn.Module):
 
     Attributes:
         features: number of output channels.
+        stride: pixels from one output to the next.
         dtype: of the computation; parameters are float32.
     """
 
     features: int
+    stride: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -64,7 +66,7 @@ class Convolution(nn.Module):
         init = fan_in_uniform(9 * x.shape[-1])
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        return convolve_3x3(x.astype(self.dtype), kernel.astype(self.dtype)), bias
+        return convolve_3x3(x.astype(self.dtype), kernel.astype(self.dtype), self.stride), bias
 
 
 class Classifier(nn.Module):
@@ -127,16 +129,82 @@ class ConvBlock(nn.Module):
     Attributes:
         features: number of output channels.
         dtype: of the activations, float32 or bfloat16; parameters and statistics are float32.
+        stride: pixels from one output to the next.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """``[batch, height, width, channels] -> [batch, height / stride, ..., features]``."""
+        x, bias = Convolution(self.features, self.stride, self.dtype, name="conv")(x)
+        return NormalizeActivate(name="norm")(x, bias, train=train)
+
+
+class Depthwise(nn.Module):
+    """A 3x3 convolution of each channel by itself, without a bias, padded by its stride.
+
+    Attributes:
+        stride: pixels from one output to the next.
+        dtype: of the computation; parameters are float32.
+    """
+
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[batch, height, width, channels]`` to as many channels."""
+        kernel = self.param("kernel", fan_in_uniform(9), (3, 3, 1, x.shape[-1]))
+        return depthwise_3x3(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution without a bias.
+
+    Attributes:
+        features: number of output channels.
+        dtype: of the computation; parameters are float32.
     """
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[batch, height, width, channels]`` to ``features``."""
+        channels = x.shape[-1]
+        kernel = self.param("kernel", fan_in_uniform(channels), (1, 1, channels, self.features))
+        # A matrix product: XLA's CPU convolution is slower at the same arithmetic.
+        return x.astype(self.dtype) @ kernel[0, 0].astype(self.dtype)
+
+
+class DepthwiseSeparableBlock(nn.Module):
+    """Depthwise 3x3, BatchNorm, LeakyReLU(0.01), pointwise, BatchNorm, LeakyReLU(0.01).
+
+    Attributes:
+        features: number of output channels.
+        dtype: of the activations, float32 or bfloat16; parameters and statistics are float32.
+        stride: pixels from one output of the depthwise convolution to the next, and its padding.
+
+    References:
+        Howard et al., "MobileNets", https://arxiv.org/abs/1704.04861.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+    stride: int = 1
+
+    @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """``[batch, height, width, channels] -> [batch, height, width, features]``."""
-        x, bias = Convolution(self.features, self.dtype, name="conv")(x)
-        return NormalizeActivate(name="norm")(x, bias, train=train)
+        """``[batch, height, width, channels] -> [batch, height', width', features]``."""
+        no_bias = jnp.zeros(())
+        x = Depthwise(self.stride, self.dtype, name="depthwise")(x)
+        x = NormalizeActivate(name="depthwise_norm")(x, no_bias, train=train)
+        x = Pointwise(self.features, self.dtype, name="pointwise")(x)
+        return NormalizeActivate(name="pointwise_norm")(x, no_bias, train=train)
 
 
 class DenseBlock(nn.Module):

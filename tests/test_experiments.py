@@ -316,7 +316,7 @@ def test_compare_writes_table_and_picture(reference, tmp_path, capsys):
 
 
 def test_benchmark_reports_every_rule(tmp_path, capsys):
-    config = benchmark.BenchmarkConfig(rules=["lls"], batch_size=4, turns=1, out=str(tmp_path))
+    config = benchmark.BenchmarkConfig(rules=["lls"], batch_sizes=[4], turns=1, out=str(tmp_path))
     assert benchmark.benchmark(config) == 0
     report = json.loads((tmp_path / "benchmark.json").read_text())
     assert [row["rule"] for row in report["results"]] == ["lls", "bp"]
@@ -324,7 +324,27 @@ def test_benchmark_reports_every_rule(tmp_path, capsys):
         assert len(row["all_step_ms"]) == 5
         assert row["temporary_mb"] > 0
     assert report["results"][1]["speed_over_bp"] == 1.0
-    assert "| lls |" in capsys.readouterr().out
+    assert "| small_conv | lls | 4 |" in capsys.readouterr().out
+
+
+def test_benchmark_of_kernels_names_what_it_measured(tmp_path, capsys):
+    config = benchmark.BenchmarkConfig(
+        suite="kernels", rules=["lls"], models=["small_conv"], batch_sizes=[2],
+        precisions=["float32"], turns=1, cpu=True, out=str(tmp_path),
+    )  # fmt: skip
+    assert benchmark.benchmark(config) == 0
+    report = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+    assert report["copy_bytes_per_second"] > 0
+    assert report["layers_not_measured"] == 0
+    assert {row["rule"] for row in report["layers"]} == {"lls", "lls_m", "lls_mxm"}
+    assert len(report["layers"]) == 4 * 3
+    for row in report["layers"]:
+        assert row["implementation"] == "xla"
+        assert row["speed_over_xla"] == 1.0
+    assert [row["rule"] for row in report["steps"]] == ["lls", "bp"]
+    printed = capsys.readouterr().out
+    assert "left out: implementation 'pallas'" in printed
+    assert jax.devices()[0].device_kind in printed
 
 
 # --- mistakes ----------------------------------------------------------------------------------
@@ -359,6 +379,11 @@ def run_compare():
     command_line.run(lambda: compare.compare(config))
 
 
+def run_benchmark():
+    config = command_line.parse(benchmark.BenchmarkConfig, "benchmark", "")
+    command_line.run(lambda: benchmark.benchmark(config))
+
+
 def run_prepare():
     config = command_line.parse(prepare_data.PrepareConfig, "prepare_data", "")
     command_line.run(lambda: prepare_data.prepare_data(config))
@@ -374,6 +399,12 @@ def run_prepare():
         (run_digits, "--waveform saw", ["'saw'", "square"]),
         (run_digits, "--augmentation mixup", ["'mixup'", "flip"]),
         (run_digits, "--precision float16", ["'float16'", "bfloat16"]),
+        (run_digits, "--kernels cuda", ["'cuda'", "auto, xla, pallas, triton"]),
+        (run_digits, "--kernels pallas", ["'pallas'", "needs an NVIDIA GPU", "use 'xla'"]),
+        (run_benchmark, "--suite kernels", ["is a CPU", "--cpu"]),
+        (run_benchmark, "--suite kernel", ["'kernel'", "training, kernels"]),
+        (run_benchmark, "--precisions float16", ["'float16'", "bfloat16"]),
+        (run_benchmark, "--batch-sizes 0", ["--batch-sizes is 0"]),
         (run_digits, "--lerning-rate 1", ["--lerning-rate", "--help"]),
         (run_digits, "--epoch 1", ["--epoch", "--help"]),
         (run_digits, "--epochs many", ["--epochs", "'many'"]),

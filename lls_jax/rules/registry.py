@@ -68,7 +68,8 @@ def make(
         temperature: divides a local loss's logits; positive, dimensionless.
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
         basis_rows: rows of the reduced basis; ``lls_mxm_reduced`` only, and required there.
-        implementation: of the local loss: ``"xla"``, or None to choose.
+        implementation: of the local loss, ``"xla"``, ``"pallas"``, ``"triton"`` or None to choose;
+            :func:`pallas_kernels.local_loss.local_loss` says more.
 
     Returns:
         An immutable, hashable rule.

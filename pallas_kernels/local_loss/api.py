@@ -1,16 +1,96 @@
 """The public function of the local loss: checks its arguments and picks an implementation."""
 
-import types
-from collections.abc import Callable, Mapping
+import functools
+import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.local_loss import reference
-
-IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = types.MappingProxyType(
-    {"xla": reference.local_loss}
+from pallas_kernels.local_loss.availability import (
+    Choice,
+    KernelUnavailableError,
+    choose_implementation,
+    current_device,
+    obstacle,
+    shape_obstacle,
 )
+from pallas_kernels.local_loss.config import Config, Problem, choose
+from pallas_kernels.local_loss.fused import Fused, Launch, Statics, differentiable
+
+IMPLEMENTATIONS = ("xla", "pallas", "triton")
+
+
+@functools.lru_cache(maxsize=64)
+def _launcher(implementation: str, config: Config | None, interpret: bool) -> Launch:
+    """The launch of a kernel; the same object for the same arguments."""
+    backend: Any = importlib.import_module(
+        {
+            "pallas": "pallas_kernels.local_loss.pallas_triton",
+            "triton": "pallas_kernels.local_loss.triton_native",
+        }[implementation]
+    )
+
+    def launch(
+        statics: Statics,
+        activation: jax.Array,
+        projection: jax.Array,
+        modulation: jax.Array | None,
+        labels: jax.Array,
+        *,
+        save_latents: bool,
+    ) -> Fused:
+        problem = make_problem(activation, projection.shape[1], modulation, statics.pool_size)
+        kind = None if interpret else current_device().kind
+        return backend.launch(
+            problem,
+            config or choose(implementation, kind, problem),
+            statics,
+            activation,
+            projection,
+            modulation,
+            labels,
+            save_latents=save_latents,
+            interpret=interpret,
+        )
+
+    return launch
+
+
+def make_problem(
+    activation: jax.Array, rows: int, modulation: jax.Array | None, pool_size: int
+) -> Problem:
+    """The shapes of a call, as tile choice and the table of measured tiles know them."""
+    spatial = activation.ndim == 4
+    return Problem(
+        height=activation.shape[1] if spatial else 0,
+        width=activation.shape[2] if spatial else 0,
+        channels=activation.shape[-1],
+        pool_size=pool_size,
+        rows=rows,
+        classes=rows if modulation is None else modulation.shape[-1],
+        modulation="none" if modulation is None else {1: "vector", 2: "matrix"}[modulation.ndim],
+        dtype=str(activation.dtype),
+    )
+
+
+def explain(
+    activation: jax.Array,
+    projection: jax.Array,
+    modulation: jax.Array | None,
+    *,
+    pool_size: int,
+) -> Choice:
+    """Which implementation ``implementation=None`` would take on the current device, and why.
+
+    Args are those of :func:`local_loss`; only shapes and dtypes count.
+
+    >>> explain(jnp.ones((1, 4)), jnp.eye(2), None, pool_size=2).implementation
+    'xla'
+    """
+    problem = make_problem(activation, projection.shape[0], modulation, pool_size)
+    return choose_implementation(current_device(), problem)
 
 
 def _latent_dim(activation: jax.Array, pool_size: int) -> int:
@@ -45,6 +125,8 @@ def _check(
             f"`projection` has shape {projection.shape}; expected [rows, {latents}] for an "
             f"activation of shape {activation.shape} pooled to {pool_size}."
         )
+    if 0 in activation.shape:
+        raise ValueError(f"`activation` has shape {activation.shape}; no axis may be empty.")
     if labels.shape != activation.shape[:1]:
         raise ValueError(
             f"`labels` has shape {labels.shape}; expected {activation.shape[:1]}, one an example."
@@ -57,6 +139,15 @@ def _check(
             f"`modulation` has shape {modulation.shape}; expected [{rows}] or [{rows}, classes], "
             f"for a projection of {rows} rows, or None."
         )
+    classes = rows if modulation is None else modulation.shape[-1]
+    # Inside a compiled function their values are not known yet.
+    if not isinstance(labels, jax.core.Tracer):
+        least, most = int(jnp.min(labels)), int(jnp.max(labels))
+        if least < 0 or most >= classes:
+            raise ValueError(
+                f"`labels` holds {least if least < 0 else most}; expected indices of {classes} "
+                f"classes, from 0 to {classes - 1}."
+            )
 
 
 def local_loss(
@@ -70,6 +161,8 @@ def local_loss(
     label_smoothing: float = 0.0,
     normalize: bool = True,
     implementation: str | None = None,
+    config: Config | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """A block's local loss: pool, normalise, project, modulate, softmax cross-entropy.
 
@@ -92,13 +185,19 @@ def local_loss(
         temperature: divides the logits; positive, dimensionless.
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
         normalize: whether each example's latents are scaled to unit length.
-        implementation: ``"xla"``, or None for the best one here.
+        implementation: ``"xla"``: plain operations, on any device. ``"pallas"``: one kernel, on
+            NVIDIA GPUs of compute capability 8.0 and newer. ``"triton"``: the same kernel in Triton
+            itself, with the package jax-triton. None: a kernel where ``pallas_kernels.tune`` has
+            measured one to be faster on this device, else ``"xla"``; :func:`explain` tells.
+        config: tile sizes of a kernel; None chooses.
+        interpret: interpret the kernel instead of compiling it: on any device, slowly, for tests.
 
     Returns:
         float32 ``[batch]``: the loss of each example.
 
     Raises:
         ValueError: an argument's shape, dtype or value is wrong, or no such implementation exists.
+        KernelUnavailableError: the implementation asked for cannot run here; nothing falls back.
 
     References:
         Apolinario, Roy, Roy, "LLS: Local Learning Rule for Deep Neural Networks Inspired by Neural
@@ -113,13 +212,14 @@ def local_loss(
             f"{', '.join(map(repr, IMPLEMENTATIONS))}, or None to choose."
         )
     _check(activation, projection, modulation, labels, pool_size, temperature, label_smoothing)
-    return IMPLEMENTATIONS[implementation or "xla"](
-        activation,
-        projection,
-        modulation,
-        labels,
-        pool_size=pool_size,
-        temperature=temperature,
-        label_smoothing=label_smoothing,
-        normalize=normalize,
-    )
+    problem = make_problem(activation, projection.shape[0], modulation, pool_size)
+    device = current_device()
+    name = implementation or choose_implementation(device, problem).implementation
+    statics = Statics(pool_size, temperature, label_smoothing, normalize)
+    if name == "xla":
+        return reference.local_loss(activation, projection, modulation, labels, **statics._asdict())
+    stopped = shape_obstacle(problem) if interpret else obstacle(name, device, problem)
+    if stopped is not None:
+        raise KernelUnavailableError(f"implementation {name!r} cannot run here: {stopped}.")
+    loss = differentiable(_launcher(name, config, interpret), statics)
+    return loss(activation, projection, modulation, labels)

@@ -1,0 +1,57 @@
+"""A suite's results: a table for people, JSON for programs."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from experiments import run_folder
+
+Row = dict[str, Any]
+
+
+def markdown(columns: dict[str, str], rows: Sequence[Row]) -> str:
+    """A Markdown table.
+
+    Args:
+        columns: heading by key of a row.
+        rows: strings, integers, floats (shown to three digits) and None (shown as nothing).
+    """
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, float):
+            return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return str(value)
+
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cell(row.get(key)) for key in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean of positive numbers."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def device_line() -> str:
+    """Which device and jax the figures are of."""
+    device = jax.devices()[0]
+    return f"{device.platform} ({device.device_kind}), jax {jax.__version__}"
+
+
+def write(folder: pathlib.Path, config: Any, results: Any, text: str) -> None:
+    """Write ``benchmark.json`` and ``benchmark.md``, and print the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "config": dataclasses.asdict(config),
+        "environment": run_folder.environment(),
+        "results": results,
+    }
+    run_folder.write_atomically(folder / "benchmark.json", run_folder.to_json(content))
+    run_folder.write_atomically(folder / "benchmark.md", text)
+    print(f"{text}\nwritten: {folder / 'benchmark.json'}, benchmark.md")
