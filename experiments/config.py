@@ -21,9 +21,14 @@ class TrainConfig:
     dataset: str = field(default="cifar10", cmd=False)
 
     rule: str = "lls_mxm"
-    """Learning rule: lls, lls_m, lls_mxm, lls_mxm_reduced, or the baseline bp."""
+    """Learning rule: lls, lls_m, lls_mxm, lls_mxm_reduced, lls_random, lls_m_random,
+    lls_mxm_random, local_classifier, predsim, contrastive, decoupled; a baseline: bp, dfa, drtp;
+    your own: package.module:function; or one of these a block, joined by commas."""
     model: str = "small_conv"
-    """Network: small_conv."""
+    """Network: small_conv, small_conv_l, vgg8, vgg11, mobilenet_v1, mobilenet_v1_small."""
+    groups: str | None = None
+    """Blocks that share one local loss, like 2,2; with the classifier in the last one if they add
+    up to one more than there are blocks [default: each block by itself]."""
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 128
@@ -44,6 +49,8 @@ class TrainConfig:
     """
     basis_rows: int | None = None
     """Rows of the basis of lls_mxm_reduced [default: the model's published number]."""
+    feedback_sign: bool = flag(default=False, negative_prefix="--no-")
+    """dfa feeds back the sign of the output's error alone."""
     waveform: str = "square"
     """Of the periodic basis: square or cosine."""
     temperature: float = 0.5
@@ -103,6 +110,7 @@ class TrainConfig:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(known)}."
                 )
+        self.group_sizes()
         if self.schedule == "plateau" and self.optimizer.startswith("schedule_free"):
             raise ValueError(
                 f"--schedule plateau does not go with --optimizer {self.optimizer}, which averages "
@@ -111,7 +119,23 @@ class TrainConfig:
 
     def run_folder(self) -> str:
         """Where this run lies."""
-        return self.workdir or f"runs/{self.dataset}-{self.model}-{self.rule}-s{self.seed}"
+        rule = self.rule.replace(":", ".").replace(",", "+").replace("/", ".")
+        return self.workdir or f"runs/{self.dataset}-{self.model}-{rule}-s{self.seed}"
+
+    def group_sizes(self) -> tuple[int, ...] | None:
+        """Blocks a group, if any were asked for.
+
+        Raises:
+            ValueError: not numbers.
+        """
+        if self.groups is None:
+            return None
+        try:
+            return tuple(int(part) for part in self.groups.split(","))
+        except ValueError:
+            raise ValueError(
+                f"--groups is {self.groups!r}; expected numbers of blocks, like 2,2."
+            ) from None
 
 
 def option(name: str) -> str:

@@ -50,22 +50,49 @@ def make_task(config: TrainConfig) -> Task:
             dropout=config.dropout,
             dtype=jnp.dtype(config.precision),
         )
-        basis_rows = config.basis_rows
-        if config.rule == "lls_mxm_reduced" and basis_rows is None:
-            basis_rows = model.basis_rows
-        rule = rules.make(
-            config.rule,
-            num_classes=spec.num_classes,
-            waveform=config.waveform,
-            temperature=config.temperature,
-            label_smoothing=config.label_smoothing,
-            basis_rows=basis_rows,
-            implementation=None if config.kernels == "auto" else config.kernels,
-        )
+        if (sizes := config.group_sizes()) is not None:
+            model = model.grouped(sizes)
+        made = tuple(_make_rule(config, name, spec, model) for name in config.rule.split(","))
+        rule = made[0]
+        if len(made) > 1:
+            rule = rules.PerBlock(made)  # type: ignore[arg-type]
+            _check_rules(rule, model)
         model.check_image((1, *spec.image_shape))
         return Task(spec, model, rule)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _make_rule(
+    config: TrainConfig, name: str, spec: data.DatasetSpec, model: Network
+) -> rules.Rule:
+    reduced = name == "lls_mxm_reduced"
+    # Each of several rules takes the options that it has a use for.
+    several = "," in config.rule
+    basis_rows = config.basis_rows
+    if reduced and basis_rows is None:
+        basis_rows = model.basis_rows
+    if several and not reduced:
+        basis_rows = None
+    return rules.make(
+        name,
+        num_classes=spec.num_classes,
+        waveform=config.waveform,
+        temperature=config.temperature,
+        label_smoothing=config.label_smoothing,
+        basis_rows=basis_rows,
+        implementation=None if config.kernels == "auto" else config.kernels,
+        sign=config.feedback_sign,
+    )
+
+
+def _check_rules(rule: rules.PerBlock, model: Network) -> None:
+    for one in rule.rules:
+        if not rules.has_local_losses(one):
+            raise ValueError(
+                f"rule {one.name!r} has no local loss and cannot be one of several; give it alone."
+            )
+    model.local_blocks(rule)
 
 
 def data_folder(config: TrainConfig) -> pathlib.Path:

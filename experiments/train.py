@@ -21,7 +21,6 @@ from experiments.config import TrainConfig, option
 from experiments.setup import Run, Task, example_image, make_run
 from lls_jax import checkpoint, evaluation, training
 from lls_jax.data import batches
-from lls_jax.rules import Backpropagation
 
 # Batches from which BatchNorm's statistics are estimated at the averaged weights.
 _STATS_BATCHES = 50
@@ -78,7 +77,7 @@ def add_totals(totals: Totals, metrics: training.Metrics, labels: jax.Array) -> 
 
 def empty_totals(task: Task) -> Totals:
     """The totals of an epoch that has not begun."""
-    layers = 0 if isinstance(task.rule, Backpropagation) else len(task.model.specs)
+    layers = training.num_local_losses(task.model, task.rule)
     zero = jnp.zeros((), jnp.int32)
     return Totals(jnp.zeros((layers + 1,)), zero, zero)
 

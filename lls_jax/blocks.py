@@ -1,5 +1,6 @@
 """Flax Linen blocks, and the wrapper that gives a block its local loss."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from lls_jax.convolution import convolve_3x3, depthwise_3x3
 from lls_jax.normalization import apply_statistics, normalize_activate
-from lls_jax.rules import LocalRule
+from lls_jax.rules.protocol import LocalRule, init_params
 
 Initializer = Callable[..., jax.Array]
 
@@ -268,20 +269,23 @@ class LocalBlock(nn.Module):
             The activation, or with labels ``(activation, loss)``; the loss is a float32 scalar.
         """
         activation = self.block(jax.lax.stop_gradient(x), train=train)
-        latent_dim = (
-            activation.shape[-1] * self.pool_size**2 if activation.ndim == 4 else self.pool_size
-        )
-        rule_params = self._rule_params(latent_dim)
+        rule_params = self._rule_params(activation.shape[1:])
         if labels is None:
             return activation
         return activation, self.rule.loss(rule_params, activation, labels, pool_size=self.pool_size)
 
-    def _rule_params(self, latent_dim: int) -> dict[str, Any]:
+    def _rule_params(self, activation_shape: tuple[int, ...]) -> dict[str, Any]:
+        draw = functools.partial(
+            init_params,
+            self.rule,
+            activation_shape=activation_shape,
+            pool_size=self.pool_size,
+            hidden_dim=self.hidden_dim,
+        )
         # A rule with nothing to learn leaves no empty entry in the parameters.
         if self.is_initializing():
-            key = jax.random.key(0)
-            shapes = jax.eval_shape(lambda: self.rule.init(key, latent_dim, self.hidden_dim))
+            shapes = jax.eval_shape(lambda: draw(jax.random.key(0)))
             learns = bool(jax.tree.leaves(shapes))
         else:
             learns = self.has_variable("params", "rule")
-        return self.param("rule", self.rule.init, latent_dim, self.hidden_dim) if learns else {}
+        return self.param("rule", draw) if learns else {}

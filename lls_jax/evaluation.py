@@ -23,9 +23,30 @@ def _schedule_free_states(opt_state: Any) -> list[Any]:
     return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
-@jax.jit
 def _average(opt_state: Any, params: Any) -> Any:
-    return optax.contrib.schedule_free_eval_params(opt_state, params)
+    """The average of what the optimiser knows; the rest, which no training changes, as it is."""
+    trained = _restricted(params, opt_state.z)
+    return _merged(params, _average_trained(opt_state, trained))
+
+
+@jax.jit
+def _average_trained(opt_state: Any, trained: Any) -> Any:
+    return optax.contrib.schedule_free_eval_params(opt_state, trained)
+
+
+def _restricted(params: Any, like: Any) -> Any:
+    if not isinstance(params, dict):
+        return params
+    return {name: _restricted(params[name], like[name]) for name in like}
+
+
+def _merged(params: Any, changed: Any) -> Any:
+    if not isinstance(params, dict):
+        return changed
+    return {
+        name: _merged(value, changed[name]) if name in changed else value
+        for name, value in params.items()
+    }
 
 
 def averaged_params(state: TrainState) -> dict[str, Any]:

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lls_jax.models import Network
-from lls_jax.models.network import fold_in
-from lls_jax.rules import Backpropagation, Rule
+from lls_jax.blocks import LocalBlock
+from lls_jax.models import BlockSpec, Network
+from lls_jax.rules import Backpropagation, FeedbackRule, Rule, has_local_losses
+from lls_jax.rules.protocol import for_block, merge_fixed, split_fixed
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+# The classifier's key in parameters and optimiser states, beside the blocks' names.
+CLASSIFIER = "classifier"
 
 
 class TrainState(NamedTuple):
@@ -23,7 +26,7 @@ class TrainState(NamedTuple):
         step: number of updates done, int32 scalar.
         params: parameters by block name, and ``classifier``.
         batch_stats: BatchNorm's running statistics by block name.
-        opt_state: one optimiser state a block for a local rule; one in all for ``bp``.
+        opt_state: one optimiser state a block; one in all for ``bp``.
         key: the run's random key; every draw is ``fold_in(key, step)`` or further down.
     """
 
@@ -78,8 +81,16 @@ def state_from_variables(
     else:
         # One state a block: what couples parameters (a clip by the global norm, a plateau
         # schedule) stays inside the block, as locality asks.
-        opt_state = {name: tx.init(block) for name, block in params.items()}
+        opt_state = {
+            name: tx.init(split_fixed(_rule_of(rule, name), block)[0])
+            for name, block in params.items()
+        }
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, _typed_key(key))
+
+
+def _rule_of(rule: Rule, name: str) -> Any:
+    """The rule of a block by the block's name; None for the classifier."""
+    return None if name == CLASSIFIER else for_block(rule, int(name.removeprefix("block_")))
 
 
 def _typed_key(key: jax.Array) -> jax.Array:
@@ -87,10 +98,154 @@ def _typed_key(key: jax.Array) -> jax.Array:
     return key if is_typed else jax.random.wrap_key_data(key)
 
 
+def num_local_losses(model: Network, rule: Rule) -> int:
+    """Length of the training step's ``layer_loss``."""
+    return len(model.specs) - model.joined if has_local_losses(rule) else 0
+
+
 def classifier_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Plain softmax cross-entropy, the mean over the batch; ``[batch, classes], [batch] -> []``."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
     return jnp.mean(losses)
+
+
+class BlockState(NamedTuple):
+    """What one block, or the classifier, learns with.
+
+    Attributes:
+        params: its parameters, and its rule's.
+        batch_stats: its BatchNorm statistics; ``{}`` for the classifier.
+        opt_state: its optimiser's.
+    """
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def block_state(state: TrainState, name: str) -> BlockState:
+    """One block's part of a state with an optimiser a block."""
+    return BlockState(state.params[name], state.batch_stats.get(name, {}), state.opt_state[name])
+
+
+def join_states(states: dict[str, BlockState], step: jax.Array, key: jax.Array) -> TrainState:
+    """A whole state from its blocks' and the classifier's."""
+    return TrainState(
+        step,
+        {name: state.params for name, state in states.items()},
+        {name: state.batch_stats for name, state in states.items() if name != CLASSIFIER},
+        {name: state.opt_state for name, state in states.items()},
+        key,
+    )
+
+
+def _updated(
+    tx: optax.GradientTransformationExtraArgs,
+    state: BlockState,
+    trained: Any,
+    grads: Any,
+    loss: jax.Array,
+) -> tuple[Any, Any]:
+    """New values of the trained parameters, and of the optimiser's state."""
+    updates, opt_state = tx.update(grads, state.opt_state, trained, value=loss)
+    return optax.apply_updates(trained, updates), opt_state
+
+
+def update_block(
+    block: LocalBlock,
+    spec: BlockSpec,
+    tx: optax.GradientTransformationExtraArgs,
+    state: BlockState,
+    x: jax.Array,
+    labels: jax.Array,
+    dropout_key: jax.Array,
+) -> tuple[BlockState, jax.Array, jax.Array]:
+    """A block's own update, which needs nothing of the blocks above it.
+
+    Args:
+        block: the block with its rule.
+        spec: of the block.
+        tx: the optimiser.
+        state: the block's.
+        x: its input, ``[batch, ...]``.
+        labels: integers ``[batch]``.
+        dropout_key: the block's own, of this step.
+
+    Returns:
+        The new state, the local loss, and the next block's input: from the activation that was
+        computed before the update.
+    """
+    trained, fixed = split_fixed(block.rule, state.params)
+
+    def block_loss(trained: Any) -> tuple[jax.Array, Any]:
+        variables = {"params": merge_fixed(trained, fixed), "batch_stats": state.batch_stats}
+        (activation, loss), updates = block.apply(
+            variables, x, labels, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key}
+        )
+        return loss, (activation, updates["batch_stats"])
+
+    value_and_grad = jax.value_and_grad(block_loss, has_aux=True)
+    (loss, (activation, batch_stats)), grads = value_and_grad(trained)
+    trained, opt_state = _updated(tx, state, trained, grads, loss)
+    # The barrier makes the next block wait for this one's gradient, whose residuals are then free.
+    activation, trained = jax.lax.optimization_barrier((activation, trained))
+    new = BlockState(merge_fixed(trained, fixed), batch_stats, opt_state)
+    return new, loss, spec.transition(activation, dropout_key)
+
+
+def update_classifier(
+    model: Network,
+    tx: optax.GradientTransformationExtraArgs,
+    state: BlockState,
+    features: jax.Array,
+    labels: jax.Array,
+) -> tuple[BlockState, jax.Array, jax.Array]:
+    """The classifier's update on detached features: its new state, its loss, the logits."""
+
+    def logits_loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        logits = model.classify(params, features)
+        return classifier_loss(logits, labels), logits
+
+    (loss, logits), grads = jax.value_and_grad(logits_loss, has_aux=True)(state.params)
+    params, opt_state = _updated(tx, state, state.params, grads, loss)
+    return BlockState(params, {}, opt_state), loss, logits
+
+
+def _update_joined(
+    model: Network,
+    tx: optax.GradientTransformationExtraArgs,
+    states: tuple[BlockState, BlockState],
+    x: jax.Array,
+    labels: jax.Array,
+    dropout_key: jax.Array,
+) -> tuple[tuple[BlockState, BlockState], jax.Array, jax.Array]:
+    """The last block's and the classifier's update from the classifier's loss."""
+    spec = model.specs[-1]
+    block, classifier = states
+
+    def logits_loss(params: Any) -> tuple[jax.Array, Any]:
+        own, classifier_params = params
+        variables = {"params": own["block"], "batch_stats": block.batch_stats["block"]}
+        activation, updates = spec.module.apply(
+            variables,
+            jax.lax.stop_gradient(x),
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_key},
+        )
+        logits = model.classify(classifier_params, spec.transition(activation, dropout_key))
+        return classifier_loss(logits, labels), (logits, {"block": updates["batch_stats"]})
+
+    own = {"block": block.params["block"]}
+    (loss, (logits, stats)), grads = jax.value_and_grad(logits_loss, has_aux=True)(
+        (own, classifier.params)
+    )
+    # Its rule's parameters, which no loss reaches, get gradients of 0.
+    grads_block = {**jax.tree.map(jnp.zeros_like, block.params), **grads[0]}
+    params, opt_state = _updated(tx, block, block.params, grads_block, loss)
+    new_block = BlockState(params, stats, opt_state)
+    params, opt_state = _updated(tx, classifier, classifier.params, grads[1], loss)
+    return (new_block, BlockState(params, {}, opt_state)), loss, logits
 
 
 def _local_step(
@@ -102,45 +257,69 @@ def _local_step(
 ) -> tuple[TrainState, Metrics]:
     x, labels = batch["image"].astype(model.dtype), batch["label"]
     dropout_key = jax.random.fold_in(state.key, state.step)
-    params, batch_stats, opt_state, layer_loss = {}, {}, {}, []
-
-    def update(name: str, grads: Any, loss: jax.Array) -> None:
-        updates, opt_state[name] = tx.update(
-            grads, state.opt_state[name], state.params[name], value=loss
+    states: dict[str, BlockState] = {}
+    layer_loss = []
+    blocks = list(zip(model.block_names, model.local_blocks(rule), model.specs))
+    for i, (name, block, spec) in enumerate(blocks[:-1] if model.joined else blocks):
+        block_key = jax.random.fold_in(dropout_key, i)
+        states[name], loss, x = update_block(
+            block, spec, tx, block_state(state, name), x, labels, block_key
         )
-        params[name] = optax.apply_updates(state.params[name], updates)
-
-    blocks = zip(model.block_names, model.local_blocks(rule), model.specs)
-    for i, (name, block, spec) in enumerate(blocks):
-
-        def block_loss(
-            block_params: Any, x: jax.Array = x, name: str = name, block: Any = block
-        ) -> tuple[jax.Array, Any]:
-            variables = {"params": block_params, "batch_stats": state.batch_stats[name]}
-            (activation, loss), updates = block.apply(
-                variables, x, labels, train=True, mutable=["batch_stats"]
-            )
-            return loss, (activation, updates["batch_stats"])
-
-        value_and_grad = jax.value_and_grad(block_loss, has_aux=True)
-        (loss, (activation, batch_stats[name])), grads = value_and_grad(state.params[name])
-        update(name, grads, loss)
         layer_loss.append(loss)
-        # The next block takes the activation computed before the update. The barrier makes it
-        # wait for this block's gradient, whose residuals are then free.
-        activation, params[name] = jax.lax.optimization_barrier((activation, params[name]))
-        x = spec.transition(activation, fold_in(dropout_key, i))
+    classifier = block_state(state, CLASSIFIER)
+    if model.joined:
+        last = model.block_names[-1]
+        block_key = jax.random.fold_in(dropout_key, len(blocks) - 1)
+        (states[last], states[CLASSIFIER]), loss, logits = _update_joined(
+            model, tx, (block_state(state, last), classifier), x, labels, block_key
+        )
+    else:
+        states[CLASSIFIER], loss, logits = update_classifier(model, tx, classifier, x, labels)
+    metrics = {"layer_loss": _stacked(layer_loss), "loss": loss, "logits": logits}
+    return join_states(states, state.step + 1, state.key), metrics
 
-    def logits_loss(classifier_params: Any) -> tuple[jax.Array, jax.Array]:
-        logits = model.classify(classifier_params, x)
-        return classifier_loss(logits, labels), logits
 
-    (loss, logits), grads = jax.value_and_grad(logits_loss, has_aux=True)(
-        state.params["classifier"]
+def _stacked(layer_loss: list[jax.Array]) -> jax.Array:
+    return jnp.stack(layer_loss) if layer_loss else jnp.zeros((0,), jnp.float32)
+
+
+def _feedback_step(
+    model: Network,
+    rule: FeedbackRule,
+    tx: optax.GradientTransformationExtraArgs,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """Every block gets a random projection of the output's error, or of the target."""
+    x, labels = batch["image"].astype(model.dtype), batch["label"]
+    dropout_key = jax.random.fold_in(state.key, state.step)
+    activations, pullbacks, batch_stats = [], [], {}
+    for i, (name, spec) in enumerate(zip(model.block_names, model.specs)):
+
+        def run(params: Any, x: jax.Array = x, name: str = name, spec: Any = spec) -> Any:
+            variables = {"params": params, "batch_stats": state.batch_stats[name]["block"]}
+            x = jax.lax.stop_gradient(x)
+            return spec.module.apply(variables, x, train=True, mutable=["batch_stats"])
+
+        activation, pullback, updates = jax.vjp(run, state.params[name]["block"], has_aux=True)
+        batch_stats[name] = {"block": updates["batch_stats"]}
+        activations.append(activation)
+        pullbacks.append(pullback)
+        x = spec.transition(activation, jax.random.fold_in(dropout_key, i))
+    states: dict[str, BlockState] = {}
+    states[CLASSIFIER], loss, logits = update_classifier(
+        model, tx, block_state(state, CLASSIFIER), x, labels
     )
-    update("classifier", grads, loss)
-    metrics = {"layer_loss": jnp.stack(layer_loss), "loss": loss, "logits": logits}
-    return TrainState(state.step + 1, params, batch_stats, opt_state, state.key), metrics
+    signal = rule.output_signal(logits, labels)
+    for name, activation, pullback in zip(model.block_names, activations, pullbacks):
+        feedback = state.params[name]["rule"]["feedback"]
+        cotangent = jnp.tensordot(signal, feedback, 1, precision="highest")
+        (grads,) = pullback(cotangent.astype(activation.dtype))
+        trained, fixed = split_fixed(rule, state.params[name])
+        trained, opt_state = _updated(tx, block_state(state, name), trained, {"block": grads}, loss)
+        states[name] = BlockState(merge_fixed(trained, fixed), batch_stats[name], opt_state)
+    metrics = {"layer_loss": _stacked([]), "loss": loss, "logits": logits}
+    return join_states(states, state.step + 1, state.key), metrics
 
 
 def _backpropagation_step(
@@ -173,7 +352,8 @@ def make_train_step(model: Network, rule: Rule, tx: optax.GradientTransformation
     With a local rule it walks block by block: the gradient of the block's own loss with respect to
     the block's own parameters, their update, then the next block, on the activation computed
     before that update. No gradient toward a block's input is ever computed. With ``bp`` one
-    gradient of the classifier's loss updates everything.
+    gradient of the classifier's loss updates everything; with ``dfa`` and ``drtp`` every block gets
+    a random projection of the output's error or of the target.
 
     Args:
         model: from :func:`lls_jax.models.make`.
@@ -183,7 +363,7 @@ def make_train_step(model: Network, rule: Rule, tx: optax.GradientTransformation
     Returns:
         ``step(state, batch) -> (state, metrics)``. `batch` has ``image``, normalised
         ``[batch, height, width, channels]``, and ``label``, integers ``[batch]``. `metrics` has
-        ``layer_loss`` ``[local blocks]`` (none for ``bp``), ``loss``, the classifier's, and
+        ``layer_loss`` ``[local blocks]`` (none for baselines), ``loss``, the classifier's, and
         ``logits`` ``[batch, classes]``.
 
     >>> from lls_jax import models, rules
@@ -195,7 +375,11 @@ def make_train_step(model: Network, rule: Rule, tx: optax.GradientTransformation
     >>> int(state.step), metrics["layer_loss"].shape
     (1, (4,))
     """
-    step = _backpropagation_step if isinstance(rule, Backpropagation) else _local_step
+    step: Any = _local_step
+    if isinstance(rule, Backpropagation):
+        step = _backpropagation_step
+    elif isinstance(rule, FeedbackRule):
+        step = _feedback_step
     with_extra = optax.with_extra_args_support(tx)
     return jax.jit(functools.partial(step, model, rule, with_extra), donate_argnums=0)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.blocks import Classifier, LocalBlock
-from lls_jax.rules import Rule
+from lls_jax.rules.protocol import Rule, for_block
 from pallas_kernels.local_loss import adaptive_average_pool
 
 Variables = dict[str, Any]
@@ -72,6 +72,28 @@ class BlockSpec:
         return x
 
 
+class Group(nn.Module):
+    """Consecutive blocks that learn from one loss: a gradient flows through all of them.
+
+    Attributes:
+        blocks: their modules, in order.
+        specs: what happens between them.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    specs: tuple[BlockSpec, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """From the first block's input to the last one's activation."""
+        for i, (block, spec) in enumerate(zip(self.blocks, self.specs)):
+            x = block(x, train=train)
+            if i + 1 < len(self.specs):
+                key = self.make_rng("dropout") if self.has_rng("dropout") and train else None
+                x = spec.transition(x, key)
+        return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Network:
     """A network of local blocks and a classifier on detached features.
@@ -83,6 +105,7 @@ class Network:
         dtype: of the activations, float32 or bfloat16.
         basis_rows: rows that the published runs give a reduced basis.
         smallest_image: least height and width, in pixels.
+        joined: whether the last block has no loss of its own, and learns from the classifier's.
     """
 
     name: str
@@ -91,17 +114,68 @@ class Network:
     dtype: Any = jnp.float32
     basis_rows: int = 20
     smallest_image: int = 1
+    joined: bool = False
 
     @property
     def block_names(self) -> tuple[str, ...]:
         """The blocks' keys in parameters and statistics: ``block_0``, ``block_1``, ..."""
         return tuple(f"block_{i}" for i in range(len(self.specs)))
 
+    def grouped(self, sizes: tuple[int, ...]) -> "Network":
+        """The same network with consecutive blocks put together, each group with one loss.
+
+        Groups of one block each are the published method; all blocks and the classifier in one
+        group are backpropagation.
+
+        Args:
+            sizes: blocks a group, in order. They add up to the number of blocks, or to one more:
+                then the classifier belongs to the last group, and its loss is that group's.
+
+        Returns:
+            A network whose blocks are the groups.
+
+        Raises:
+            ValueError: the sizes do not add up.
+
+        >>> from lls_jax import models
+        >>> len(models.make("small_conv", num_classes=10).grouped((2, 2)).specs)
+        2
+        """
+        count = len(self.specs)
+        if min(sizes, default=0) < 1 or sum(sizes) not in (count, count + 1):
+            raise ValueError(
+                f"groups of {', '.join(map(str, sizes))} blocks; model {self.name!r} has {count} "
+                f"blocks, so that they must add up to {count}, or to {count + 1} with the "
+                "classifier in the last one."
+            )
+        joined = sum(sizes) == count + 1
+        specs, start = [], 0
+        for size in sizes:
+            members = self.specs[start : start + size]
+            start += size
+            if len(members) > 1:
+                module = Group(tuple(spec.module for spec in members), members)
+                specs.append(dataclasses.replace(members[-1], module=module))
+            else:
+                # Empty where the classifier is a group by itself, which it always was.
+                specs += members
+                joined = joined and bool(members)
+        return dataclasses.replace(self, specs=tuple(specs), joined=joined)
+
     def local_blocks(self, rule: Rule) -> tuple[LocalBlock, ...]:
-        """The blocks with their local losses."""
+        """The blocks with their local losses.
+
+        Raises:
+            ValueError: there are more or fewer rules than blocks.
+        """
         return tuple(
-            LocalBlock(spec.module, rule, spec.pool_size, spec.hidden_dim)  # type: ignore[arg-type]
-            for spec in self.specs
+            LocalBlock(
+                spec.module,
+                for_block(rule, i, len(self.specs)),
+                spec.pool_size,
+                spec.hidden_dim,
+            )
+            for i, spec in enumerate(self.specs)
         )
 
     def check_image(self, shape: tuple[int, ...]) -> None:
@@ -176,9 +250,13 @@ class Network:
                 "params": params[name]["block"],
                 "batch_stats": batch_stats[name]["block"],
             }
-            x, updates = spec.module.apply(variables, x, train=train, mutable=["batch_stats"])
+            block_key = fold_in(dropout_key, i)
+            rngs = {} if block_key is None else {"dropout": block_key}
+            x, updates = spec.module.apply(
+                variables, x, train=train, mutable=["batch_stats"], rngs=rngs
+            )
             new_stats[name] = {"block": updates["batch_stats"]}
-            x = spec.transition(x, fold_in(dropout_key, i))
+            x = spec.transition(x, block_key)
         return self.classify(params["classifier"], x), new_stats
 
     def classify(self, params: Variables, features: jax.Array) -> jax.Array:

@@ -1,7 +1,27 @@
-"""Local rules: how a block learns from its own activation. Pure functions, no Flax."""
+"""Rules: how a block learns from its own activation, and the baselines. No Flax."""
 
 from lls_jax.rules.backpropagation import Backpropagation
+from lls_jax.rules.classifier import ClassifierRule
+from lls_jax.rules.contrastive import ContrastiveRule
+from lls_jax.rules.decoupled import DecoupledRule
+from lls_jax.rules.feedback import FeedbackRule
 from lls_jax.rules.periodic import PeriodicRule
-from lls_jax.rules.registry import NAMES, LocalRule, Rule, make
+from lls_jax.rules.predsim import PredSimRule
+from lls_jax.rules.protocol import LocalRule, PerBlock, Rule, has_local_losses
+from lls_jax.rules.registry import NAMES, make
 
-__all__ = ["NAMES", "Backpropagation", "LocalRule", "PeriodicRule", "Rule", "make"]
+__all__ = [
+    "NAMES",
+    "Backpropagation",
+    "ClassifierRule",
+    "ContrastiveRule",
+    "DecoupledRule",
+    "FeedbackRule",
+    "LocalRule",
+    "PerBlock",
+    "PeriodicRule",
+    "PredSimRule",
+    "Rule",
+    "has_local_losses",
+    "make",
+]

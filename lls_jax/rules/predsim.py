@@ -1,0 +1,98 @@
+"""Similarity matching and local cross-entropy together: "predsim"."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lls_jax.convolution import convolve_3x3
+from pallas_kernels.local_loss import pool_latents
+
+
+def similarity(x: jax.Array) -> jax.Array:
+    """Cosine similarities of a batch's centred rows: ``[batch, features] -> [batch, batch]``."""
+    centred = x - jnp.mean(x, axis=1, keepdims=True)
+    square = jnp.sum(jnp.square(centred), axis=1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+    return jnp.matmul(normed, normed.T, precision="highest")
+
+
+def _deviation(x: jax.Array) -> jax.Array:
+    """Standard deviation over an image: ``[batch, height, width, channels]`` to channels."""
+    # The floor keeps the gradient of a constant channel finite.
+    return jnp.sqrt(jnp.maximum(jnp.var(x, axis=(1, 2)), 1e-12))
+
+
+@dataclasses.dataclass(frozen=True)
+class PredSimRule:
+    """Similar images shall have similar activations, and the classes shall be readable from them.
+
+    ``loss = (1 - weight) CE(W pool(a) + b, y) + weight mean((S(f(a)) - S(onehot(y)))^2)``,
+    with ``S`` the matrix of cosine similarities within the batch and ``f`` a learned 3x3
+    convolution followed by the deviation over the image (a learned linear map for feature vectors).
+
+    Attributes:
+        num_classes: number of classes, ``K``.
+        similarity_weight: share of the similarity loss, in [0, 1].
+        label_smoothing: of the cross-entropy, in [0, 1).
+        name: the rule's name.
+
+    References:
+        Nøkland, Eidnes, "Training Neural Networks with Local Error Signals", ICML 2019,
+        https://arxiv.org/abs/1901.06656.
+    """
+
+    num_classes: int
+    similarity_weight: float = 0.99
+    label_smoothing: float = 0.0
+    name: str = "predsim"
+
+    def init_for(
+        self, key: jax.Array, activation_shape: tuple[int, ...], *, pool_size: int
+    ) -> dict[str, Any]:
+        """``f``'s kernel, and the classifier; all drawn U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+
+        Args:
+            key: random key.
+            activation_shape: ``(height, width, channels)`` or ``(features,)``.
+            pool_size: of the classifier's latents.
+        """
+        width, spatial = activation_shape[-1], len(activation_shape) == 3
+        shape = (3, 3, width, width) if spatial else (width, width)
+        latents = width * pool_size**2 if spatial else pool_size
+        keys = jax.random.split(key)
+        bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
+        pred_bound = 1.0 / math.sqrt(latents)
+        classifier = (latents, self.num_classes)
+        return {
+            "similarity": jax.random.uniform(keys[0], shape, jnp.float32, -bound, bound),
+            "kernel": jax.random.uniform(keys[1], classifier, jnp.float32, -pred_bound, pred_bound),
+            "bias": jnp.zeros(self.num_classes),
+        }
+
+    def loss(
+        self, params: dict[str, Any], activation: jax.Array, labels: jax.Array, *, pool_size: int
+    ) -> jax.Array:
+        """The local loss, a float32 scalar.
+
+        Args:
+            params: from :meth:`init_for`.
+            activation: ``[batch, height, width, channels]`` or ``[batch, features]``.
+            labels: integers ``[batch]``.
+            pool_size: bins along each spatial axis, or along the features.
+        """
+        a = activation.astype(jnp.float32)
+        target = jax.nn.one_hot(labels, self.num_classes)
+        if a.ndim == 4:
+            features = _deviation(convolve_3x3(a, params["similarity"]))
+        else:
+            features = a @ params["similarity"]
+        difference = similarity(features) - similarity(target)
+        logits = pool_latents(a, pool_size) @ params["kernel"] + params["bias"]
+        smoothed = optax.smooth_labels(target, self.label_smoothing)
+        prediction = jnp.mean(optax.softmax_cross_entropy(logits, smoothed))
+        weight = self.similarity_weight
+        return (1.0 - weight) * prediction + weight * jnp.mean(jnp.square(difference))

@@ -1,0 +1,128 @@
+"""What a rule is, and what the rest of the library asks of one."""
+
+import dataclasses
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import jax
+
+from lls_jax.rules.backpropagation import Backpropagation
+from lls_jax.rules.feedback import FeedbackRule
+
+Params = dict[str, Any]
+
+
+@runtime_checkable
+class LocalRule(Protocol):
+    """What a block needs of a rule. Hashable and immutable: a frozen dataclass is the easy way.
+
+    Beside these members it has ``init(key, latent_dim, hidden_dim=None)``, which draws the
+    parameters that it learns with the block, ``{}`` where it has none. A rule that works on the
+    activation itself, ``[height, width, channels]`` or ``[features]``, and not on the pooled
+    latents, has ``init_for(key, activation_shape, pool_size=...)`` instead. And ``fixed``, which
+    may be missing, is a frozenset of the names of those parameters that stay as they were drawn: no
+    gradient, no decay.
+    """
+
+    @property
+    def name(self) -> str:
+        """What logs and checkpoints call it."""
+
+    def loss(
+        self, params: Params, activation: jax.Array, labels: jax.Array, *, pool_size: int
+    ) -> jax.Array:
+        """The block's loss, a scalar: the mean over the batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PerBlock:
+    """A rule for each block.
+
+    Attributes:
+        rules: one local rule a block, in order.
+    """
+
+    rules: tuple[LocalRule, ...]
+
+    @property
+    def name(self) -> str:
+        """The rules' names, joined by commas."""
+        return ",".join(rule.name for rule in self.rules)
+
+
+Rule: TypeAlias = LocalRule | PerBlock | Backpropagation | FeedbackRule
+
+
+def has_local_losses(rule: Rule) -> bool:
+    """Whether blocks learn from losses of their own; not so with ``bp``, ``dfa`` and ``drtp``."""
+    return not isinstance(rule, Backpropagation | FeedbackRule)
+
+
+def for_block(rule: Rule, index: int, num_blocks: int | None = None) -> Any:
+    """The rule of one block.
+
+    Args:
+        rule: any rule.
+        index: of the block, from 0.
+        num_blocks: how many there are; None where it is known to fit.
+
+    Raises:
+        ValueError: there are more or fewer rules than blocks.
+    """
+    if not isinstance(rule, PerBlock):
+        return rule
+    if num_blocks is not None and len(rule.rules) != num_blocks:
+        raise ValueError(
+            f"{len(rule.rules)} rules, one a block, for {num_blocks} blocks; give one rule, or "
+            f"{num_blocks} of them."
+        )
+    return rule.rules[index]
+
+
+def init_params(
+    rule: Any,
+    key: jax.Array,
+    *,
+    activation_shape: tuple[int, ...],
+    pool_size: int,
+    hidden_dim: int | None,
+) -> Params:
+    """A rule's parameters at a block.
+
+    Args:
+        rule: a local rule.
+        key: random key.
+        activation_shape: of one example, ``(height, width, channels)`` or ``(features,)``.
+        pool_size: the block's.
+        hidden_dim: the block's.
+    """
+    own: Any = rule
+    if hasattr(own, "init_for"):
+        return own.init_for(key, activation_shape, pool_size=pool_size)
+    spatial = len(activation_shape) == 3
+    latent_dim = activation_shape[-1] * pool_size**2 if spatial else pool_size
+    return own.init(key, latent_dim, hidden_dim)
+
+
+def split_fixed(rule: Any, params: Params) -> tuple[Params, Params]:
+    """A block's parameters in two: those that are trained, and those of its rule that are not.
+
+    Args:
+        rule: the block's own rule.
+        params: ``{"block": ..., "rule": ...}``, the latter where the rule has parameters.
+
+    Returns:
+        Two trees that :func:`merge_fixed` puts together again.
+    """
+    names: frozenset[str] = getattr(rule, "fixed", frozenset())
+    own = params.get("rule", {})
+    fixed = {name: value for name, value in own.items() if name in names}
+    if not fixed:
+        return params, {}
+    trained = {name: value for name, value in own.items() if name not in names}
+    rest = {name: value for name, value in params.items() if name != "rule"}
+    return ({**rest, "rule": trained} if trained else rest), fixed
+
+
+def merge_fixed(trained: Params, fixed: Params) -> Params:
+    """The inverse of :func:`split_fixed`."""
+    return {**trained, "rule": {**trained.get("rule", {}), **fixed}} if fixed else trained
