@@ -8,10 +8,11 @@ from simple_parsing import field, flag
 OPTIMIZERS = ("schedule_free_adamw", "schedule_free_sgd", "adamw", "adam", "sgd")
 SCHEDULES = ("constant", "multistep", "plateau")
 PRECISIONS = ("float32", "bfloat16")
+ON_DEVICE = ("auto", "yes", "no")
 KERNELS = ("auto", "xla", "pallas", "triton")
 
 # What may differ when a run is resumed: where things lie and what is shown, never the numbers.
-NOT_COMPARED = ("data_dir", "workdir", "progress", "checkpoint_every")
+NOT_COMPARED = ("data_dir", "data_on_device", "workdir", "progress", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,9 @@ class TrainConfig:
     """Use only the first N test images [default: all]."""
     data_dir: str | None = None
     """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
+    data_on_device: str = "auto"
+    """Where the images are kept: auto: on the device up to 2 GiB, on the host beyond; yes; or no:
+    on the host, read ahead. The batches are the same."""
     workdir: str | None = None
     """Folder of this run; the same command resumes it [default: runs/DATASET-MODEL-RULE-sSEED]."""
     checkpoint_every: int = 0
@@ -105,6 +109,7 @@ class TrainConfig:
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
             ("kernels", KERNELS),
+            ("data_on_device", ON_DEVICE),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(

@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> int:
     import jax
 
     from experiments import judging, plots, run_folder
-    from experiments.setup import example_image, load_split, make_task
+    from experiments.setup import example_image, load_split, make_task, prepare_data
     from lls_jax import checkpoint
 
     folder = pathlib.Path(config.workdir)
@@ -71,6 +71,7 @@ def evaluate(config: EvaluateConfig) -> int:
         if getattr(config, name) is not None
     }
     trained = dataclasses.replace(trained, **changes)
+    prepare_data(trained)
     task = make_task(trained)
     params, batch_stats = jax.eval_shape(
         lambda key: task.model.init(task.rule, key, example_image(task.spec)), jax.random.key(0)

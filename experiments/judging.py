@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lls_jax.data import DatasetSpec, batches
+from lls_jax.data import DatasetSpec, Split, batches
 from lls_jax.models import Network
 
 
@@ -51,7 +51,7 @@ def judge(
     model: Network,
     variables: Any,
     spec: DatasetSpec,
-    data: batches.DeviceSplit,
+    data: batches.DeviceSplit | Split,
     batch_size: int,
 ) -> Judgement:
     """Judge weights on all examples of a split.
@@ -60,7 +60,7 @@ def judge(
         model: the network.
         variables: ``{"params", "batch_stats"}``.
         spec: the data set, for its normalisation.
-        data: the examples, on the device.
+        data: the examples, on the device or on the host.
         batch_size: examples a step; does not change the result beyond rounding.
     """
     count = int(data.labels.shape[0])

@@ -1,7 +1,10 @@
 """Import a data set, from its official archive or by downloading it, for training offline.
 
-cifar10 takes the binary or the Python version, as .tar.gz or unpacked; fashion_mnist and mnist take
-the folder with the four IDX files, gzipped or not.
+cifar10 and cifar100 take the binary or the Python version, as .tar.gz or unpacked; fashion_mnist
+and mnist the folder with the four IDX files, gzipped or not; imagenette and image_folder a folder,
+or a packed one, with train/CLASS/*.jpg and val/CLASS/*.jpg; tiny_imagenet its own;
+visual_wake_words the folder with COCO's images and the annotations that the Visual Wake Words
+scripts write.
 """
 
 import dataclasses
@@ -17,11 +20,16 @@ class PrepareConfig:
     """Import a data set into TensorFlow Datasets' format."""
 
     dataset: str = field(positional=True)
-    """cifar10, fashion_mnist or mnist."""
+    """cifar10, cifar100, fashion_mnist, mnist, imagenette, tiny_imagenet, visual_wake_words, or
+    image_folder for your own."""
     archive: str | None = None
     """Path of the official archive [default: download it]."""
     data_dir: str | None = None
     """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
+    image_size: int | None = None
+    """Height and width that photographs are brought to [default: the published recipe's]."""
+    skip_corrupt: bool = flag(default=False, negative_prefix="--no-")
+    """Leave out files that are no images, instead of stopping."""
     progress: bool = flag(default=True, negative_prefix="--no-")
     """Show progress bars where there is a terminal."""
 
@@ -37,8 +45,18 @@ def prepare_data(config: PrepareConfig) -> int:
     folder = (
         storage.default_data_dir() if config.data_dir is None else pathlib.Path(config.data_dir)
     )
+    if config.image_size is not None and config.image_size < 1:
+        raise UserError(f"--image-size is {config.image_size}; it must be at least 1.")
     archive = None if config.archive is None else pathlib.Path(config.archive)
-    target = prepare.prepare(spec, folder, archive, progress=config.progress)
+    target = prepare.prepare(
+        spec,
+        folder,
+        archive,
+        image_size=config.image_size,
+        skip_corrupt=config.skip_corrupt,
+        progress=config.progress,
+    )
+    spec = storage.resolve(spec, folder)
     print(f"{spec.name}: {spec.train_size} training and {spec.test_size} test images in {target}")
     return 0
 

@@ -15,6 +15,8 @@ from lls_jax.data import batches, prepare, storage
 from lls_jax.models import Network
 from pallas_kernels import local_loss
 
+_MOST_BYTES_ON_DEVICE = 2**31
+
 
 class Task(NamedTuple):
     """A network, its rule and the images they are for."""
@@ -30,9 +32,9 @@ class Run(NamedTuple):
     task: Task
     tx: optax.GradientTransformation
     train_step: training.TrainStep
-    train: batches.DeviceSplit
-    test: batches.DeviceSplit
-    sample: batches.Sampler
+    train: batches.DeviceSplit | data.Split
+    test: batches.DeviceSplit | data.Split
+    read: batches.Reader
     steps_per_epoch: int
 
 
@@ -43,7 +45,7 @@ def make_task(config: TrainConfig) -> Task:
         UserError: an unknown name, an option out of range, images too small for the model.
     """
     try:
-        spec = data.get_spec(config.dataset)
+        spec = storage.resolve(data.get_spec(config.dataset), data_folder(config))
         model = models.make(
             config.model,
             num_classes=spec.num_classes,
@@ -57,7 +59,7 @@ def make_task(config: TrainConfig) -> Task:
         if len(made) > 1:
             rule = rules.PerBlock(made)  # type: ignore[arg-type]
             _check_rules(rule, model)
-        model.check_image((1, *spec.image_shape))
+        model.check_image((1, *spec.input_shape))
         return Task(spec, model, rule)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -102,14 +104,29 @@ def data_folder(config: TrainConfig) -> pathlib.Path:
     return pathlib.Path(config.data_dir)
 
 
-def load_split(config: TrainConfig, spec: data.DatasetSpec, split: str) -> batches.DeviceSplit:
-    """One part of the data set, on the device; downloads the set where it is missing."""
+def prepare_data(config: TrainConfig) -> None:
+    """Download the data set where it is missing and can be had."""
+    try:
+        spec = data.get_spec(config.dataset)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     folder = data_folder(config)
-    if not storage.is_prepared(spec, folder):
+    if spec.downloads and not storage.is_prepared(spec, folder):
         print(f"data set {spec.name!r} is not in {folder}; downloading it", flush=True)
         prepare.prepare(spec, folder, progress=config.progress)
+
+
+def load_split(
+    config: TrainConfig, spec: data.DatasetSpec, split: str
+) -> batches.DeviceSplit | data.Split:
+    """One part of the data set, on the device or, where it is large, on the host."""
+    folder = data_folder(config)
     limit = config.train_examples if split == "train" else config.eval_examples
-    return batches.to_device(data.load(spec, split, folder, limit))
+    loaded = data.load(spec, split, folder, limit)
+    fits = loaded.images.nbytes <= _MOST_BYTES_ON_DEVICE
+    if config.data_on_device == "yes" or (config.data_on_device == "auto" and fits):
+        return batches.to_device(loaded)
+    return loaded
 
 
 def make_run(config: TrainConfig) -> Run:
@@ -122,6 +139,7 @@ def make_run(config: TrainConfig) -> Run:
     """
     if config.kernels != "auto":
         local_loss.require(config.kernels)
+    prepare_data(config)
     task = make_task(config)
     available = config.train_examples or task.spec.train_size
     if config.batch_size > available:
@@ -130,7 +148,7 @@ def make_run(config: TrainConfig) -> Run:
             "use a smaller one."
         )
     try:
-        sample = batches.make_sampler(task.spec, config.augmentation, config.batch_size)
+        read = batches.make_reader(task.spec, config.augmentation, config.batch_size)
     except ValueError as error:
         raise UserError(str(error)) from error
     steps_per_epoch = available // config.batch_size
@@ -141,11 +159,11 @@ def make_run(config: TrainConfig) -> Run:
         train_step=training.make_train_step(task.model, task.rule, tx),
         train=load_split(config, task.spec, "train"),
         test=load_split(config, task.spec, "test"),
-        sample=sample,
+        read=read,
         steps_per_epoch=steps_per_epoch,
     )
 
 
 def example_image(spec: data.DatasetSpec) -> jax.Array:
     """An image of the right shape, for drawing parameters."""
-    return jnp.zeros((1, *spec.image_shape))
+    return jnp.zeros((1, *spec.input_shape))

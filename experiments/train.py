@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
 import pathlib
 import shlex
 import signal
@@ -138,9 +140,10 @@ def _evaluation_state(run: Run, state: training.TrainState, data_key: jax.Array)
     def images() -> Iterator[jax.Array]:
         size = run.train.labels.shape[0]
         permutation = batches.epoch_permutation(data_key, _STATS_EPOCH, size)
-        for index in range(count):
-            key = jax.random.fold_in(jax.random.fold_in(data_key, _STATS_EPOCH), index)
-            yield run.sample(run.train, permutation, index, key)["image"]
+        stats_key = jax.random.fold_in(data_key, _STATS_EPOCH)
+        key_of = functools.partial(jax.random.fold_in, stats_key)
+        for batch in itertools.islice(run.read(run.train, permutation, 0, key_of), count):
+            yield batch["image"]
 
     judged = evaluation.evaluation_state(run.task.model, state, images())
     return {"params": judged.params, "batch_stats": judged.batch_stats}
@@ -354,6 +357,10 @@ def _train_epoch(
         index * config.batch_size,
         enabled=config.progress,
     )
+    first = step - index
+    stream = run.read(
+        run.train, permutation, index, lambda index: jax.random.fold_in(data_key, first + index)
+    )
     pending: collections.deque[jax.Array] = collections.deque()
     began = refreshed = time.perf_counter()
 
@@ -369,7 +376,7 @@ def _train_epoch(
 
     try:
         while step < end and signals.received is None:
-            batch = run.sample(run.train, permutation, index, jax.random.fold_in(data_key, step))
+            batch = next(stream)
             state, metrics = run.train_step(state, batch)
             totals = add_totals(totals, metrics, batch["label"])
             step, index = step + 1, index + 1
@@ -389,6 +396,7 @@ def _train_epoch(
                 _save(manager, config, here(), _evaluation_state(run, state, data_key), None)
     finally:
         bar.close()
+        stream.close()
     reached = here()
     _check_finite(run, reached)
     if step == end:

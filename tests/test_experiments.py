@@ -470,7 +470,10 @@ def test_a_full_disk_is_one_clear_line_and_keeps_what_was_saved(tmp_path, monkey
     assert [record["epoch"] for record in folders.read_metrics(tmp_path)] == [1, 2]
 
 
-COMMANDS = ("cifar10", "fashion_mnist", "mnist", "digits", "prepare_data", "evaluate", "compare")
+COMMANDS = (
+    *("cifar10", "cifar100", "fashion_mnist", "mnist", "digits", "imagenette", "tiny_imagenet"),
+    *("visual_wake_words", "image_folder", "prepare_data", "evaluate", "compare"),
+)
 
 
 @pytest.mark.parametrize("name", (*COMMANDS, "benchmark"))

@@ -17,7 +17,7 @@ from lls_jax.data.storage import DatasetError, Split, check_split
 _CIFAR_TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 _CIFAR_FILES = (*_CIFAR_TRAIN, "test_batch")
 # No file of these archives is larger; what claims to be is not one of them.
-_LARGEST_FILE = 64 * 2**20
+_LARGEST_FILE = 256 * 2**20
 
 
 def read_archive(spec: DatasetSpec, path: pathlib.Path) -> dict[str, Split]:
@@ -25,7 +25,7 @@ def read_archive(spec: DatasetSpec, path: pathlib.Path) -> dict[str, Split]:
 
     Args:
         spec: the data set.
-        path: for CIFAR-10 the ``.tar.gz``, binary or Python version, or the unpacked folder; for
+        path: for CIFAR the ``.tar.gz``, binary or Python version, or the unpacked folder; for
             MNIST-like sets the folder with the four IDX files, gzipped or not.
 
     Returns:
@@ -42,7 +42,8 @@ def read_archive(spec: DatasetSpec, path: pathlib.Path) -> dict[str, Split]:
     if not path.exists():
         raise DatasetError(f"archive {path} does not exist; give the file or folder itself.")
     try:
-        splits = {"cifar10": _read_cifar10, "idx": _read_idx_folder}[spec.layout](spec, path)
+        readers = {"cifar10": _read_cifar10, "cifar100": _read_cifar100, "idx": _read_idx_folder}
+        splits = readers[spec.layout](spec, path)
     except (EOFError, zlib.error, tarfile.TarError, gzip.BadGzipFile) as error:
         raise DatasetError(
             f"archive {path} is truncated or not a gzipped archive ({error}); fetch it again."
@@ -55,14 +56,29 @@ def read_archive(spec: DatasetSpec, path: pathlib.Path) -> dict[str, Split]:
 # --- CIFAR-10 ----------------------------------------------------------------------------------
 
 
-def _read_cifar10(spec: DatasetSpec, path: pathlib.Path) -> dict[str, Split]:
-    files = _cifar_folder(path) if path.is_dir() else _cifar_tar(path)
-    missing = [name for name in _CIFAR_FILES if name not in files]
+def _cifar_files(path: pathlib.Path, names: tuple[str, ...], title: str) -> dict[str, Any]:
+    files = _cifar_folder(path, names) if path.is_dir() else _cifar_tar(path, names)
+    missing = [name for name in names if name not in files]
     if missing:
         raise DatasetError(
             f"archive {path} lacks {', '.join(missing)} (binary files end in .bin, Python ones in "
-            "nothing); expected CIFAR-10's binary or Python version."
+            f"nothing); expected {title}'s binary or Python version."
         )
+    return files
+
+
+def _read_cifar100(spec: DatasetSpec, path: pathlib.Path) -> dict[str, Split]:
+    files = _cifar_files(path, ("train", "test"), "CIFAR-100")
+    splits = {}
+    for name, count in (("train", spec.train_size), ("test", spec.test_size)):
+        is_binary, content = files[name]
+        parse = _parse_cifar_binary if is_binary else _parse_cifar_python
+        splits[name] = parse(spec, f"{path}: {name}", content, count)
+    return splits
+
+
+def _read_cifar10(spec: DatasetSpec, path: pathlib.Path) -> dict[str, Split]:
+    files = _cifar_files(path, _CIFAR_FILES, "CIFAR-10")
     sizes = dict.fromkeys(_CIFAR_TRAIN, spec.train_size // len(_CIFAR_TRAIN))
     sizes["test_batch"] = spec.test_size
     parts = {}
@@ -77,31 +93,31 @@ def _read_cifar10(spec: DatasetSpec, path: pathlib.Path) -> dict[str, Split]:
     }
 
 
-def _cifar_key(file_name: str) -> str | None:
+def _cifar_key(file_name: str, names: tuple[str, ...]) -> str | None:
     stem = file_name.removesuffix(".bin")
-    return stem if stem in _CIFAR_FILES else None
+    return stem if stem in names else None
 
 
-def _cifar_folder(path: pathlib.Path) -> dict[str, tuple[bool, bytes]]:
+def _cifar_folder(path: pathlib.Path, names: tuple[str, ...]) -> dict[str, tuple[bool, bytes]]:
     # The archive unpacks into a folder of its own: both it and its parent are welcome.
     for folder in (path, *sorted(child for child in path.iterdir() if child.is_dir())):
         files = {
             key: (file.suffix == ".bin", _read_limited(file.open("rb"), str(file)))
             for file in sorted(folder.iterdir())
-            if file.is_file() and (key := _cifar_key(file.name))
+            if file.is_file() and (key := _cifar_key(file.name, names))
         }
         if files:
             return files
     return {}
 
 
-def _cifar_tar(path: pathlib.Path) -> dict[str, tuple[bool, bytes]]:
+def _cifar_tar(path: pathlib.Path, names: tuple[str, ...]) -> dict[str, tuple[bool, bytes]]:
     files = {}
     # Members are read in memory, never extracted: their paths cannot lead anywhere.
     with tarfile.open(path, "r:*") as archive:
         for member in archive:
             file_name = pathlib.PurePosixPath(member.name).name
-            key = _cifar_key(file_name)
+            key = _cifar_key(file_name, names)
             stream = archive.extractfile(member) if key and member.isfile() else None
             if key and stream:
                 files[key] = (file_name.endswith(".bin"), _read_limited(stream, member.name))
@@ -123,21 +139,25 @@ def _planes_to_images(spec: DatasetSpec, planes: np.ndarray) -> np.ndarray:
 
 def _parse_cifar_binary(spec: DatasetSpec, name: str, content: bytes, count: int) -> Split:
     pixels = int(np.prod(spec.image_shape))
-    expected = count * (pixels + 1)
+    # CIFAR-100 has the coarse label first, then the fine one.
+    labels = 2 if spec.layout == "cifar100" else 1
+    expected = count * (pixels + labels)
     if len(content) != expected:
         raise DatasetError(
             f"{name} has {len(content)} bytes; expected {expected}, {count} records of "
-            f"{pixels + 1}. Fetch it again."
+            f"{pixels + labels}. Fetch it again."
         )
-    records = np.frombuffer(content, np.uint8).reshape(count, pixels + 1)
-    return Split(_planes_to_images(spec, records[:, 1:]), records[:, 0].astype(np.int32))
+    records = np.frombuffer(content, np.uint8).reshape(count, pixels + labels)
+    fine = records[:, labels - 1].astype(np.int32)
+    return Split(_planes_to_images(spec, records[:, labels:]), fine)
 
 
 def _parse_cifar_python(spec: DatasetSpec, name: str, content: bytes, count: int) -> Split:
     batch = load_restricted_pickle(content, name)
     pixels = int(np.prod(spec.image_shape))
     data = batch.get(b"data") if isinstance(batch, dict) else None
-    labels = batch.get(b"labels") if isinstance(batch, dict) else None
+    key = b"fine_labels" if spec.layout == "cifar100" else b"labels"
+    labels = batch.get(key) if isinstance(batch, dict) else None
     if (
         not isinstance(data, np.ndarray)
         or data.dtype != np.uint8
@@ -147,8 +167,8 @@ def _parse_cifar_python(spec: DatasetSpec, name: str, content: bytes, count: int
         or not all(isinstance(label, int) for label in labels)
     ):
         raise DatasetError(
-            f"{name} does not hold `data`, uint8 [{count}, {pixels}], and `labels`, {count} ints; "
-            "expected a batch of CIFAR-10's Python version."
+            f"{name} does not hold `data`, uint8 [{count}, {pixels}], and `{key.decode()}`, "
+            f"{count} ints; expected a batch of CIFAR's Python version."
         )
     # Clipped so that an absurd label is reported as out of range rather than overflowing.
     small = [max(-1, min(label, 2**31 - 1)) for label in labels]

@@ -36,6 +36,23 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int = _CROP_PADDING)
     return cut(padded, offsets)
 
 
+def random_window(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
+    """Cut a random square from each image; ``[batch, height, width, c]``, `size` in pixels."""
+    batch, height, width, channels = images.shape
+    room = jnp.array([height - size + 1, width - size + 1])
+    offsets = jax.random.randint(key, (batch, 2), 0, room)
+    cut = jax.vmap(
+        lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (size, size, channels))
+    )
+    return cut(images, offsets)
+
+
+def middle_window(images: jax.Array, size: int) -> jax.Array:
+    """Cut the middle square from each image."""
+    top, left = ((length - size) // 2 for length in images.shape[1:3])
+    return images[:, top : top + size, left : left + size]
+
+
 def random_erase(
     key: jax.Array, images: jax.Array, probability: float = _ERASE_PROBABILITY
 ) -> jax.Array:

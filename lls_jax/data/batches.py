@@ -1,21 +1,29 @@
-"""Batches made on the device from a data set that lives there as uint8."""
+"""Training and evaluation batches, of a data set that lives on the device or on the host."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from lls_jax.data import streaming
 from lls_jax.data.augment import (
     AUGMENTATIONS,
+    middle_window,
     random_crop,
     random_erase,
     random_flip,
+    random_window,
 )
 from lls_jax.data.specs import DatasetSpec
 from lls_jax.data.storage import Split
 
-Sampler = Callable[..., dict[str, jax.Array]]
+Batch = dict[str, jax.Array]
+Sampler = Callable[..., Batch]
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+Reader = Callable[..., Generator[Batch, None, None]]
 
 
 class DeviceSplit(NamedTuple):
@@ -46,18 +54,16 @@ def epoch_permutation(key: jax.Array, epoch: int, count: int) -> jax.Array:
     return jax.random.permutation(jax.random.fold_in(key, epoch), count)
 
 
-def make_sampler(spec: DatasetSpec, augmentation: str, batch_size: int) -> Sampler:
-    """A jit-compiled function that makes one augmented, normalised training batch.
+def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
+    """A function that turns pixels into what a network trains on.
 
     Args:
-        spec: the data set, for its normalisation.
-        augmentation: ``"none"``, ``"flip"``, or ``"full"``: flip, crop with padding 4, random
-            erasing with probability 0.2.
-        batch_size: examples a batch.
+        spec: the data set, for its normalisation and the size of its windows.
+        augmentation: ``"none"``, ``"flip"``, or ``"full"``: flip, crop with padding 4 (not where
+            windows are cut anyway), random erasing with probability 0.2.
 
     Returns:
-        ``sample(data, permutation, index, key) -> {"image", "label"}``: batch number `index` of
-        the epoch whose order is `permutation`. The same arguments give the same batch.
+        ``augment(key, uint8 [batch, ...]) -> float32 [batch, ...]``, to be compiled.
 
     Raises:
         ValueError: unknown augmentation.
@@ -67,41 +73,121 @@ def make_sampler(spec: DatasetSpec, augmentation: str, batch_size: int) -> Sampl
             f"unknown augmentation {augmentation!r}; expected one of {', '.join(AUGMENTATIONS)}."
         )
 
+    def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+        flip_key, crop_key, erase_key = jax.random.split(key, 3)
+        if spec.crop is not None:
+            images = random_window(crop_key, images, spec.crop)
+        if augmentation != "none":
+            images = random_flip(flip_key, images)
+        if augmentation == "full" and spec.crop is None:
+            images = random_crop(crop_key, images)
+        image = normalize(spec, images)
+        return random_erase(erase_key, image) if augmentation == "full" else image
+
+    return augment
+
+
+def make_sampler(spec: DatasetSpec, augmentation: str, batch_size: int) -> Sampler:
+    """A jit-compiled function that makes one augmented, normalised training batch.
+
+    Args:
+        spec: the data set.
+        augmentation: of :func:`make_augment`.
+        batch_size: examples a batch.
+
+    Returns:
+        ``sample(data, permutation, index, key) -> {"image", "label"}``: batch number `index` of
+        the epoch whose order is `permutation`. The same arguments give the same batch.
+
+    Raises:
+        ValueError: unknown augmentation.
+    """
+    augment = make_augment(spec, augmentation)
+
     @jax.jit
     def sample(
         data: DeviceSplit, permutation: jax.Array, index: jax.Array, key: jax.Array
-    ) -> dict[str, jax.Array]:
+    ) -> Batch:
         chosen = jax.lax.dynamic_slice_in_dim(permutation, index * batch_size, batch_size)
-        images = jnp.take(data.images, chosen, axis=0)
-        flip_key, crop_key, erase_key = jax.random.split(key, 3)
-        if augmentation != "none":
-            images = random_flip(flip_key, images)
-        if augmentation == "full":
-            images = random_crop(crop_key, images)
-        image = normalize(spec, images)
-        if augmentation == "full":
-            image = random_erase(erase_key, image)
+        image = augment(key, jnp.take(data.images, chosen, axis=0))
         return {"image": image, "label": jnp.take(data.labels, chosen)}
 
     return sample
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _chosen(permutation: jax.Array, index: jax.Array, batch_size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(permutation, index * batch_size, batch_size)
+
+
+@jax.jit
+def _gather(data: DeviceSplit, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.take(data.images, chosen, axis=0), jnp.take(data.labels, chosen)
+
+
+def make_reader(spec: DatasetSpec, augmentation: str, batch_size: int) -> Reader:
+    """A function that reads an epoch's training batches, from the device or from the host.
+
+    Args:
+        spec: the data set.
+        augmentation: of :func:`make_augment`.
+        batch_size: examples a batch.
+
+    Returns:
+        ``read(data, permutation, start, key_of)``, an iterator of ``{"image", "label"}``: the
+        batches of the epoch whose order is `permutation`, from number `start` on; ``key_of(index)``
+        is the random key of one. `data` is a :class:`DeviceSplit`, or a split on the host, which
+        gives the same batches, read ahead.
+
+    Raises:
+        ValueError: unknown augmentation.
+    """
+    # Compiled by itself: as a part of two larger programs it would round differently in each.
+    augment = jax.jit(make_augment(spec, augmentation))
+
+    def read(
+        data: DeviceSplit | Split,
+        permutation: jax.Array,
+        start: int,
+        key_of: Callable[[int], jax.Array],
+    ) -> Generator[Batch, None, None]:
+        if isinstance(data, DeviceSplit):
+            for index in range(start, data.labels.shape[0] // batch_size):
+                chosen = _chosen(permutation, index, batch_size)
+                images, labels = _gather(data, chosen)
+                yield {"image": augment(key_of(index), images), "label": labels}
+        else:
+            ahead = streaming.stream(data, np.asarray(permutation), batch_size, start)
+            for index, (images, labels) in enumerate(ahead, start):
+                yield {"image": augment(key_of(index), images), "label": jnp.asarray(labels)}
+
+    return read
+
+
 def evaluation_batches(
-    spec: DatasetSpec, data: DeviceSplit, batch_size: int
+    spec: DatasetSpec, data: DeviceSplit | Split, batch_size: int
 ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
     """All examples once, in order, in batches of one shape.
 
     Args:
-        spec: the data set, for its normalisation.
-        data: the examples.
+        spec: the data set, for its normalisation and the size of its windows.
+        data: the examples, on the device or on the host.
         batch_size: examples a batch.
 
     Yields:
         ``(image, label, weight)``; `weight` ``[batch]`` is 0 for what fills up the last batch.
     """
     count = data.labels.shape[0]
-    prepare = jax.jit(lambda data, at: (normalize(spec, data.images[at]), data.labels[at]))
+
+    def prepare(images: jax.Array) -> jax.Array:
+        return normalize(spec, images if spec.crop is None else middle_window(images, spec.crop))
+
+    compiled = jax.jit(prepare)
     for start in range(0, count, batch_size):
-        position = jnp.arange(start, start + batch_size)
-        image, label = prepare(data, jnp.minimum(position, count - 1))
-        yield image, label, (position < count).astype(jnp.float32)
+        position = np.arange(start, start + batch_size)
+        chosen = np.minimum(position, count - 1)
+        if isinstance(data, DeviceSplit):
+            images, labels = _gather(data, chosen)
+        else:
+            images, labels = data.images[chosen], jnp.asarray(data.labels[chosen])
+        yield compiled(images), labels, jnp.asarray(position < count, jnp.float32)

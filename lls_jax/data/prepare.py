@@ -1,22 +1,25 @@
 """Writing data sets in TensorFlow Datasets' format, without TensorFlow, all or nothing."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import tqdm
 
-from lls_jax.data import archives
+from lls_jax.data import archives, photographs
 from lls_jax.data.specs import DatasetSpec, Download
-from lls_jax.data.storage import DatasetError, Split, prepared_folder
+from lls_jax.data.storage import MAPPED_LAYOUTS, DatasetError, prepared_folder
 
 _CONNECT_SECONDS = 5.0
 _ASIDE = ".lls_jax_preparing-"
@@ -27,6 +30,8 @@ def prepare(
     data_dir: pathlib.Path,
     archive: pathlib.Path | None = None,
     *,
+    image_size: int | None = None,
+    skip_corrupt: bool = False,
     progress: bool = True,
 ) -> pathlib.Path:
     """Import a data set into `data_dir`, from an archive or by downloading it.
@@ -38,17 +43,30 @@ def prepare(
         spec: the data set.
         data_dir: folder of prepared sets; made where it does not exist.
         archive: the official archive; None downloads it.
+        image_size: of photographs: height and width that they are brought to; None for the data
+            set's own.
+        skip_corrupt: whether files that are no images are left out; otherwise they stop it.
         progress: whether to show progress bars where there is a terminal.
 
     Returns:
         The folder of the prepared set.
 
     Raises:
-        DatasetError: the archive is not what it should be, or cannot be had.
+        DatasetError: the archive is not what it should be, or cannot be had; files are corrupt.
         OSError: `data_dir` cannot be written, or the disk is full.
     """
     if spec.layout == "embedded":
         archives.read_archive(spec, data_dir)
+    if archive is None and not spec.downloads:
+        raise DatasetError(
+            f"data set {spec.name!r} cannot be downloaded by itself; fetch it and give --archive "
+            "PATH, the folder or the packed file."
+        )
+    if image_size is not None:
+        if spec.layout not in MAPPED_LAYOUTS:
+            raise DatasetError(f"the images of data set {spec.name!r} have one size already.")
+        crop = None if spec.crop is None else min(spec.crop, image_size)
+        spec = dataclasses.replace(spec, image_shape=(image_size, image_size, 3), crop=crop)
     data_dir.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(data_dir, spec)
     aside = pathlib.Path(
@@ -56,8 +74,12 @@ def prepare(
     )
     try:
         source = archive or _download(spec, aside / "download", progress)
-        splits = archives.read_archive(spec, source)
-        _write(spec, aside, splits, progress)
+        if spec.layout in MAPPED_LAYOUTS:
+            spec = _write_photographs(spec, aside, source, skip_corrupt, progress)
+        else:
+            splits = archives.read_archive(spec, source)
+            parts = {name: _Part(len(s.labels), archives.examples(s)) for name, s in splits.items()}
+            _write(spec, aside, parts, progress)
         target = prepared_folder(spec, data_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
@@ -125,24 +147,62 @@ def _fetch(file: Download, target: pathlib.Path, spec: DatasetSpec, progress: bo
         )
 
 
+class _Part(NamedTuple):
+    """What goes into one part of a data set, and how much at most."""
+
+    size: int
+    examples: Iterator[tuple[np.ndarray, int]]
+
+
+def _write_photographs(
+    spec: DatasetSpec,
+    aside: pathlib.Path,
+    source: pathlib.Path,
+    skip_corrupt: bool,
+    progress: bool,
+) -> DatasetSpec:
+    """Write what a folder of photographs holds; returns the entry with its classes."""
+    found = photographs.find(spec, source, aside / "unpacked")
+    spec = dataclasses.replace(spec, class_names=found.class_names)
+    corrupt: list[pathlib.Path] = []
+    parts = {
+        name: _Part(len(files.paths), photographs.examples(spec, files, corrupt))
+        for name, files in found.splits.items()
+    }
+    _write(spec, aside, parts, progress)
+    if corrupt and not skip_corrupt:
+        raise DatasetError(
+            photographs.corrupt_message(corrupt)
+            + "; nothing was kept. Mend or remove them, or leave them out with --skip-corrupt."
+        )
+    if corrupt:
+        print(f"left out: {photographs.corrupt_message(corrupt)}", file=sys.stderr)
+    return spec
+
+
 def _write(
-    spec: DatasetSpec, data_dir: pathlib.Path, splits: dict[str, Split], progress: bool
+    spec: DatasetSpec, data_dir: pathlib.Path, parts: dict[str, _Part], progress: bool
 ) -> None:
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    builder = _make_builder(spec, data_dir, splits, progress)
+    counts = dict.fromkeys(parts, 0)
+    builder = _make_builder(spec, data_dir, parts, counts, progress)
     # It announces the folder aside, which is not where the set will be.
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(file_format="array_record")
-    for split, data in splits.items():
+    for split, count in counts.items():
         written = builder.info.splits[split].num_examples
-        if written != len(data.labels):
-            raise DatasetError(f"{written} of {len(data.labels)} {split} examples were written.")
+        if written != count or not count:
+            raise DatasetError(f"{written} of {count} {split} examples were written.")
 
 
 def _make_builder(
-    spec: DatasetSpec, data_dir: pathlib.Path, splits: dict[str, Split], progress: bool
+    spec: DatasetSpec,
+    data_dir: pathlib.Path,
+    parts: dict[str, _Part],
+    counts: dict[str, int],
+    progress: bool,
 ) -> Any:
     """A TensorFlow Datasets builder of the stock name and features.
 
@@ -161,7 +221,7 @@ def _make_builder(
                 "image": tfds.features.Image(shape=spec.image_shape, encoding_format="png"),
                 "label": tfds.features.ClassLabel(names=list(spec.class_names)),
             }
-            if spec.layout == "cifar10":
+            if spec.layout in ("cifar10", "cifar100"):
                 features["id"] = tfds.features.Text()
             return self.dataset_info_from_configs(
                 features=tfds.features.FeaturesDict(features),
@@ -170,14 +230,13 @@ def _make_builder(
 
         def _split_generators(self, dl_manager: Any) -> Any:
             del dl_manager
-            return {split: self._generate_examples(split) for split in splits}
+            return {split: self._generate_examples(split) for split in parts}
 
         def _generate_examples(self, split: str) -> Iterator[Any]:
-            data = splits[split]
             bar = tqdm.tqdm(
-                archives.examples(data),
+                parts[split].examples,
                 desc=f"{spec.name} {split}",
-                total=len(data.labels),
+                total=parts[split].size,
                 unit="img",
                 disable=None if progress else True,  # None: on a terminal only
             )
@@ -185,7 +244,8 @@ def _make_builder(
                 png = io.BytesIO()
                 Image.fromarray(pixels.squeeze()).save(png, "png", compress_level=1)
                 example = {"image": io.BytesIO(png.getvalue()), "label": label}
-                if spec.layout == "cifar10":
+                counts[split] += 1
+                if spec.layout in ("cifar10", "cifar100"):
                     example["id"] = f"{split}_{index:05d}"
                 yield index, example
 

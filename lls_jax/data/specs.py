@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +25,16 @@ class DatasetSpec:
     Attributes:
         name: its name, TensorFlow Datasets' where that has it.
         version: of TensorFlow Datasets' builder.
-        image_shape: ``(height, width, channels)``.
+        image_shape: of the prepared images, ``(height, width, channels)``.
         class_names: names of the classes, in label order.
         mean: of each channel, for normalisation; pixels in [0, 1].
         std: standard deviation of each channel, likewise.
-        train_size: number of training images.
-        test_size: number of test images.
+        train_size: number of training images; 0 where only the prepared set knows.
+        test_size: number of test images, likewise.
         layout: of the official archive; ``"embedded"`` needs none.
         downloads: the files of that archive.
+        crop: height and width of the random window of an image that is trained on, and of the
+            middle one that is judged; None for all of it.
     """
 
     name: str
@@ -43,13 +45,25 @@ class DatasetSpec:
     std: tuple[float, ...]
     train_size: int
     test_size: int
-    layout: Literal["cifar10", "idx", "embedded"]
+    layout: Literal["cifar10", "cifar100", "idx", "embedded", "folder", "tiny_imagenet", "coco"]
     downloads: tuple[Download, ...] = ()
+    crop: int | None = None
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of what a network gets: ``(height, width, channels)``."""
+        height, width, channels = self.image_shape
+        return (self.crop or height, self.crop or width, channels)
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether sizes and classes are known before the set is prepared."""
+        return self.train_size > 0
 
 
 _DIGITS = tuple(str(digit) for digit in range(10))
@@ -75,6 +89,74 @@ _CIFAR10 = DatasetSpec(
         ),
     ),
 )
+
+_CIFAR100 = DatasetSpec(
+    name="cifar100",
+    version="3.0.2",
+    image_shape=(32, 32, 3),
+    class_names=(
+        *("apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle"),
+        *("bottle", "bowl", "boy", "bridge", "bus", "butterfly", "camel", "can", "castle"),
+        *("caterpillar", "cattle", "chair", "chimpanzee", "clock", "cloud", "cockroach", "couch"),
+        *("crab", "crocodile", "cup", "dinosaur", "dolphin", "elephant", "flatfish", "forest"),
+        *("fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp", "lawn_mower"),
+        *("leopard", "lion", "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain"),
+        *("mouse", "mushroom", "oak_tree", "orange", "orchid", "otter", "palm_tree", "pear"),
+        *("pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine", "possum", "rabbit"),
+        *("raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark", "shrew", "skunk"),
+        *("skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower"),
+        *("sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor", "train"),
+        *("trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm"),
+    ),
+    # The published recipe has CIFAR-10's.
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2023, 0.1994, 0.2010),
+    train_size=50_000,
+    test_size=10_000,
+    layout="cifar100",
+    downloads=(
+        Download(
+            "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+            "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+        ),
+    ),
+)
+
+# ImageNet's, which the published recipe has for all of these.
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def _photographs(name: str, layout: Any, side: int, crop: int | None, *files: Download) -> Any:
+    """A set of photographs: sizes and classes come from its folders."""
+    return DatasetSpec(
+        name=name,
+        version="1.0.0",
+        image_shape=(side, side, 3),
+        class_names=(),
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        train_size=0,
+        test_size=0,
+        layout=layout,
+        downloads=files,
+        crop=crop,
+    )
+
+
+_IMAGENETTE = _photographs(
+    "imagenette",
+    "folder",
+    160,
+    128,
+    Download(
+        "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",
+        "64d0c4859f35a461889e0147755a999a48b49bf38a7e0f9bd27003f10db02fe5",
+    ),
+)
+_TINY_IMAGENET = _photographs("tiny_imagenet", "tiny_imagenet", 64, None)
+_VISUAL_WAKE_WORDS = _photographs("visual_wake_words", "coco", 132, 128)
+_IMAGE_FOLDER = _photographs("image_folder", "folder", 132, 128)
 
 _MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 _MNIST = DatasetSpec(
@@ -153,7 +235,13 @@ _DIGITS_SET = DatasetSpec(
     layout="embedded",
 )
 
-SPECS = {spec.name: spec for spec in (_CIFAR10, _FASHION_MNIST, _MNIST, _DIGITS_SET)}
+SPECS = {
+    spec.name: spec
+    for spec in (
+        *(_CIFAR10, _CIFAR100, _FASHION_MNIST, _MNIST, _DIGITS_SET),
+        *(_IMAGENETTE, _TINY_IMAGENET, _VISUAL_WAKE_WORDS, _IMAGE_FOLDER),
+    )
+}
 
 
 def get_spec(name: str) -> DatasetSpec:

@@ -1,15 +1,20 @@
 """Loading data sets: prepared ones through TensorFlow Datasets, `digits` from scikit-learn."""
 
+import dataclasses
 import io
 import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lls_jax.data.specs import DatasetSpec
+
+# Sets of photographs may be larger than memory.
+MAPPED_LAYOUTS = ("folder", "tiny_imagenet", "coco")
 
 
 class DatasetError(Exception):
@@ -20,7 +25,7 @@ class Split(NamedTuple):
     """Images and labels of one part of a data set.
 
     Attributes:
-        images: uint8 ``[count, height, width, channels]``.
+        images: uint8 ``[count, height, width, channels]``; it may be a file mapped into memory.
         labels: int32 ``[count]``.
     """
 
@@ -44,11 +49,66 @@ def is_prepared(spec: DatasetSpec, data_dir: pathlib.Path) -> bool:
     return embedded or (prepared_folder(spec, data_dir) / "dataset_info.json").is_file()
 
 
+def resolve(spec: DatasetSpec, data_dir: pathlib.Path) -> DatasetSpec:
+    """The entry of a data set, with what only the prepared set knows: sizes, classes, image shape.
+
+    Args:
+        spec: the data set.
+        data_dir: folder of prepared sets.
+
+    Raises:
+        DatasetError: it is not prepared, or its description cannot be read.
+    """
+    if spec.is_resolved:
+        return spec
+    folder = prepared_folder(spec, data_dir)
+    if not is_prepared(spec, data_dir):
+        raise _not_prepared(spec, data_dir)
+    import tensorflow_datasets as tfds
+
+    try:
+        info = tfds.builder_from_directory(folder).info
+        shape = tuple(info.features["image"].shape)
+        return dataclasses.replace(
+            spec,
+            class_names=tuple(info.features["label"].names),
+            image_shape=shape,
+            crop=None if spec.crop is None else min(spec.crop, shape[0]),
+            train_size=info.splits["train"].num_examples,
+            test_size=info.splits["test"].num_examples,
+        )
+    except Exception as error:
+        raise _unreadable(spec, folder, error) from error
+
+
+def _not_prepared(spec: DatasetSpec, data_dir: pathlib.Path) -> DatasetError:
+    how = (
+        "it downloads; with no network give it --archive PATH"
+        if spec.downloads
+        else "--archive PATH"
+    )
+    return DatasetError(
+        f"data set {spec.name!r} is not in {data_dir}; prepare it with "
+        f"`python -m experiments.prepare_data {spec.name}` ({how}), or run the embedded set: "
+        "`python -m experiments.digits`."
+    )
+
+
+def _unreadable(spec: DatasetSpec, folder: pathlib.Path, error: Exception) -> DatasetError:
+    first_line = (str(error).splitlines() or [""])[0]
+    return DatasetError(
+        f"{folder} cannot be read ({type(error).__name__}: {first_line}); it must be a complete "
+        "set in ArrayRecord format. Remove that folder and run "
+        f"`python -m experiments.prepare_data {spec.name}`."
+    )
+
+
 def load(spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | None = None) -> Split:
     """Load one part of a data set into memory.
 
     The first whole read decodes every PNG and keeps the pixels in a file beside the sets
-    (``lls_jax_decoded``), from which later reads take them.
+    (``lls_jax_decoded``), from which later reads take them. Of photographs that file is mapped into
+    memory, so that a set may be larger than it.
 
     Args:
         spec: the data set.
@@ -62,6 +122,7 @@ def load(spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | Non
     Raises:
         DatasetError: it is not prepared, or its files are not what they should be.
     """
+    spec = resolve(spec, data_dir)
     size = {"train": spec.train_size, "test": spec.test_size}[split]
     if limit is not None and limit > size:
         raise DatasetError(
@@ -70,11 +131,7 @@ def load(spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | Non
     if spec.layout == "embedded":
         loaded = _load_digits(spec, split)
     elif not is_prepared(spec, data_dir):
-        raise DatasetError(
-            f"data set {spec.name!r} is not in {data_dir}; prepare it with "
-            f"`python -m experiments.prepare_data {spec.name}` (it downloads; with no network give "
-            "it --archive PATH), or run the embedded set: `python -m experiments.digits`."
-        )
+        raise _not_prepared(spec, data_dir)
     else:
         loaded = _load_prepared(spec, split, data_dir, limit)
     split_data = Split(*(array[:limit] for array in loaded))
@@ -121,6 +178,8 @@ def _load_prepared(
     # A set that was prepared again has another stamp, and so another file.
     stamp = f"{info.st_mtime_ns:x}-{info.st_size:x}"
     cache = data_dir / "lls_jax_decoded" / f"{spec.name}-{spec.version}-{split}-{stamp}.npz"
+    if spec.layout in MAPPED_LAYOUTS:
+        return _load_mapped(spec, split, data_dir, limit, cache)
     if cache.is_file():
         try:
             with np.load(cache) as stored:
@@ -133,7 +192,41 @@ def _load_prepared(
     return decoded
 
 
-def _decode(spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | None) -> Split:
+def _load_mapped(
+    spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | None, cache: pathlib.Path
+) -> Split:
+    """Pixels in a `.npy` file that is mapped into memory, labels beside it."""
+    pixels, labels = cache.with_suffix(".npy"), cache.with_suffix(".labels.npy")
+    if labels.is_file() and pixels.is_file():
+        return Split(np.load(pixels, mmap_mode="r"), np.load(labels))
+    if limit is not None:
+        return _decode(spec, split, data_dir, limit)
+    size = {"train": spec.train_size, "test": spec.test_size}[split]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    aside = pixels.with_name(f".{os.getpid()}-{pixels.name}")
+    try:
+        images = np.lib.format.open_memmap(
+            aside, mode="w+", dtype=np.uint8, shape=(size, *spec.image_shape)
+        )
+        decoded = np.empty(size, np.int32)
+        for index, (image, label) in enumerate(_records(spec, split, data_dir, None)):
+            images[index], decoded[index] = image, label
+        images.flush()
+        os.replace(aside, pixels)
+        with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as file:
+            np.save(file, decoded)
+        os.chmod(file.name, 0o644)
+        # Last: the labels say that the pixels are whole.
+        os.replace(file.name, labels)
+    finally:
+        aside.unlink(missing_ok=True)
+    return Split(np.load(pixels, mmap_mode="r"), decoded)
+
+
+def _records(
+    spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """The decoded examples, in order."""
     import tensorflow_datasets as tfds
     from PIL import Image
 
@@ -142,19 +235,22 @@ def _decode(spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | 
         builder = tfds.builder_from_directory(folder)
         part = split if limit is None else f"{split}[:{limit}]"
         source = builder.as_data_source(part, decoders={"image": tfds.decode.SkipDecoding()})
-        images, labels = [], []
         for record in source:
             encoded: Any = record["image"]
             image = np.asarray(Image.open(io.BytesIO(encoded)))
-            images.append(image if image.ndim == 3 else image[..., None])
-            labels.append(record["label"])
-        return Split(np.stack(images), np.asarray(labels, np.int32))
+            yield image if image.ndim == 3 else image[..., None], record["label"]
     except Exception as error:
-        raise DatasetError(
-            f"{folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "it must be a complete set in ArrayRecord format. Remove that folder and run "
-            f"`python -m experiments.prepare_data {spec.name}`."
-        ) from error
+        raise _unreadable(spec, folder, error) from error
+
+
+def _decode(spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | None) -> Split:
+    folder = prepared_folder(spec, data_dir)
+    records = list(_records(spec, split, data_dir, limit))
+    try:
+        images = np.stack([image for image, _ in records])
+        return Split(images, np.asarray([label for _, label in records], np.int32))
+    except Exception as error:
+        raise _unreadable(spec, folder, error) from error
 
 
 def _write_cache(cache: pathlib.Path, data: Split) -> None:

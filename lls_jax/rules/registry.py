@@ -138,7 +138,7 @@ def make(
             ``lls_m_random``, ``lls_mxm_random``, ``local_classifier``, ``predsim``,
             ``contrastive``, ``decoupled``; of a baseline without local losses: ``bp``, ``dfa``,
             ``drtp``; or ``"package.module:function"``, whose function is called with those of the
-            options below that it has parameters for. A rule ignores the options that it has no use for.
+            options below that it has parameters for. A rule ignores what it has no use for.
         num_classes: number of classes, at least 2.
         waveform: of the periodic basis, ``"square"`` or ``"cosine"``.
         temperature: divides a local loss's logits; positive, dimensionless.

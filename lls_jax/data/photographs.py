@@ -1,0 +1,219 @@
+"""Photographs in folders: found, labelled, and brought to one size when they are read."""
+
+import json
+import pathlib
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lls_jax.data.specs import DatasetSpec
+from lls_jax.data.storage import DatasetError
+
+_ENDINGS = (".jpg", ".jpeg", ".png")
+# Names of corrupt files that a message has room for.
+_SHOWN = 10
+_TEST_FOLDERS = ("val", "test", "validation")
+
+
+class Photographs(NamedTuple):
+    """Files of one part of a data set, not read yet.
+
+    Attributes:
+        paths: image files.
+        labels: int32 ``[count]``.
+    """
+
+    paths: tuple[pathlib.Path, ...]
+    labels: np.ndarray
+
+
+class Found(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        class_names: in label order.
+        splits: ``{"train": ..., "test": ...}``.
+    """
+
+    class_names: tuple[str, ...]
+    splits: dict[str, Photographs]
+
+
+def find(spec: DatasetSpec, path: pathlib.Path, unpack_to: pathlib.Path) -> Found:
+    """List the images of an archive, or of a folder, with their labels.
+
+    Args:
+        spec: the data set, for its layout: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``
+            (``"folder"``); Tiny ImageNet's own; or COCO's images beside annotations that mark
+            persons (``"coco"``).
+        path: the folder, or a ``.tar``, ``.tgz`` or ``.zip`` of it.
+        unpack_to: where an archive is unpacked.
+
+    Raises:
+        DatasetError: something that the layout asks for is missing.
+    """
+    if not path.exists():
+        raise DatasetError(f"archive {path} does not exist; give the file or folder itself.")
+    folder = path if path.is_dir() else _unpack(path, unpack_to)
+    find_in = {"folder": _find_classes, "tiny_imagenet": _find_tiny_imagenet, "coco": _find_coco}
+    found = find_in[spec.layout](_root(folder), path)
+    for split, files in found.splits.items():
+        if not files.paths:
+            raise DatasetError(f"{path} has no {split} images ({', '.join(_ENDINGS)}).")
+    if len(found.class_names) < 2:
+        raise DatasetError(f"{path} has {len(found.class_names)} class; two or more are needed.")
+    return found
+
+
+def _unpack(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    folder.mkdir(parents=True)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(folder)
+        else:
+            with tarfile.open(path, "r:*") as archive:
+                # No links, no devices, nothing outside the folder.
+                archive.extractall(folder, filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise DatasetError(
+            f"archive {path} cannot be unpacked ({error}); fetch it again."
+        ) from error
+    return folder
+
+
+def _root(folder: pathlib.Path) -> pathlib.Path:
+    """The folder itself, or the only one in it, which is how archives are packed."""
+    inside = [child for child in folder.iterdir() if not child.name.startswith(".")]
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+
+
+def _images(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _ENDINGS)
+
+
+def _by_class(folder: pathlib.Path, names: tuple[str, ...]) -> Photographs:
+    paths, labels = [], []
+    for label, name in enumerate(names):
+        files = _images(folder / name)
+        paths += files
+        labels += [label] * len(files)
+    return Photographs(tuple(paths), np.asarray(labels, np.int32))
+
+
+def _classes(folder: pathlib.Path) -> tuple[str, ...]:
+    return tuple(sorted(child.name for child in folder.iterdir() if child.is_dir()))
+
+
+def _find_classes(folder: pathlib.Path, path: pathlib.Path) -> Found:
+    test = next((folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()), None)
+    train = folder / "train"
+    if not train.is_dir() or test is None:
+        raise DatasetError(
+            f"{path} lacks a folder `train` or `val`; expected train/CLASS/*.jpg and "
+            "val/CLASS/*.jpg."
+        )
+    names = _classes(train)
+    if unknown := sorted(set(_classes(test)) - set(names)):
+        raise DatasetError(f"{test} has class {unknown[0]!r}, which {train} has not.")
+    return Found(names, {"train": _by_class(train, names), "test": _by_class(test, names)})
+
+
+def _find_tiny_imagenet(folder: pathlib.Path, path: pathlib.Path) -> Found:
+    annotations = folder / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        # Some copies have their validation images sorted into classes already.
+        return _find_classes(folder, path)
+    names = _classes(folder / "train") if (folder / "train").is_dir() else ()
+    labels = {name: label for label, name in enumerate(names)}
+    paths, test_labels = [], []
+    for line in annotations.read_text().splitlines():
+        file, _, rest = line.partition("\t")
+        name = rest.partition("\t")[0]
+        if name not in labels:
+            raise DatasetError(f"{annotations} names class {name!r}, which `train` has not.")
+        paths.append(folder / "val" / "images" / file)
+        test_labels.append(labels[name])
+    test = Photographs(tuple(paths), np.asarray(test_labels, np.int32))
+    return Found(names, {"train": _by_class(folder / "train", names), "test": test})
+
+
+def _find_coco(folder: pathlib.Path, path: pathlib.Path) -> Found:
+    """Visual Wake Words: whether a person is in an image of COCO."""
+    splits = {}
+    for split, name in (("train", "instances_train.json"), ("test", "instances_val.json")):
+        files = sorted(folder.rglob(name))
+        if not files:
+            raise DatasetError(
+                f"{path} lacks {name}; expected COCO's images and the annotations that the "
+                "Visual Wake Words scripts write, instances_train.json and instances_val.json."
+            )
+        splits[split] = _read_coco(folder, files[0])
+    return Found(("background", "person"), splits)
+
+
+def _read_coco(folder: pathlib.Path, annotations: pathlib.Path) -> Photographs:
+    places = {file.name: file for file in _images(folder)}
+    try:
+        content = json.loads(annotations.read_text())
+        persons = _images_with_persons(content["annotations"])
+        paths, labels = [], []
+        for image in content["images"]:
+            name = pathlib.PurePosixPath(image["file_name"]).name
+            if name not in places:
+                raise DatasetError(f"{annotations} names {name}, which {folder} does not hold.")
+            paths.append(places[name])
+            labels.append(int(image["id"] in persons))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{annotations} is not what the Visual Wake Words scripts write "
+            f"({type(error).__name__}: {error}); expected `images` and `annotations`."
+        ) from error
+    return Photographs(tuple(paths), np.asarray(labels, np.int32))
+
+
+def _images_with_persons(annotations: Any) -> set[int]:
+    """Identifiers of images with an annotation of category 1; a list, or lists by image."""
+    groups = annotations.values() if isinstance(annotations, dict) else [annotations]
+    return {one["image_id"] for group in groups for one in group if one["category_id"] == 1}
+
+
+def examples(
+    spec: DatasetSpec, data: Photographs, corrupt: list[pathlib.Path]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Each image with its label: the shorter side scaled to the set's size, the middle cut out.
+
+    (The published recipe cuts its random windows from the whole scaled image, whose longer side
+    varies; here they come from the middle square, so that all images have one shape.)
+
+    Args:
+        spec: the data set, for its image size.
+        data: the files.
+        corrupt: gets the files that are no images, which are left out.
+
+    Yields:
+        ``(uint8 [height, width, 3], label)``.
+    """
+    from PIL import Image, ImageOps
+
+    size = spec.image_shape[:2]
+    for path, label in zip(data.paths, data.labels):
+        try:
+            with Image.open(path) as image:
+                fitted = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BILINEAR)
+                pixels = np.asarray(fitted)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            # What Pillow raises for files that are not what they seem.
+            corrupt.append(path)
+            continue
+        yield pixels, int(label)
+
+
+def corrupt_message(corrupt: list[pathlib.Path]) -> str:
+    """How many files are corrupt, and which."""
+    shown = ", ".join(str(path) for path in corrupt[:_SHOWN])
+    more = f" and {len(corrupt) - _SHOWN} more" if len(corrupt) > _SHOWN else ""
+    return f"{len(corrupt)} image file(s) cannot be decoded: {shown}{more}"

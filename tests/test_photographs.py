@@ -1,0 +1,227 @@
+"""Folders of photographs: found, prepared, streamed, trained on; and CIFAR-100."""
+
+import dataclasses
+import json
+import pickle
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import evaluate, run_folder, train
+from experiments.config import TrainConfig
+from lls_jax.data import batches, get_spec, prepare, storage, streaming
+from lls_jax.data.storage import DatasetError, Split
+
+SIZE = 12
+
+
+def picture(path, color, size=(20, 14), kind="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(kind, size, color).save(path)
+
+
+def class_folder(root, classes=("cat", "dog", "owl"), train=6, test=2):
+    for split, count in (("train", train), ("val", test)):
+        for label, name in enumerate(classes):
+            for index in range(count):
+                ending = ("jpg", "png", "JPEG")[index % 3]
+                picture(root / split / name / f"{index}.{ending}", (80 * label, 10 * index, 5))
+    return root
+
+
+def tiny_imagenet(root):
+    for name in ("n01", "n02"):
+        for index in range(3):
+            picture(root / "train" / name / "images" / f"{name}_{index}.JPEG", (9, 9, 9), (64, 64))
+    lines = []
+    for index, name in enumerate(("n02", "n01")):
+        picture(root / "val" / "images" / f"val_{index}.JPEG", (7, 7, 7), (64, 64))
+        lines.append(f"val_{index}.JPEG\t{name}\t0\t0\t9\t9")
+    (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def coco(root, as_lists_by_image):
+    (root / "annotations").mkdir(parents=True)
+    for name, ids in (("instances_train.json", (1, 2, 3)), ("instances_val.json", (4, 5))):
+        images = [{"id": i, "file_name": f"COCO_{i:04d}.jpg"} for i in ids]
+        for image in images:
+            picture(root / "all2014" / image["file_name"], (3, 3, 3), (150, 140))
+        found = [{"image_id": i, "category_id": i % 2} for i in ids]
+        grouped = {str(one["image_id"]): [one] for one in found}
+        content = {"images": images, "annotations": grouped if as_lists_by_image else found}
+        (root / "annotations" / name).write_text(json.dumps(content))
+    return root
+
+
+def prepared(spec_name, archive, data_dir, **options):
+    spec = get_spec(spec_name)
+    prepare.prepare(spec, data_dir, archive, progress=False, **options)
+    return storage.resolve(spec, data_dir)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_of_classes_is_imported(packed, tmp_path):
+    archive = class_folder(tmp_path / "pictures")
+    if packed:
+        with tarfile.open(tmp_path / "pictures.tgz", "w:gz") as file:
+            file.add(archive, "pictures")
+        archive = tmp_path / "pictures.tgz"
+    spec = prepared("image_folder", archive, tmp_path / "data", image_size=SIZE)
+    assert spec.class_names == ("cat", "dog", "owl")
+    assert (spec.train_size, spec.test_size) == (18, 6)
+    assert spec.image_shape == (SIZE, SIZE, 3)
+    assert spec.input_shape == (SIZE, SIZE, 3)
+    data = storage.load(spec, "train", tmp_path / "data")
+    again = storage.load(spec, "train", tmp_path / "data")
+    assert isinstance(again.images, np.memmap)
+    np.testing.assert_array_equal(data.images, again.images)
+    assert sorted(data.labels) == [0] * 6 + [1] * 6 + [2] * 6
+    red = data.images[:, SIZE // 2, SIZE // 2, 0].astype(int)
+    # JPEG moves a flat colour by a little.
+    assert (np.abs(red - 80 * data.labels) < 12).all()
+    assert len(storage.load(spec, "test", tmp_path / "data", limit=4).labels) == 4
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_visual_wake_words_marks_persons(grouped, tmp_path):
+    spec = prepared("visual_wake_words", coco(tmp_path / "coco", grouped), tmp_path / "data")
+    assert spec.class_names == ("background", "person")
+    assert spec.input_shape == (128, 128, 3)
+    assert sorted(storage.load(spec, "train", tmp_path / "data").labels) == [0, 1, 1]
+    assert sorted(storage.load(spec, "test", tmp_path / "data").labels) == [0, 1]
+
+
+def test_tiny_imagenet_takes_labels_from_its_list(tmp_path):
+    spec = prepared("tiny_imagenet", tiny_imagenet(tmp_path / "tiny"), tmp_path / "data")
+    assert spec.class_names == ("n01", "n02")
+    assert (spec.train_size, spec.test_size) == (6, 2)
+    assert spec.input_shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("write", [b"", b"not an image", b"\xff\xd8\xff\xe0\x00\x10JFIF"])
+def test_corrupt_files_are_named_counted_and_stop_it_unless_skipped(write, tmp_path, capsys):
+    archive = class_folder(tmp_path / "pictures")
+    bad = [archive / "train/cat/x.jpg", archive / "val/owl/y.png"]
+    for path in bad:
+        path.write_bytes(write)
+    with pytest.raises(DatasetError, match=r"2 image file\(s\).*--skip-corrupt") as caught:
+        prepared("image_folder", archive, tmp_path / "data", image_size=SIZE)
+    for path in bad:
+        assert str(path) in str(caught.value)
+    assert not (tmp_path / "data" / "image_folder").exists()
+    spec = prepared("image_folder", archive, tmp_path / "data", image_size=SIZE, skip_corrupt=True)
+    assert (spec.train_size, spec.test_size) == (18, 6)
+    assert "left out: 2 image file(s)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "val").rename(root / "elsewhere"), "lacks a folder `train` or `val`"),
+        (lambda root: picture(root / "val/cow/1.jpg", (1, 1, 1)), "has class 'cow'"),
+        (lambda root: [f.unlink() for f in root.glob("val/*/*")], "has no test images"),
+    ],
+)
+def test_wrong_folders_are_reported(spoil, message, tmp_path):
+    archive = class_folder(tmp_path / "pictures")
+    spoil(archive)
+    with pytest.raises(DatasetError, match=message):
+        prepared("image_folder", archive, tmp_path / "data", image_size=SIZE)
+
+
+def test_what_is_not_prepared_or_not_packed_is_reported(tmp_path):
+    with pytest.raises(DatasetError, match=r"prepare_data image_folder` \(--archive PATH\)"):
+        storage.resolve(get_spec("image_folder"), tmp_path)
+    with pytest.raises(DatasetError, match="cannot be downloaded by itself"):
+        prepare.prepare(get_spec("tiny_imagenet"), tmp_path)
+    (tmp_path / "broken.tgz").write_bytes(b"\x1f\x8b broken")
+    with pytest.raises(DatasetError, match="cannot be unpacked"):
+        prepare.prepare(get_spec("imagenette"), tmp_path / "data", tmp_path / "broken.tgz")
+
+
+def test_streamed_batches_are_those_of_the_device():
+    spec = dataclasses.replace(get_spec("cifar10"), image_shape=(16, 16, 3), crop=12)
+    rng = np.random.default_rng(0)
+    split = Split(
+        rng.integers(0, 256, (50, 16, 16, 3), np.uint8), rng.integers(0, 10, 50).astype(np.int32)
+    )
+    permutation = batches.epoch_permutation(jax.random.key(0), 0, 50)
+    read = batches.make_reader(spec, "full", 8)
+
+    def key_of(index):
+        return jax.random.fold_in(jax.random.key(1), index)
+
+    for start in (0, 4):
+        here = list(read(batches.to_device(split), permutation, start, key_of))
+        there = list(read(split, permutation, start, key_of))
+        assert len(here) == len(there) == 6 - start
+        for a, b in zip(here, there):
+            assert a["image"].shape == (8, 12, 12, 3)
+            np.testing.assert_array_equal(a["label"], b["label"])
+            np.testing.assert_array_equal(a["image"], b["image"])
+    judged = [
+        np.concatenate(
+            [np.asarray(image) for image, _, _ in batches.evaluation_batches(spec, d, 20)]
+        )
+        for d in (batches.to_device(split), split)
+    ]
+    np.testing.assert_array_equal(judged[0], judged[1])
+    middle = (split.images[:, 2:14, 2:14] / 255 - spec.mean) / spec.std
+    np.testing.assert_allclose(judged[0][:50], middle, atol=1e-5)
+    images, labels = next(streaming.stream(split, np.arange(50)[::-1], 3, 1))
+    np.testing.assert_array_equal(images, split.images[[46, 45, 44]])
+    np.testing.assert_array_equal(labels, split.labels[[46, 45, 44]])
+
+
+def test_training_on_a_folder_is_the_same_from_device_and_host(tmp_path, capsys):
+    prepared(
+        "image_folder", class_folder(tmp_path / "pictures"), tmp_path / "data", image_size=SIZE
+    )
+    accuracies = []
+    for where in ("yes", "no"):
+        config = TrainConfig(
+            dataset="image_folder", data_dir=str(tmp_path / "data"), data_on_device=where,
+            rule="lls", epochs=2, batch_size=6, eval_batch_size=4, progress=False,
+            workdir=str(tmp_path / where),
+        )  # fmt: skip
+        assert train.train_and_evaluate(config) == 0
+        records = run_folder.read_metrics(tmp_path / where)
+        accuracies.append([(r["train_loss"], r["test_loss"], r["test_accuracy"]) for r in records])
+    assert accuracies[0] == accuracies[1]
+    capsys.readouterr()
+    evaluate.evaluate(evaluate.EvaluateConfig(str(tmp_path / "no"), json=True))
+    assert json.loads(capsys.readouterr().out)["accuracy"] == accuracies[1][-1][2]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_cifar100_takes_its_fine_labels(binary, tmp_path):
+    spec = dataclasses.replace(get_spec("cifar100"), train_size=7, test_size=3)
+    rng = np.random.default_rng()
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    kept = {}
+    for name, count in (("train", 7), ("test", 3)):
+        planes = rng.integers(0, 256, (count, 3 * 32 * 32), np.uint8)
+        fine = rng.integers(0, 100, count).astype(np.uint8)
+        coarse = rng.integers(0, 20, count).astype(np.uint8)
+        kept[name] = (planes.reshape(count, 3, 32, 32).transpose(0, 2, 3, 1), fine)
+        if binary:
+            rows = np.hstack([coarse[:, None], fine[:, None], planes])
+            (archive / f"{name}.bin").write_bytes(rows.tobytes())
+        else:
+            content = {
+                b"data": planes,
+                b"fine_labels": [int(x) for x in fine],
+                b"coarse_labels": [int(x) for x in coarse],
+            }
+            (archive / name).write_bytes(pickle.dumps(content, protocol=2))
+    prepare.prepare(spec, tmp_path / "data", archive, progress=False)
+    for name, (images, labels) in kept.items():
+        loaded = storage.load(spec, name, tmp_path / "data")
+        order = [np.flatnonzero((loaded.images == image).all((1, 2, 3)))[0] for image in images]
+        np.testing.assert_array_equal(loaded.labels[order], labels)
+    assert len(set(spec.class_names)) == 100
