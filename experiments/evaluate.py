@@ -55,24 +55,26 @@ def _choose(manager: Any, wanted: str) -> int:
     return int(wanted)
 
 
-def evaluate(config: EvaluateConfig) -> int:
-    """Judge a checkpoint and say how it did; returns the exit status."""
+def restore(folder: pathlib.Path, task: Any, wanted: str) -> tuple[int, Any, dict[str, Any]]:
+    """A run's weights and statistics to judge.
+
+    Args:
+        folder: of the run.
+        task: of the run.
+        wanted: ``"best"``, ``"last"`` or a step.
+
+    Returns:
+        ``(step, {"params", "batch_stats"}, meta)``.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
     import jax
 
-    from experiments import judging, plots, run_folder
-    from experiments.setup import example_image, load_split, make_task, prepare_data
+    from experiments import run_folder
+    from experiments.setup import example_image
     from lls_jax import checkpoint
 
-    folder = pathlib.Path(config.workdir)
-    trained = run_folder.read_config(folder)
-    changes = {
-        name: getattr(config, name)
-        for name in ("eval_batch_size", "eval_examples", "data_dir")
-        if getattr(config, name) is not None
-    }
-    trained = dataclasses.replace(trained, **changes)
-    prepare_data(trained)
-    task = make_task(trained)
     params, batch_stats = jax.eval_shape(
         lambda key: task.model.init(task.rule, key, example_image(task.spec)), jax.random.key(0)
     )
@@ -84,8 +86,27 @@ def evaluate(config: EvaluateConfig) -> int:
     if not run_folder.checkpoints(folder).is_dir():
         raise UserError(f"{folder} has no checkpoint yet; train it first.")
     with checkpoint.open_checkpoints(run_folder.checkpoints(folder), read_only=True) as manager:
-        step = _choose(manager, config.checkpoint)
+        step = _choose(manager, wanted)
         variables, meta = checkpoint.restore_evaluation(manager, step, abstract)
+    return step, variables, meta
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Judge a checkpoint and say how it did; returns the exit status."""
+    from experiments import judging, plots, run_folder
+    from experiments.setup import load_split, make_task, prepare_data
+
+    folder = pathlib.Path(config.workdir)
+    trained = run_folder.read_config(folder)
+    changes = {
+        name: getattr(config, name)
+        for name in ("eval_batch_size", "eval_examples", "data_dir")
+        if getattr(config, name) is not None
+    }
+    trained = dataclasses.replace(trained, **changes)
+    prepare_data(trained)
+    task = make_task(trained)
+    step, variables, meta = restore(folder, task, config.checkpoint)
     test = load_split(trained, task.spec, "test")
     result = judging.judge(task.model, variables, task.spec, test, trained.eval_batch_size)
     picture = folder / f"confusion-{step}.png"

@@ -211,6 +211,16 @@ def _save(
     )
 
 
+def save_imported(
+    config: TrainConfig, folder: pathlib.Path, task: Task, state: training.TrainState
+) -> None:
+    """Write weights that come from elsewhere as a run's first checkpoint, from which it goes on."""
+    position = Position(state, empty_totals(task), 0, 0.0, 0.0)
+    judged = {"params": state.params, "batch_stats": state.batch_stats}
+    with checkpoint.open_checkpoints(run_folder.checkpoints(folder)) as manager:
+        _save(manager, config, position, judged, None)
+
+
 def _record(run: Run, config: TrainConfig, position: Position, test: Any) -> dict[str, Any]:
     images = run.steps_per_epoch * config.batch_size
     totals = jax.tree.map(np.asarray, position.totals)

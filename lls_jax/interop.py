@@ -7,14 +7,14 @@ classifier's ``linear.weight`` and ``linear.bias``.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lls_jax.blocks import ConvBlock
+from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock
 from lls_jax.models import Network
 from lls_jax.rules import Rule
 from lls_jax.training import TrainState, state_from_variables
@@ -27,29 +27,84 @@ _TO_OURS = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 
 
-def _entries(model: Network, rule_params: Mapping[str, Mapping[str, Any]]) -> Iterator[Any]:
-    """Every array of a state: (LLS-DNN's name, collection, path, whether it is transposed)."""
+class _Entry(NamedTuple):
+    """An array of a state.
+
+    Attributes:
+        name: LLS-DNN's.
+        collection: ``"params"`` or ``"batch_stats"``.
+        path: within it.
+        transposed: whether the layouts differ.
+        column: whether LLS-DNN has a vector as a matrix of one column.
+    """
+
+    name: str
+    collection: str
+    path: Path
+    transposed: bool = True
+    column: bool = False
+
+
+# Our names of a block's layers: (LLS-DNN's name, whether it has a bias).
+_LAYERS: dict[type, dict[str, tuple[str, bool]]] = {
+    ConvBlock: {"conv": ("conv", True)},
+    DenseBlock: {"linear": ("linear", True)},
+    DepthwiseSeparableBlock: {"depthwise": ("conv1", False), "pointwise": ("conv2", False)},
+}
+# Our names of its normalisations: LLS-DNN's.
+_NORMS: dict[type, dict[str, str]] = {
+    ConvBlock: {"norm": "bn"},
+    DenseBlock: {"norm": "bn"},
+    DepthwiseSeparableBlock: {"depthwise_norm": "bn1", "pointwise_norm": "bn2"},
+}
+
+
+def _entries(model: Network, params: Mapping[str, Any]) -> Iterator[_Entry]:
+    """Every array of a state."""
     counts = {"conv": 0, "linear": 0}
-    for name, spec in zip(model.block_names, model.specs):
-        kind = "conv" if isinstance(spec.module, ConvBlock) else "linear"
-        counts[kind] += 1
-        torch_block = f"{kind}_block{counts[kind]}"
-        layer, norm = (name, "block", kind), (name, "block", "norm")
-        yield f"{torch_block}.block.{kind}.weight", "params", (*layer, "kernel"), True
-        yield f"{torch_block}.block.{kind}.bias", "params", (*layer, "bias"), True
-        yield f"{torch_block}.block.bn.weight", "params", (*norm, "scale"), True
-        yield f"{torch_block}.block.bn.bias", "params", (*norm, "bias"), True
-        yield f"{torch_block}.block.bn.running_mean", "batch_stats", (*norm, "mean"), True
-        yield f"{torch_block}.block.bn.running_var", "batch_stats", (*norm, "var"), True
-        for parameter in rule_params.get(name, ()):
-            # The modulation multiplies scores from the right in both: its layout is the same.
-            yield f"{torch_block}.feedback", "params", (name, "rule", parameter), False
-    yield "linear.weight", "params", ("classifier", "linear", "kernel"), True
-    yield "linear.bias", "params", ("classifier", "linear", "bias"), True
+    for index, (name, spec) in enumerate(zip(model.block_names, model.specs)):
+        kind = type(spec.module)
+        if kind not in _LAYERS:
+            raise ValueError(
+                f"block {index} of model {model.name!r} is a {kind.__name__}, which LLS-DNN has "
+                "not; use the published models, without groups."
+            )
+        prefix = "linear" if kind is DenseBlock else "conv"
+        counts[prefix] += 1
+        block = f"{prefix}_block{counts[prefix]}"
+        for ours, (theirs, has_bias) in _LAYERS[kind].items():
+            layer = (name, "block", ours)
+            yield _Entry(f"{block}.block.{theirs}.weight", "params", (*layer, "kernel"))
+            if has_bias:
+                yield _Entry(f"{block}.block.{theirs}.bias", "params", (*layer, "bias"))
+        for ours, theirs in _NORMS[kind].items():
+            norm, bn = (name, "block", ours), f"{block}.block.{theirs}"
+            yield _Entry(f"{bn}.weight", "params", (*norm, "scale"))
+            yield _Entry(f"{bn}.bias", "params", (*norm, "bias"))
+            yield _Entry(f"{bn}.running_mean", "batch_stats", (*norm, "mean"))
+            yield _Entry(f"{bn}.running_var", "batch_stats", (*norm, "var"))
+        yield from _rule_entries(params[name].get("rule", {}), name, block)
+    yield _Entry("linear.weight", "params", ("classifier", "linear", "kernel"))
+    yield _Entry("linear.bias", "params", ("classifier", "linear", "bias"))
 
 
-def _rule_params(params: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {name: block["rule"] for name, block in params.items() if "rule" in block}
+def _rule_entries(rule_params: Mapping[str, Any], name: str, block: str) -> Iterator[_Entry]:
+    """A rule's arrays. Its matrices multiply from the same side in both: the layout is the same."""
+    path = (name, "rule")
+    known = {"modulation"} if set(rule_params) == {"modulation"} else {"feedback", "modulation"}
+    feedback = rule_params.get("feedback")
+    if set(rule_params) - known or (feedback is not None and feedback.ndim != 2):
+        raise ValueError(
+            f"the rule of {name} has parameters {', '.join(sorted(rule_params))}, for which "
+            "LLS-DNN has no counterpart; it has those of bp, local_classifier, and the lls rules."
+        )
+    if feedback is not None:
+        yield _Entry(f"{block}.feedback", "params", (*path, "feedback"), False)
+    if "modulation" in rule_params:
+        # A periodic basis has no parameters, and its modulation has the name of the feedback.
+        theirs = "feedback" if feedback is None else "modulation"
+        column = feedback is not None and rule_params["modulation"].ndim == 1
+        yield _Entry(f"{block}.{theirs}", "params", (*path, "modulation"), False, column)
 
 
 def _get(tree: Mapping[str, Any], path: Path) -> Any:
@@ -92,12 +147,14 @@ def from_lls_dnn(
     expected = {"params": expected_params, "batch_stats": expected_stats}
     converted: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
     problems, known = [], set()
-    for name, collection, path, transposed in _entries(model, _rule_params(expected_params)):
+    for name, collection, path, transposed, column in _entries(model, expected_params):
         known.add(name)
         if name not in state_dict:
             problems.append(f"{name} is missing")
             continue
         array = np.asarray(state_dict[name], np.float32)
+        if column and array.ndim == 2:
+            array = array[:, 0]
         if transposed and array.ndim in _TO_OURS:
             array = array.transpose(_TO_OURS[array.ndim])
         shape = _get(expected[collection], path).shape
@@ -130,11 +187,15 @@ def to_lls_dnn(model: Network, state: TrainState) -> dict[str, np.ndarray]:
     Returns:
         ``{name: array}`` with LLS-DNN's names and layouts; ``torch.from_numpy`` on each value makes
         what its ``load_state_dict`` takes.
+
+    Raises:
+        ValueError: LLS-DNN has no such block or rule.
     """
     collections = {"params": state.params, "batch_stats": state.batch_stats}
     result: dict[str, np.ndarray] = {}
-    for name, collection, path, transposed in _entries(model, _rule_params(state.params)):
+    for name, collection, path, transposed, column in _entries(model, state.params):
         array = np.asarray(_get(collections[collection], path))
+        array = array[:, None] if column else array
         result[name] = array.transpose(_TO_TORCH[array.ndim]) if transposed else array
         if name.endswith("running_var"):
             counter = name.replace("running_var", "num_batches_tracked")

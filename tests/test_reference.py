@@ -15,6 +15,7 @@ REFERENCE = pathlib.Path(__file__).parent / "reference"
 MEAN = np.array([0.4914, 0.4822, 0.4465], np.float32)
 STD = np.array([0.2023, 0.1994, 0.2010], np.float32)
 RULE_NAMES = {"lls": "lls", "m": "lls_m", "mxm": "lls_mxm", "mxmr": "lls_mxm_reduced"}
+RULE_NAMES["classifier"] = "local_classifier"
 LOSS_CASES = [
     "conv_lls_square",
     "conv_lls_cosine",
@@ -24,6 +25,8 @@ LOSS_CASES = [
     "conv_lls_mxm_reduced",
     "linear_lls",
     "linear_lls_upsampled",
+    "conv_classifier",
+    "conv_classifier_reduced",
 ]
 
 
@@ -59,7 +62,8 @@ def test_loss_and_gradients(case):
     activation = data["activation"]
     if activation.ndim == 4:
         activation = activation.transpose(0, 2, 3, 1)
-    params = {"modulation": jnp.asarray(data["feedback"])} if "feedback" in data else {}
+    learned = "feedback" if name == "local_classifier" else "modulation"
+    params = {learned: jnp.asarray(data["feedback"])} if "feedback" in data else {}
     loss, (d_params, d_activation) = jax.value_and_grad(
         lambda p, a: rule.loss(p, a, jnp.asarray(data["labels"]), pool_size=int(data["pool"])),
         argnums=(0, 1),
@@ -70,7 +74,7 @@ def test_loss_and_gradients(case):
     assert abs(float(loss) - float(data["loss"])) < 1e-6
     assert relative(d_activation, data["d_activation"]) < 1e-5
     if params:
-        assert relative(d_params["modulation"], data["d_feedback"]) < 1e-5
+        assert relative(d_params[learned], data["d_feedback"]) < 1e-5
 
 
 def normalized(image):

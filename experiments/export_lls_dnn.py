@@ -1,0 +1,50 @@
+"""Write a run's weights as a checkpoint that the authors' PyTorch code loads."""
+
+import dataclasses
+import pathlib
+
+from experiments.command_line import UserError, parse, run
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Export a run to LLS-DNN."""
+
+    workdir: str
+    """Folder of the run."""
+    out: str = "model_best.pth.tar"
+    """File to write."""
+    checkpoint: str = "best"
+    """best, last, or a step."""
+
+
+def export_lls_dnn(config: ExportConfig) -> int:
+    """Restore, convert, and write the file; returns the exit status."""
+    import jax
+    import jax.numpy as jnp
+
+    from experiments import run_folder
+    from experiments.evaluate import restore
+    from experiments.setup import make_task
+    from lls_jax import interop, torch_files
+    from lls_jax.training import TrainState
+
+    folder = pathlib.Path(config.workdir)
+    trained = run_folder.read_config(folder)
+    task = make_task(trained)
+    step, variables, meta = restore(folder, task, config.checkpoint)
+    state = TrainState(
+        jnp.int32(step), variables["params"], variables["batch_stats"], None, jax.random.key(0)
+    )
+    try:
+        state_dict = interop.to_lls_dnn(task.model, state)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    torch_files.write(pathlib.Path(config.out), state_dict, meta["epochs_done"])
+    print(f"{len(state_dict)} arrays of step {step} in {config.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    config = parse(ExportConfig, "export_lls_dnn", __doc__ or "")
+    run(lambda: export_lls_dnn(config))

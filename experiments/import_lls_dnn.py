@@ -1,0 +1,90 @@
+"""Make a run folder of a checkpoint that the authors' PyTorch code has written.
+
+The file is read without PyTorch and without executing anything in it. What comes out is a run like
+any other: evaluate it, or train on with the experiment of its data set and the same options.
+"""
+
+import dataclasses
+import pathlib
+
+from simple_parsing import field
+
+from experiments.command_line import UserError, parse, run
+from experiments.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportConfig:
+    """Import a PyTorch checkpoint of LLS-DNN."""
+
+    checkpoint: str = field(positional=True)
+    """The file, like model_best.pth.tar."""
+    out: str = "imported"
+    """Run folder to make; it must not hold a run yet."""
+    model: str = "small_conv"
+    """Its network."""
+    rule: str = "lls_mxm"
+    """Its learning rule."""
+    dataset: str = "cifar10"
+    """Its data set, for the number of classes."""
+    basis_rows: int | None = None
+    """Rows of the basis of lls_mxm_reduced [default: the model's published number]."""
+    waveform: str = "square"
+    """Of the periodic basis: square or cosine."""
+    data_dir: str | None = None
+    """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
+
+
+def import_lls_dnn(config: ImportConfig) -> int:
+    """Read, convert, and write the run folder; returns the exit status."""
+    import numpy as np
+
+    from experiments import run_folder
+    from experiments.optimizers import make
+    from experiments.setup import make_task
+    from experiments.train import save_imported
+    from lls_jax import interop, torch_files
+
+    folder = pathlib.Path(config.out)
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} holds a run already; give another --out.")
+    trained = TrainConfig(
+        dataset=config.dataset,
+        model=config.model,
+        rule=config.rule,
+        basis_rows=config.basis_rows,
+        waveform=config.waveform,
+        data_dir=config.data_dir,
+        workdir=config.out,
+    )
+    task = make_task(trained)
+    try:
+        content = torch_files.read(pathlib.Path(config.checkpoint))
+    except torch_files.TorchFileError as error:
+        raise UserError(f"{config.checkpoint}: {error}") from error
+    state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state_dict, dict):
+        raise UserError(f"{config.checkpoint} holds a {type(content).__name__}; expected a dict.")
+    arrays = {name: value for name, value in state_dict.items() if isinstance(value, np.ndarray)}
+    try:
+        state = interop.from_lls_dnn(
+            task.model, task.rule, make(trained, steps_per_epoch=1000), arrays
+        )
+    except ValueError as error:
+        raise UserError(f"{config.checkpoint}: {error}") from error
+    with run_folder.claim(folder):
+        run_folder.write_config(folder, trained)
+        run_folder.write_environment(folder)
+        save_imported(trained, folder, task, state)
+    epoch = content.get("epoch")
+    after = f", saved after epoch {epoch + 1}" if isinstance(epoch, int) else ""
+    print(
+        f"{len(arrays)} arrays of {config.checkpoint}{after}; evaluate with:\n"
+        f"  python -m experiments.evaluate --workdir {folder}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    config = parse(ImportConfig, "import_lls_dnn", __doc__ or "")
+    run(lambda: import_lls_dnn(config))
