@@ -1,0 +1,385 @@
+"""Rules: against NumPy forms of their own, by block, in groups, and one of a user's own."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lls_jax import models, rules, training
+from lls_jax.blocks import ConvBlock, LocalBlock
+
+ROOT = pathlib.Path(__file__).parents[1]
+CLASSES = 5
+TX = optax.sgd(0.05, momentum=0.9)
+
+
+def make_rule(name, **options):
+    reduced = {"basis_rows": 3} if name == "lls_mxm_reduced" else {}
+    return rules.make(name, num_classes=CLASSES, **reduced, **options)
+
+
+def make_batch(size=8, side=8):
+    rng = np.random.default_rng()
+    return {
+        "image": jnp.asarray(rng.normal(size=(size, side, side, 3)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32),
+    }
+
+
+def start(model, rule, batch):
+    return training.create_train_state(model, rule, TX, jax.random.key(0), batch["image"])
+
+
+def copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+# --- Every rule on every model -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_name", models.NAMES)
+def test_every_rule_takes_a_step_on_every_model(model_name):
+    """Traced, with every shape checked; `test_training` runs them where they are small."""
+    model = models.make(model_name, num_classes=CLASSES)
+    side = max(8, model.smallest_image)
+    image = jax.ShapeDtypeStruct((4, side, side, 3), jnp.float32)
+    label = jax.ShapeDtypeStruct((4,), jnp.int32)
+    for name in rules.NAMES:
+        rule = make_rule(name)
+        state = jax.eval_shape(
+            lambda key, rule=rule: training.create_train_state(
+                model, rule, TX, key, jnp.zeros((1, side, side, 3))
+            ),
+            jax.random.key(0),
+        )
+        step = training.make_train_step(model, rule, TX)
+        after, metrics = jax.eval_shape(step, state, {"image": image, "label": label})
+        assert jax.tree.structure(after) == jax.tree.structure(state), name
+        assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(
+            lambda leaf: leaf.shape, state
+        )
+        local = 0 if name in ("bp", "dfa", "drtp") else len(model.specs)
+        assert metrics["layer_loss"].shape == (local,)
+        assert metrics["logits"].shape == (4, CLASSES)
+
+
+# --- Against NumPy -------------------------------------------------------------------------------
+
+
+def np_softmax_loss(logits, labels):
+    shifted = logits - logits.max(1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return -log_p[np.arange(len(labels)), labels].mean()
+
+
+def np_convolve(x, kernel):
+    batch, height, width, _ = x.shape
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    out = np.zeros((batch, height, width, kernel.shape[-1]))
+    for i in range(3):
+        for j in range(3):
+            out += padded[:, i : i + height, j : j + width] @ kernel[i, j]
+    return out
+
+
+def np_latents(a, bins):
+    """Where `bins` divides the size."""
+    if a.ndim == 2:
+        return a.reshape(len(a), bins, -1).mean(2)
+    batch, height, width, channels = a.shape
+    pooled = a.reshape(batch, bins, height // bins, bins, width // bins, channels).mean((2, 4))
+    return pooled.transpose(0, 3, 1, 2).reshape(batch, -1)
+
+
+def np_similarity(x):
+    x = x - x.mean(1, keepdims=True)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return x @ x.T
+
+
+def np_predsim(p, a, labels, bins):
+    if a.ndim == 4:
+        features = np_convolve(a, p["similarity"]).std((1, 2))
+    else:
+        features = a @ p["similarity"]
+    target = np_similarity(np.eye(CLASSES)[labels])
+    similarity = ((np_similarity(features) - target) ** 2).mean()
+    logits = np_latents(a, bins) @ p["kernel"] + p["bias"]
+    return 0.01 * np_softmax_loss(logits, labels) + 0.99 * similarity
+
+
+def np_contrastive(p, a, labels, bins):
+    z = np_latents(a, bins) @ p["projection"]
+    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    scores = np.exp(z @ z.T / 0.1)
+    losses = []
+    for i in range(len(labels)):
+        others = [j for j in range(len(labels)) if j != i]
+        positive = [j for j in others if labels[j] == labels[i]]
+        total = sum(scores[i, j] for j in others)
+        if positive:
+            losses.append(-np.mean([np.log(scores[i, j] / total) for j in positive]))
+    return np.mean(losses)
+
+
+def np_decoupled(p, a, labels, bins):
+    kernel = p["hidden"]["kernel"]
+    hidden = np_convolve(a, kernel) if a.ndim == 4 else a @ kernel
+    hidden = np.maximum(hidden + p["hidden"]["bias"], 0)
+    logits = np_latents(hidden, bins) @ p["output"]["kernel"] + p["output"]["bias"]
+    return np_softmax_loss(logits, labels)
+
+
+def np_random(p, a, labels, bins):
+    latents = np_latents(a, bins)
+    feedback = p["feedback"].reshape(CLASSES, latents.shape[1], -1).mean(2)
+    m = p.get("modulation")
+    if m is not None:
+        feedback = m[:, None] * feedback if m.ndim == 1 else m @ feedback
+    return np_softmax_loss(latents @ feedback.T / 0.5, labels)
+
+
+NUMPY = {
+    "predsim": np_predsim,
+    "contrastive": np_contrastive,
+    "decoupled": np_decoupled,
+    **dict.fromkeys(
+        ("lls_random", "lls_m_random", "lls_mxm_random", "local_classifier"), np_random
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 4, 3), (6, 8)])
+@pytest.mark.parametrize("name", NUMPY)
+def test_the_loss_equals_its_numpy_form(name, shape):
+    rng = np.random.default_rng()
+    rule, bins = make_rule(name), 2 if len(shape) == 4 else 4
+    key = jax.random.key(int(rng.integers(2**31)))
+    latents = shape[-1] * bins**2 if len(shape) == 4 else bins
+    if hasattr(rule, "init_for"):
+        params = rule.init_for(key, shape[1:], pool_size=bins)
+    else:
+        params = rule.init(key, latents, hidden_dim=3 * latents)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+    activation = rng.normal(size=shape).astype(np.float32)
+    labels = rng.permutation(np.arange(6) % CLASSES)
+    ours = rule.loss(params, jnp.asarray(activation), jnp.asarray(labels), pool_size=bins)
+    wide = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    theirs = NUMPY[name](wide, activation.astype(np.float64), labels, bins)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "sign"), [("dfa", False), ("dfa", True), ("drtp", False)])
+def test_direct_feedback_is_a_projection_of_the_error_or_the_target(name, sign):
+    model, batch = models.make("small_conv", num_classes=CLASSES), make_batch()
+    rule, tx = make_rule(name, sign=sign), optax.sgd(1.0)
+    state = training.create_train_state(model, rule, tx, jax.random.key(1), batch["image"])
+    after, metrics = training.make_train_step(model, rule, tx)(copy(state), batch)
+    target = np.eye(CLASSES)[np.asarray(batch["label"])]
+    error = np.asarray(jax.nn.softmax(metrics["logits"])) - target
+    signal = {"dfa": np.sign(error) if sign else error, "drtp": target}[name] / len(target)
+    x = batch["image"]
+    for block_name, spec in zip(model.block_names, model.specs):
+        feedback = np.asarray(state.params[block_name]["rule"]["feedback"])
+
+        def run(params, x=x, spec=spec, block_name=block_name):
+            stats = state.batch_stats[block_name]["block"]
+            variables = {"params": params, "batch_stats": stats}
+            return spec.module.apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+        activation, pullback = jax.vjp(run, state.params[block_name]["block"])
+        (grads,) = pullback(jnp.asarray(np.tensordot(signal, feedback, 1), jnp.float32))
+        moved = jax.tree.map(
+            lambda old, new: old - new,
+            state.params[block_name]["block"],
+            after.params[block_name]["block"],
+        )
+        for ours, theirs in zip(jax.tree.leaves(moved), jax.tree.leaves(grads)):
+            assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs) + 1e-5
+        np.testing.assert_array_equal(after.params[block_name]["rule"]["feedback"], feedback)
+        x = spec.transition(activation, None)
+
+
+@pytest.mark.parametrize("name", ["lls_random", "lls_m_random", "lls_mxm_random", "dfa"])
+def test_a_fixed_matrix_is_neither_trained_nor_decayed(name):
+    model, batch, rule = (
+        models.make("small_conv", num_classes=CLASSES),
+        make_batch(),
+        make_rule(name),
+    )
+    tx = optax.contrib.schedule_free_adamw(1e-2, weight_decay=0.1)
+    state = training.create_train_state(model, rule, tx, jax.random.key(0), batch["image"])
+    step = training.make_train_step(model, rule, tx)
+    after = copy(state)
+    for _ in range(3):
+        after, _ = step(after, batch)
+    for block in model.block_names:
+        old, new = state.params[block]["rule"], after.params[block]["rule"]
+        np.testing.assert_array_equal(old["feedback"], new["feedback"])
+        assert ("modulation" in new) == (name in ("lls_m_random", "lls_mxm_random"))
+        if "modulation" in new:
+            assert not np.array_equal(old["modulation"], new["modulation"])
+
+
+# --- By block, in groups -------------------------------------------------------------------------
+
+
+def test_blocks_may_differ_in_their_rules():
+    model, batch = models.make("small_conv", num_classes=CLASSES), make_batch()
+    names = ("lls", "predsim", "lls_mxm", "local_classifier")
+    rule = rules.PerBlock(tuple(make_rule(name) for name in names))
+    assert rule.name == ",".join(names)
+    _, metrics = training.make_train_step(model, rule, TX)(start(model, rule, batch), batch)
+    for i, name in enumerate(names):
+        alone = make_rule(name)
+        _, other = training.make_train_step(model, alone, TX)(start(model, alone, batch), batch)
+        np.testing.assert_allclose(metrics["layer_loss"][i], other["layer_loss"][i], rtol=1e-4)
+    with pytest.raises(ValueError, match="2 rules, one a block, for 4 blocks"):
+        start(model, rules.PerBlock(rule.rules[:2]), batch)
+
+
+def test_everything_in_one_group_is_backpropagation():
+    model, batch = models.make("small_conv", num_classes=CLASSES), make_batch()
+    grouped = model.grouped((len(model.specs) + 1,))
+    bp, lls = make_rule("bp"), make_rule("lls")
+    plain, state = start(model, bp, batch), start(grouped, lls, batch)
+
+    def put(tree, collection):
+        inside = {f"blocks_{i}": tree[n]["block"] for i, n in enumerate(model.block_names)}
+        out = {"block_0": {"block": inside}}
+        return {**out, "classifier": tree["classifier"]} if collection == "params" else out
+
+    state = training.state_from_variables(
+        lls, TX, state.key, put(plain.params, "params"), put(plain.batch_stats, "batch_stats")
+    )
+    steps = [training.make_train_step(*pair, TX) for pair in ((model, bp), (grouped, lls))]
+    state, plain = copy(state), copy(plain)
+    for _ in range(4):
+        plain, theirs = steps[0](plain, batch)
+        state, ours = steps[1](state, batch)
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+        assert ours["layer_loss"].shape == (0,)
+    expected = put(plain.params, "params")
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6
+
+
+def test_a_group_has_one_loss_and_one_gradient_through_its_blocks():
+    model, batch = models.make("small_conv", num_classes=CLASSES, dropout=0.3), make_batch()
+    grouped, rule = model.grouped((2, 1, 1)), make_rule("lls_m")
+    state = start(grouped, rule, batch)
+    after, metrics = training.make_train_step(grouped, rule, TX)(copy(state), batch)
+    assert metrics["layer_loss"].shape == (3,)
+    old, new = (s.params["block_0"]["block"] for s in (state, after))
+    for member in ("blocks_0", "blocks_1"):
+        assert not np.array_equal(old[member]["conv"]["kernel"], new[member]["conv"]["kernel"])
+    assert training.predict(grouped, after, batch["image"]).shape == (8, CLASSES)
+    ones = model.grouped((1, 1, 1, 1))
+    assert ones == model
+    assert model.grouped((1, 1, 1, 1, 1)) == model
+    for sizes in ((2, 1), (6,), (0, 4), ()):
+        with pytest.raises(ValueError, match="must add up to 4, or to 5"):
+            model.grouped(sizes)
+
+
+# --- A rule of one's own -------------------------------------------------------------------------
+
+
+def own_rule():
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"<!-- example: own rule -->\n```python\n(.*?)```", readme, re.S)
+    assert len(code.splitlines()) <= 30
+    return code
+
+
+def test_the_rule_of_the_readme_trains_from_the_command_line(tmp_path):
+    package = tmp_path / "mypackage"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "myrule.py").write_text(own_rule())
+    run = tmp_path / "run"
+
+    def command(module, *arguments):
+        ended = subprocess.run(
+            [sys.executable, "-m", f"experiments.{module}", *arguments],
+            cwd=ROOT, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    options = (
+        *("--rule", "mypackage.myrule:make_rule", "--temperature", "0.2", "--batch-size", "32"),
+        *("--train-examples", "320", "--epochs", "2", "--workdir", str(run)),
+    )
+    printed = command("digits", *options)
+    assert "epoch 2/2" in printed
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(records[-1]["layer_loss"]) == 4
+    assert (np.array(records[-1]["layer_loss"]) < records[0]["layer_loss"]).all()
+    assert (run / "curves.png").stat().st_size > 1000
+    assert "resumed at step 20, epoch 2 done" in command("digits", *options)
+    report = json.loads(command("evaluate", "--workdir", str(run), "--json"))
+    assert report["rule"] == "mypackage.myrule:make_rule"
+    assert report["accuracy"] == pytest.approx(
+        max(record["test_accuracy"] for record in records), abs=0.3
+    )
+
+
+def test_the_rule_of_the_readme_works_from_python():
+    scope = {"__name__": "own"}
+    exec(own_rule(), scope)
+    rule = scope["make_rule"](CLASSES, 0.5)
+    model, batch = models.make("small_conv", num_classes=CLASSES), make_batch()
+    step, state = training.make_train_step(model, rule, optax.adam(1e-2)), None
+    state = training.create_train_state(
+        model, rule, optax.adam(1e-2), jax.random.key(0), batch["image"]
+    )
+    assert state.params["block_0"]["rule"]["prototypes"].shape == (CLASSES, 512)
+    first = None
+    for _ in range(15):
+        state, metrics = step(state, batch)
+        first = metrics["layer_loss"] if first is None else first
+    assert (metrics["layer_loss"] < first).all()
+    block = LocalBlock(ConvBlock(4), rule=rule, pool_size=2)
+    variables = block.init(jax.random.key(0), batch["image"])
+    assert variables["params"]["rule"]["prototypes"].shape == (CLASSES, 16)
+
+
+@dataclasses.dataclass
+class Unhashable:
+    name: str = "x"
+
+    def loss(self):
+        pass
+
+
+def make_unhashable():
+    return Unhashable()
+
+
+def make_nothing():
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_package.rule:make", "'no_such_package.rule' cannot be imported"),
+        ("test_rules:no_such_function", "has no 'no_such_function'"),
+        ("test_rules:make_nothing", "is a int, which has no `name` or no `loss`"),
+        ("test_rules:make_unhashable", "frozen dataclass"),
+    ],
+)
+def test_a_wrong_rule_of_ones_own_is_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        rules.make(name, num_classes=3)
