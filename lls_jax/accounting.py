@@ -1,0 +1,220 @@
+"""What a rule costs on a model: parameters, multiply-accumulates, memory; counted, not measured.
+
+All figures are for one image. A multiply-accumulate (MAC) is one product that is added to a sum;
+pooling, normalisation, activation functions and losses, which are linear in the activations, are
+not counted. Zero padding counts as input.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock
+from lls_jax.models import Network
+from lls_jax.rules import (
+    Backpropagation,
+    ClassifierRule,
+    DecoupledRule,
+    FeedbackRule,
+    PeriodicRule,
+    PredSimRule,
+    Rule,
+)
+from lls_jax.rules.contrastive import ContrastiveRule
+from lls_jax.rules.protocol import for_block
+
+Shape = tuple[int, ...]
+
+
+class Cost(NamedTuple):
+    """Counts of one block, or of the classifier, for one image.
+
+    Attributes:
+        name: the block's.
+        params: its own parameters.
+        rule_params: those that its rule adds.
+        forward: MACs of the forward pass.
+        weight_gradient: MACs of the gradient from its activation to its own weights.
+        signal: MACs of making the signal that it learns from: for a local rule its loss, forward
+            and back to the activation and the rule's parameters; for ``bp`` the gradient to the
+            activation, which is the next layer's; for ``dfa`` and ``drtp`` the projection.
+        activation_bytes: of float32 activations that are kept until the block's update.
+    """
+
+    name: str
+    params: int
+    rule_params: int
+    forward: int
+    weight_gradient: int
+    signal: int
+    activation_bytes: int
+
+
+class Account(NamedTuple):
+    """A rule's costs on a model.
+
+    Attributes:
+        rule: its name.
+        blocks: one entry a block, then the classifier's.
+        peak_activation_bytes: kept at once, for one image: of all blocks together where a gradient
+            waits for the output, of the largest block where each learns by itself.
+    """
+
+    rule: str
+    blocks: tuple[Cost, ...]
+    peak_activation_bytes: int
+
+    def total(self, field: str) -> int:
+        """The sum of one of :class:`Cost`'s fields over the blocks."""
+        return sum(getattr(cost, field) for cost in self.blocks)
+
+
+class _Block(NamedTuple):
+    """Of one block: MACs forward and of its own gradient, and elements kept for that."""
+
+    forward: int
+    gradient: int
+    kept: int
+
+
+def _conv(x: Shape, out: Shape) -> _Block:
+    macs = 9 * x[-1] * math.prod(out)
+    return _Block(macs, macs, math.prod(x) + math.prod(out))
+
+
+def _dense(x: Shape, out: Shape) -> _Block:
+    return _Block(x[-1] * out[-1], x[-1] * out[-1], x[-1] + out[-1])
+
+
+def _separable(x: Shape, out: Shape) -> _Block:
+    middle = math.prod(out[:-1]) * x[-1]
+    forward = 9 * middle + middle * out[-1]
+    # Inside the block the gradient passes the pointwise layer; kept are the inputs of two
+    # convolutions and of two normalisations.
+    return _Block(forward, forward + middle * out[-1], math.prod(x) + 2 * middle + math.prod(out))
+
+
+_BLOCKS: dict[type, Callable[[Shape, Shape], _Block]] = {
+    ConvBlock: _conv,
+    DenseBlock: _dense,
+    DepthwiseSeparableBlock: _separable,
+}
+
+
+def _periodic(rule: PeriodicRule, activation: Shape, latents: int) -> int:
+    del activation
+    # Scores and back to the latents; with a matrix also logits, back to the scores, and dM.
+    matrix = 3 * rule.basis_rows * rule.num_classes if rule.modulation == "matrix" else 0
+    return 2 * rule.basis_rows * latents + matrix
+
+
+def _linear(rule: ClassifierRule, activation: Shape, latents: int) -> int:
+    del activation
+    matrix = 3 * rule.num_classes**2 if rule.modulation == "matrix" else 0
+    return (3 if rule.learned else 2) * rule.num_classes * latents + matrix
+
+
+def _hidden(activation: Shape) -> int:
+    """A layer as wide as the activation: forward, to its input, to its weights."""
+    taps = 9 if len(activation) == 3 else 1
+    return 3 * taps * activation[-1] * math.prod(activation)
+
+
+def _predsim(rule: PredSimRule, activation: Shape, latents: int) -> int:
+    # The similarities of a batch depend on its size, and are left out.
+    return _hidden(activation) + 3 * rule.num_classes * latents
+
+
+def _decoupled(rule: DecoupledRule, activation: Shape, latents: int) -> int:
+    return _hidden(activation) + 3 * rule.num_classes * latents
+
+
+def _contrastive(rule: ContrastiveRule, activation: Shape, latents: int) -> int:
+    del activation
+    return 3 * rule.width * latents
+
+
+_SIGNALS: dict[type, Callable[[Any, Shape, int], int]] = {
+    PeriodicRule: _periodic,
+    ClassifierRule: _linear,
+    PredSimRule: _predsim,
+    DecoupledRule: _decoupled,
+    ContrastiveRule: _contrastive,
+    FeedbackRule: lambda rule, activation, latents: rule.num_classes * math.prod(activation),
+}
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
+    """Count what training an image costs.
+
+    Args:
+        model: one of the published models, without groups.
+        rule: one of this library's rules.
+        image_shape: ``(height, width, channels)``.
+
+    Raises:
+        ValueError: a block or a rule whose operations are not known here.
+
+    >>> from lls_jax import models, rules
+    >>> vgg8 = models.make("vgg8", num_classes=10)
+    >>> counts = account(vgg8, rules.make("lls", num_classes=10), (32, 32, 3))
+    >>> counts.blocks[0].forward, counts.blocks[0].signal
+    (3538944, 40960)
+    """
+    params, _ = jax.eval_shape(
+        lambda key: model.init(rule, key, jnp.zeros((1, *image_shape))), jax.random.key(0)
+    )
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    costs: list[Cost] = []
+    for index, (name, spec) in enumerate(zip(model.block_names, model.specs)):
+        module: nn.Module = spec.module
+        if type(module) not in _BLOCKS:
+            raise ValueError(f"the operations of a {type(module).__name__} are not known here.")
+        own = for_block(rule, index)
+        activation = jax.eval_shape(
+            lambda key, x, m=module: m.init_with_output(key, x)[0], jax.random.key(0), x
+        )
+        shape = activation.shape[1:]
+        counts = _BLOCKS[type(module)](x.shape[1:], shape)
+        # Rules with a layer of their own keep its output too.
+        kept = counts.kept + isinstance(own, PredSimRule | DecoupledRule) * math.prod(shape)
+        latents = shape[-1] * spec.pool_size**2 if len(shape) == 3 else spec.pool_size
+        signal = 0
+        if not isinstance(own, Backpropagation):
+            if type(own) not in _SIGNALS:
+                raise ValueError(f"the operations of rule {own.name!r} are not known here.")
+            signal = _SIGNALS[type(own)](own, shape, latents)
+        costs.append(
+            Cost(
+                name=name,
+                params=_size(params[name]["block"]),
+                rule_params=_size(params[name].get("rule", {})),
+                forward=counts.forward,
+                weight_gradient=counts.gradient,
+                signal=signal,
+                activation_bytes=4 * kept,
+            )
+        )
+        x = jax.eval_shape(lambda a, spec=spec: spec.transition(a, None), activation)
+    macs = x.shape[-1] * model.num_classes
+    kept = 4 * x.shape[-1]
+    costs.append(Cost("classifier", _size(params["classifier"]), 0, macs, macs, 0, kept))
+    sizes = [cost.activation_bytes for cost in costs]
+    waits = isinstance(rule, Backpropagation) or (
+        isinstance(rule, FeedbackRule) and rule.signal == "error"
+    )
+    if isinstance(rule, Backpropagation):
+        # A block's signal is the next layer's gradient to its input: as many MACs as forward.
+        costs = [
+            cost._replace(signal=above.forward) for cost, above in itertools.pairwise(costs)
+        ] + costs[-1:]
+    return Account(rule.name, tuple(costs), sum(sizes) if waits else max(sizes))
