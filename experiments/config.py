@@ -61,7 +61,8 @@ class TrainConfig:
     dropout: float = 0.0
     """Rate of the dropout after each pooling between blocks, in [0, 1)."""
     augmentation: str = "flip"
-    """none; flip: left to right; full: flip, crop with 4 pixels of padding, random erasing."""
+    """none; flip: left to right; crop: with 4 pixels of padding; flip_crop; flip_erase: and random
+    erasing; full: all three."""
     precision: str = "float32"
     """Of the activations: float32 or bfloat16. Parameters, statistics and losses are float32."""
     kernels: str = "auto"

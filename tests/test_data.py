@@ -435,5 +435,5 @@ def test_evaluation_batches_weigh_what_fills_up_with_zero():
 
 
 def test_unknown_augmentation_is_named():
-    with pytest.raises(ValueError, match="'mixup'; expected one of none, flip, full"):
+    with pytest.raises(ValueError, match="'mixup'; expected one of none, flip, crop"):
         batches.make_sampler(CIFAR, "mixup", 4)

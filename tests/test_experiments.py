@@ -16,11 +16,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import benchmark, command_line, compare, digits, evaluate, prepare_data, train
+from experiments import (
+    benchmark,
+    command_line,
+    compare,
+    digits,
+    evaluate,
+    paper,
+    prepare_data,
+    train,
+)
 from experiments import run_folder as folders
 from experiments.command_line import UserError
 from experiments.config import OPTIMIZERS, TrainConfig
-from lls_jax import rules
+from lls_jax import models, rules
+from lls_jax.data import augment
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = TrainConfig(
@@ -347,6 +357,50 @@ def test_benchmark_of_kernels_names_what_it_measured(tmp_path, capsys):
     assert jax.devices()[0].device_kind in printed
 
 
+def test_the_papers_batch_runs_resumes_and_tells_what_is_missing(tmp_path, capsys, monkeypatch):
+    entries = [
+        paper.Entry("digits", "small_conv", "lls", "square", 100, "none"),
+        paper.Entry("digits", "small_conv", "bp", "square", 100, "none"),
+        paper.Entry("image_folder", "small_conv", "lls", "square", 100, "none"),
+    ]
+    monkeypatch.setitem(paper.TABLES, 2, lambda: iter(entries))
+    config = paper.PaperConfig(
+        table=2, workdir=str(tmp_path), epochs=1, seeds=[0, 1], train_examples=256,
+        eval_examples=40, data_dir=str(tmp_path), progress=False,
+    )  # fmt: skip
+    assert paper.paper(dataclasses.replace(config, dry_run=True)) == 0
+    assert "seed 0 (0 epochs), seed 1 (0 epochs)" in capsys.readouterr().out
+    assert paper.paper(dataclasses.replace(config, only=["small_conv-lls"])) == 0
+    assert "left out: data set 'image_folder'" in capsys.readouterr().err
+    assert paper.paper(config) == 0
+    printed = capsys.readouterr().out
+    assert "--- digits-small_conv-lls-square" not in printed
+    assert "--- digits-small_conv-bp, seed 1" in printed
+    table = json.loads((tmp_path / "table-2.json").read_text())
+    assert [row["runs"] for row in table] == [2, 2, 0]
+    finals = [
+        folders.read_metrics(tmp_path / f"digits-small_conv-bp-s{seed}")[-1]["test_accuracy"]
+        for seed in (0, 1)
+    ]
+    assert table[1]["accuracy"] == pytest.approx(np.mean(finals))
+    assert table[1]["deviation"] == pytest.approx(np.std(finals, ddof=1))
+    assert table[2]["missing"] == "seed 0 (0 epochs), seed 1 (0 epochs)"
+    with pytest.raises(UserError, match="no experiment of table 2"):
+        paper.paper(dataclasses.replace(config, only=["vgg9"]))
+
+
+def test_the_papers_tables_name_what_exists():
+    for table, make in paper.TABLES.items():
+        entries = list(make())
+        assert len({entry.name for entry in entries}) == len(entries)
+        for entry in entries:
+            config = paper.train_config(paper.PaperConfig(table, "x"), entry, 0)
+            assert config.epochs in (100, 300)
+            assert entry.rule in rules.NAMES
+            assert entry.model in models.NAMES
+            assert entry.augmentation in augment.AUGMENTATIONS
+
+
 # --- mistakes ----------------------------------------------------------------------------------
 
 
@@ -384,6 +438,11 @@ def run_benchmark():
     command_line.run(lambda: benchmark.benchmark(config))
 
 
+def run_paper():
+    config = command_line.parse(paper.PaperConfig, "paper", "")
+    command_line.run(lambda: paper.paper(config))
+
+
 def run_prepare():
     config = command_line.parse(prepare_data.PrepareConfig, "prepare_data", "")
     command_line.run(lambda: prepare_data.prepare_data(config))
@@ -405,6 +464,15 @@ def run_prepare():
         (run_benchmark, "--suite kernel", ["'kernel'", "training, kernels"]),
         (run_benchmark, "--precisions float16", ["'float16'", "bfloat16"]),
         (run_benchmark, "--batch-sizes 0", ["--batch-sizes is 0"]),
+        (run_digits, "--groups 2,x", ["'2,x'", "like 2,2"]),
+        (run_digits, "--groups 3", ["add up to 4, or to 5"]),
+        (run_digits, "--rule lls,bp", ["'bp' has no local loss"]),
+        (run_digits, "--rule lls,lls_m", ["2 rules, one a block, for 4 blocks"]),
+        (run_digits, "--rule no_such.module:rule", ["no_such.module", "cannot be imported"]),
+        (run_digits, "--model vgg11", ["8x8 pixels are too small", "16x16"]),
+        (run_digits, "--data-on-device maybe", ["'maybe'", "auto, yes, no"]),
+        (run_paper, "--table 4 --workdir x", ["--table is 4", "1, 2, 3"]),
+        (run_prepare, "tiny_imagenet", ["cannot be downloaded by itself", "--archive"]),
         (run_digits, "--lerning-rate 1", ["--lerning-rate", "--help"]),
         (run_digits, "--epoch 1", ["--epoch", "--help"]),
         (run_digits, "--epochs many", ["--epochs", "'many'"]),
@@ -473,6 +541,7 @@ def test_a_full_disk_is_one_clear_line_and_keeps_what_was_saved(tmp_path, monkey
 COMMANDS = (
     *("cifar10", "cifar100", "fashion_mnist", "mnist", "digits", "imagenette", "tiny_imagenet"),
     *("visual_wake_words", "image_folder", "prepare_data", "evaluate", "compare"),
+    *("import_lls_dnn", "export_lls_dnn", "accounting", "paper"),
 )
 
 

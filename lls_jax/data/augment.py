@@ -1,13 +1,19 @@
 """Augmentation of a batch, on the device, inside jit."""
 
 import math
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-Augmentation = Literal["none", "flip", "full"]
-AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
+# What each does, in this order; where windows are cut from larger images, these are the crops.
+AUGMENTATIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "flip": ("flip",),
+    "crop": ("crop",),
+    "flip_crop": ("flip", "crop"),
+    "flip_erase": ("flip", "erase"),
+    "full": ("flip", "crop", "erase"),
+}
 
 _CROP_PADDING = 4
 _ERASE_PROBABILITY = 0.2

@@ -59,8 +59,9 @@ def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
 
     Args:
         spec: the data set, for its normalisation and the size of its windows.
-        augmentation: ``"none"``, ``"flip"``, or ``"full"``: flip, crop with padding 4 (not where
-            windows are cut anyway), random erasing with probability 0.2.
+        augmentation: ``"none"``, ``"flip"``, ``"crop"``, ``"flip_crop"``, ``"flip_erase"``, or
+            ``"full"``: flip, crop with padding 4 (not where windows are cut anyway), random erasing
+            with probability 0.2.
 
     Returns:
         ``augment(key, uint8 [batch, ...]) -> float32 [batch, ...]``, to be compiled.
@@ -73,16 +74,18 @@ def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
             f"unknown augmentation {augmentation!r}; expected one of {', '.join(AUGMENTATIONS)}."
         )
 
+    steps = AUGMENTATIONS[augmentation]
+
     def augment(key: jax.Array, images: jax.Array) -> jax.Array:
         flip_key, crop_key, erase_key = jax.random.split(key, 3)
         if spec.crop is not None:
             images = random_window(crop_key, images, spec.crop)
-        if augmentation != "none":
+        if "flip" in steps:
             images = random_flip(flip_key, images)
-        if augmentation == "full" and spec.crop is None:
+        if "crop" in steps and spec.crop is None:
             images = random_crop(crop_key, images)
         image = normalize(spec, images)
-        return random_erase(erase_key, image) if augmentation == "full" else image
+        return random_erase(erase_key, image) if "erase" in steps else image
 
     return augment
 

@@ -1,0 +1,229 @@
+"""Run the published experiments as one batch, and write their tables.
+
+A run that is done is skipped, one that was stopped is resumed, one whose data set is not prepared
+is named and left out; the table is written anew after every run.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from simple_parsing import field, flag
+
+from experiments.command_line import UserError, parse, run, use_huge_pages
+from experiments.config import TrainConfig
+
+# The recipes' augmentation, by data set: of 100 epochs of a SmallConv, and of 300 of VGG8.
+_BASIC = {"mnist": "crop", "fashion_mnist": "flip_crop", "cifar10": "flip", "imagenette": "flip"}
+_AUGMENTED = {
+    **{"mnist": "crop", "fashion_mnist": "flip_crop", "cifar10": "full", "cifar100": "full"},
+    **{"imagenette": "full", "tiny_imagenet": "flip_erase", "visual_wake_words": "flip"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A cell of a table: one experiment, to be run with several seeds."""
+
+    dataset: str
+    model: str
+    rule: str
+    waveform: str
+    epochs: int
+    augmentation: str
+
+    @property
+    def name(self) -> str:
+        """Of its runs' folders, but for the seed."""
+        waveform = f"-{self.waveform}" if self.rule.startswith("lls") else ""
+        return f"{self.dataset}-{self.model}-{self.rule}{waveform}"
+
+
+def _table_1() -> Iterator[Entry]:
+    """Waveforms of the basis, and a random one."""
+    kinds = (("lls", "cosine"), ("lls", "square"), ("lls_random", "square"))
+    for dataset in ("mnist", "fashion_mnist", "cifar10", "imagenette"):
+        long = 300 if dataset in ("cifar10", "imagenette") else 100
+        for rule, waveform in kinds:
+            yield Entry(dataset, "small_conv", rule, waveform, 100, _BASIC[dataset])
+        for rule, waveform in kinds:
+            yield Entry(dataset, "vgg8", rule, waveform, long, _AUGMENTED[dataset])
+
+
+def _table_2() -> Iterator[Entry]:
+    """Against direct feedback alignment and backpropagation."""
+    for dataset in ("mnist", "cifar10", "cifar100"):
+        for rule in ("lls", "bp", "dfa"):
+            augmentation = _BASIC.get(dataset, "flip")
+            yield Entry(dataset, "small_conv_l", rule, "square", 100, augmentation)
+
+
+def _table_3() -> Iterator[Entry]:
+    """Modulations, against local classifiers and backpropagation."""
+    for dataset in ("cifar10", "cifar100", "imagenette", "tiny_imagenet", "visual_wake_words"):
+        for rule in ("bp", "local_classifier", "lls", "lls_m", "lls_mxm"):
+            yield Entry(dataset, "vgg8", rule, "square", 300, _AUGMENTED[dataset])
+
+
+TABLES = {1: _table_1, 2: _table_2, 3: _table_3}
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperConfig:
+    """Run the experiments of one of the paper's tables."""
+
+    table: int
+    """1: waveforms; 2: against feedback alignment; 3: modulations."""
+    workdir: str
+    """Folder of all runs, and of the table."""
+    only: list[str] = field(default_factory=list)
+    """Run only experiments whose name has one of these in it, like cifar10 or vgg8-lls_m."""
+    epochs: int | None = None
+    """Epochs of every run [default: the published 100 or 300]."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Run each experiment once with each of these."""
+    train_examples: int | None = None
+    """Use only the first N training images [default: all]."""
+    eval_examples: int | None = None
+    """Use only the first N test images [default: all]."""
+    data_dir: str | None = None
+    """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
+    dry_run: bool = flag(default=False, negative_prefix="--no-")
+    """List the experiments and what is done, and run nothing."""
+    progress: bool = flag(default=True, negative_prefix="--no-")
+    """Show a progress bar where there is a terminal."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming option and value, for what cannot be."""
+        if self.table not in TABLES:
+            raise ValueError(f"--table is {self.table}; expected one of 1, 2, 3.")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"--epochs is {self.epochs}; it must be at least 1.")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"--seeds is {self.seeds}; expected one or more, each at least 0.")
+
+
+def train_config(config: PaperConfig, entry: Entry, seed: int) -> TrainConfig:
+    """One run."""
+    return TrainConfig(
+        dataset=entry.dataset,
+        model=entry.model,
+        rule=entry.rule,
+        waveform=entry.waveform,
+        epochs=config.epochs or entry.epochs,
+        augmentation=entry.augmentation,
+        seed=seed,
+        train_examples=config.train_examples,
+        eval_examples=config.eval_examples,
+        data_dir=config.data_dir,
+        workdir=str(pathlib.Path(config.workdir) / f"{entry.name}-s{seed}"),
+        progress=config.progress,
+    )
+
+
+def _accuracy(run_config: TrainConfig) -> tuple[float | None, int]:
+    """Test accuracy of a finished run, else None; and the epochs done."""
+    from experiments import run_folder
+
+    records = run_folder.read_metrics(pathlib.Path(run_config.run_folder()))
+    done = records[-1]["epoch"] if records else 0
+    return (records[-1]["test_accuracy"] if done >= run_config.epochs else None), done
+
+
+def rows(config: PaperConfig, entries: list[Entry]) -> list[dict[str, Any]]:
+    """The table: means and deviations over seeds, and what is missing."""
+    result = []
+    for entry in entries:
+        states = [_accuracy(train_config(config, entry, seed)) for seed in config.seeds]
+        finished = [accuracy for accuracy, _ in states if accuracy is not None]
+        missing = [
+            f"seed {seed} ({done} epochs)"
+            for seed, (accuracy, done) in zip(config.seeds, states)
+            if accuracy is None
+        ]
+        result.append(
+            {
+                **dataclasses.asdict(entry),
+                "epochs": config.epochs or entry.epochs,
+                "accuracy": statistics.mean(finished) if finished else None,
+                "deviation": statistics.stdev(finished) if len(finished) > 1 else None,
+                "runs": len(finished),
+                "missing": ", ".join(missing),
+            }
+        )
+    return result
+
+
+_COLUMNS = {
+    "dataset": "data",
+    "model": "model",
+    "rule": "rule",
+    "waveform": "waveform",
+    "epochs": "epochs",
+    "accuracy": "test accuracy [%]",
+    "deviation": "deviation",
+    "runs": "runs",
+    "missing": "missing",
+}
+
+
+def _write(config: PaperConfig, entries: list[Entry]) -> str:
+    from experiments import run_folder
+    from experiments.suites.report import markdown
+
+    table = rows(config, entries)
+    # Accuracies to two digits behind the point, as everywhere.
+    shown = [
+        {**row, **{k: f"{row[k]:.2f}" for k in ("accuracy", "deviation") if row[k] is not None}}
+        for row in table
+    ]
+    text = markdown(_COLUMNS, shown)
+    folder = pathlib.Path(config.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.write_atomically(folder / f"table-{config.table}.md", text)
+    run_folder.write_atomically(folder / f"table-{config.table}.json", run_folder.to_json(table))
+    return text
+
+
+def paper(config: PaperConfig) -> int:
+    """Run what is missing, write the table; returns the exit status."""
+    from experiments.train import train_and_evaluate
+    from lls_jax.data import DatasetError
+
+    entries = [
+        entry
+        for entry in TABLES[config.table]()
+        if not config.only or any(part in entry.name for part in config.only)
+    ]
+    if not entries:
+        names = ", ".join(entry.name for entry in TABLES[config.table]())
+        raise UserError(f"no experiment of table {config.table} has {config.only} in {names}.")
+    unprepared: dict[str, str] = {}
+    for seed in config.seeds:
+        for entry in entries:
+            one = train_config(config, entry, seed)
+            if config.dry_run or _accuracy(one)[0] is not None or entry.dataset in unprepared:
+                continue
+            print(f"--- {entry.name}, seed {seed}", flush=True)
+            try:
+                status = train_and_evaluate(one)
+            except DatasetError as error:
+                unprepared[entry.dataset] = str(error)
+                print(f"left out: {error}", file=sys.stderr)
+                continue
+            _write(config, entries)
+            if status:
+                print("stopped; the same command goes on", file=sys.stderr)
+                return status
+    print(_write(config, entries))
+    print(f"written: {config.workdir}/table-{config.table}.md, table-{config.table}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    config = parse(PaperConfig, "paper", __doc__ or "")
+    use_huge_pages()
+    run(lambda: paper(config))
