@@ -1,7 +1,7 @@
 """Measure speed and memory: whole training steps, or the kernels of the local loss.
 
 --suite training races rules against backpropagation; --suite kernels measures the local loss by
-each implementation, on a GPU.
+each implementation, on a GPU; --suite pipeline puts the blocks on several devices.
 """
 
 import dataclasses
@@ -13,10 +13,11 @@ from simple_parsing import field
 from experiments.command_line import parse, run, use_huge_pages
 from experiments.config import KERNELS, PRECISIONS, option
 
-SUITES = ("training", "kernels")
+SUITES = ("training", "kernels", "pipeline")
 # What a suite measures unless told otherwise.
 _DEFAULTS: dict[str, dict[str, list[Any]]] = {
     "training": {"models": ["small_conv"], "batch_sizes": [128], "precisions": ["float32"]},
+    "pipeline": {"models": ["small_conv"], "batch_sizes": [128], "precisions": ["float32"]},
     "kernels": {
         "models": ["small_conv", "vgg8", "mobilenet_v1"],
         "batch_sizes": [128, 1024],
@@ -30,7 +31,8 @@ class BenchmarkConfig:
     """Measure on random images."""
 
     suite: str = "training"
-    """training: whole steps of each rule; kernels: the local loss by each implementation."""
+    """training: whole steps of each rule; kernels: the local loss by each implementation; pipeline:
+    blocks on several devices."""
     rules: list[str] = field(default_factory=lambda: ["lls", "lls_m", "lls_mxm", "bp"])
     """Rules to measure; bp is added for the ratio."""
     models: list[str] = field(default_factory=list)

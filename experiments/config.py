@@ -8,11 +8,20 @@ from simple_parsing import field, flag
 OPTIMIZERS = ("schedule_free_adamw", "schedule_free_sgd", "adamw", "adam", "sgd")
 SCHEDULES = ("constant", "multistep", "plateau")
 PRECISIONS = ("float32", "bfloat16")
+LOOPS = ("auto", "dispatch", "scan")
 ON_DEVICE = ("auto", "yes", "no")
 KERNELS = ("auto", "xla", "pallas", "triton")
 
 # What may differ when a run is resumed: where things lie and what is shown, never the numbers.
-NOT_COMPARED = ("data_dir", "data_on_device", "workdir", "progress", "checkpoint_every")
+NOT_COMPARED = (
+    # Other executions of the same updates: equal within rounding.
+    *("pipeline", "stages", "data_parallel"),
+    "data_dir",
+    "data_on_device",
+    "workdir",
+    "progress",
+    "checkpoint_every",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +77,16 @@ class TrainConfig:
     kernels: str = "auto"
     """What computes the local losses: auto: a GPU kernel where `python -m pallas_kernels.tune` has
     measured one to be faster on this device, else xla; xla; pallas; or triton."""
+    loop: str = "auto"
+    """dispatch: one launch a step; scan: many steps a launch, with the images on the device; auto:
+    scan on GPUs and TPUs, dispatch on CPUs, whose loops run convolutions on one thread."""
+    pipeline: int | None = None
+    """Put consecutive blocks on N devices, which learn at the same time; a local rule only."""
+    stages: str | None = None
+    """Units of each device of --pipeline, blocks and at last the classifier, like 2,3 [default:
+    measured, and balanced]."""
+    data_parallel: int | None = None
+    """Share each batch out among N devices."""
     seed: int = 0
     """Of every random draw of the run."""
     train_examples: int | None = None
@@ -95,6 +114,8 @@ class TrainConfig:
             ("train_examples", 1),
             ("eval_examples", 1),
             ("checkpoint_every", 0),
+            ("pipeline", 1),
+            ("data_parallel", 1),
             ("seed", 0),
             ("weight_decay", 0),
         ):
@@ -111,12 +132,16 @@ class TrainConfig:
             ("precision", PRECISIONS),
             ("kernels", KERNELS),
             ("data_on_device", ON_DEVICE),
+            ("loop", LOOPS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(known)}."
                 )
         self.group_sizes()
+        self.stage_sizes()
+        if self.stages is not None and self.pipeline is None:
+            raise ValueError("--stages is given without --pipeline; give the number of devices.")
         if self.schedule == "plateau" and self.optimizer.startswith("schedule_free"):
             raise ValueError(
                 f"--schedule plateau does not go with --optimizer {self.optimizer}, which averages "
@@ -129,19 +154,21 @@ class TrainConfig:
         return self.workdir or f"runs/{self.dataset}-{self.model}-{rule}-s{self.seed}"
 
     def group_sizes(self) -> tuple[int, ...] | None:
-        """Blocks a group, if any were asked for.
+        """Blocks a group, if any were asked for; ValueError where they are no numbers."""
+        return _sizes("--groups", self.groups)
 
-        Raises:
-            ValueError: not numbers.
-        """
-        if self.groups is None:
-            return None
-        try:
-            return tuple(int(part) for part in self.groups.split(","))
-        except ValueError:
-            raise ValueError(
-                f"--groups is {self.groups!r}; expected numbers of blocks, like 2,2."
-            ) from None
+    def stage_sizes(self) -> tuple[int, ...] | None:
+        """Units a stage, if any were asked for; ValueError where they are no numbers."""
+        return _sizes("--stages", self.stages)
+
+
+def _sizes(name: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}; expected numbers, like 2,2.") from None
 
 
 def option(name: str) -> str:

@@ -1,16 +1,18 @@
 """From a config to data, model, rule and optimizer: what training and evaluation share."""
 
 import pathlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from experiments import optimizers
+from experiments import totals as training_totals
 from experiments.command_line import UserError
 from experiments.config import TrainConfig
-from lls_jax import data, models, rules, training
+from lls_jax import data, loop, models, parallel, rules, training
 from lls_jax.data import batches, prepare, storage
 from lls_jax.models import Network
 from pallas_kernels import local_loss
@@ -31,7 +33,8 @@ class Run(NamedTuple):
 
     task: Task
     tx: optax.GradientTransformation
-    train_step: training.TrainStep
+    execution: parallel.Execution
+    loop: Callable[..., tuple[training.TrainState, Any]] | None
     train: batches.DeviceSplit | data.Split
     test: batches.DeviceSplit | data.Split
     read: batches.Reader
@@ -153,15 +156,93 @@ def make_run(config: TrainConfig) -> Run:
         raise UserError(str(error)) from error
     steps_per_epoch = available // config.batch_size
     tx = optimizers.make(config, steps_per_epoch)
+    train = load_split(config, task.spec, "train")
     return Run(
         task=task,
         tx=tx,
-        train_step=training.make_train_step(task.model, task.rule, tx),
-        train=load_split(config, task.spec, "train"),
+        execution=_make_execution(config, task, tx),
+        loop=_make_loop(config, task, tx, train),
+        train=train,
         test=load_split(config, task.spec, "test"),
         read=read,
         steps_per_epoch=steps_per_epoch,
     )
+
+
+def _make_execution(
+    config: TrainConfig, task: Task, tx: optax.GradientTransformation
+) -> parallel.Execution:
+    """How the config wants a step to be executed.
+
+    Raises:
+        UserError: there are too few devices, or the config asks for what cannot be together.
+    """
+    wanted = config.pipeline or config.data_parallel
+    if not wanted:
+        return parallel.single(task.model, task.rule, tx)
+    if config.pipeline and config.data_parallel:
+        raise UserError("--pipeline and --data-parallel do not go together; choose one.")
+    name = "--pipeline" if config.pipeline else "--data-parallel"
+    devices = jax.devices()
+    if wanted > len(devices):
+        raise UserError(
+            f"{name} is {wanted}, but this machine has {len(devices)} {devices[0].platform} "
+            "device(s); use fewer (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N "
+            "makes several of one)."
+        )
+    devices = devices[:wanted]
+    try:
+        if config.data_parallel:
+            if config.batch_size % wanted:
+                raise ValueError(
+                    f"--batch-size is {config.batch_size}, which {wanted} devices do not divide."
+                )
+            return parallel.data_parallel(task.model, task.rule, tx, devices)
+        sizes = config.stage_sizes() or _balanced(config, task, tx)
+        print(f"stages of {', '.join(map(str, sizes))} units", flush=True)
+        return parallel.pipeline(task.model, task.rule, tx, devices, sizes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _make_loop(
+    config: TrainConfig,
+    task: Task,
+    tx: optax.GradientTransformation,
+    train: batches.DeviceSplit | data.Split,
+) -> Any:
+    """The compiled loop over steps, where the config wants one; else None.
+
+    Raises:
+        UserError: the config asks for one where there can be none.
+    """
+    fits = isinstance(train, batches.DeviceSplit) and not (config.pipeline or config.data_parallel)
+    chosen = config.loop
+    if chosen == "auto":
+        chosen = loop.choose_loop(jax.default_backend()) if fits else "dispatch"
+    if chosen == "dispatch":
+        return None
+    if not fits:
+        raise UserError(
+            "--loop scan needs the images on one device, without --pipeline or --data-parallel; "
+            "use --loop dispatch, or --data-on-device yes."
+        )
+    step = training.make_train_step(task.model, task.rule, tx)
+    return loop.make_loop(
+        step, training_totals.add, task.spec, config.augmentation, config.batch_size
+    )
+
+
+def _balanced(config: TrainConfig, task: Task, tx: optax.GradientTransformation) -> tuple[int, ...]:
+    """Stages that take about the same time, after a short measurement."""
+    key = jax.random.key(0)
+    image = jax.random.normal(key, (config.batch_size, *task.spec.input_shape))
+    label = jnp.arange(config.batch_size) % task.spec.num_classes
+    state = training.create_train_state(task.model, task.rule, tx, key, image)
+    seconds = parallel.measure_units(
+        task.model, task.rule, tx, state, {"image": image, "label": label}
+    )
+    return parallel.partition(seconds, config.pipeline or 1)
 
 
 def example_image(spec: data.DatasetSpec) -> jax.Array:

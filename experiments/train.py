@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import judging, plots, progress, run_folder
+from experiments import totals as totals_of
 from experiments.command_line import UserError
 from experiments.config import TrainConfig, option
 from experiments.setup import Run, Task, example_image, make_run
@@ -28,24 +29,12 @@ from lls_jax.data import batches
 _STATS_BATCHES = 50
 # Steps that may be under way at once: enough to keep a device busy, few enough to stop soon.
 _IN_FLIGHT = 4
+# Steps of one launch, where many go into one: a stop waits for as many.
+_STEPS_A_LAUNCH = 50
 _REFRESH_SECONDS = 0.5
 _REDRAW_SECONDS = 10.0
 # Stands in for an epoch's number where batches are drawn for the statistics.
 _STATS_EPOCH = 2**31 - 1
-
-
-class Totals(NamedTuple):
-    """Sums over the steps of the epoch so far, on the device.
-
-    Attributes:
-        losses: of each local layer's loss, then of the classifier's, ``[local layers + 1]``.
-        correct: images classified rightly.
-        correct5: images whose five best classes hold the right one.
-    """
-
-    losses: jax.Array
-    correct: jax.Array
-    correct5: jax.Array
 
 
 class Position(NamedTuple):
@@ -60,28 +49,10 @@ class Position(NamedTuple):
     """
 
     state: training.TrainState
-    totals: Totals
+    totals: totals_of.Totals
     epochs_done: int
     seconds: float
     epoch_seconds: float
-
-
-@jax.jit
-def add_totals(totals: Totals, metrics: training.Metrics, labels: jax.Array) -> Totals:
-    """Add a step's metrics to an epoch's totals."""
-    logits = metrics["logits"]
-    return Totals(
-        totals.losses + jnp.append(metrics["layer_loss"], metrics["loss"]),
-        totals.correct + jnp.sum(judging.correct_within(logits, labels, 1)),
-        totals.correct5 + jnp.sum(judging.correct_within(logits, labels, 5)),
-    )
-
-
-def empty_totals(task: Task) -> Totals:
-    """The totals of an epoch that has not begun."""
-    layers = training.num_local_losses(task.model, task.rule)
-    zero = jnp.zeros((), jnp.int32)
-    return Totals(jnp.zeros((layers + 1,)), zero, zero)
 
 
 @jax.jit
@@ -161,7 +132,7 @@ def _start(config: TrainConfig, run: Run) -> Position:
     state = training.create_train_state(
         task.model, task.rule, run.tx, model_key, example_image(task.spec)
     )
-    return Position(state, empty_totals(run.task), 0, 0.0, 0.0)
+    return Position(state, totals_of.empty(run.task.model, run.task.rule), 0, 0.0, 0.0)
 
 
 def _resume(manager: Any, folder: pathlib.Path, start: Position) -> Position | None:
@@ -180,7 +151,7 @@ def _resume(manager: Any, folder: pathlib.Path, start: Position) -> Position | N
             continue
         return Position(
             training.TrainState(**restored["state"]),
-            Totals(**restored["totals"]),
+            totals_of.Totals(**restored["totals"]),
             meta["epochs_done"],
             meta["seconds"],
             meta["epoch_seconds"],
@@ -215,7 +186,7 @@ def save_imported(
     config: TrainConfig, folder: pathlib.Path, task: Task, state: training.TrainState
 ) -> None:
     """Write weights that come from elsewhere as a run's first checkpoint, from which it goes on."""
-    position = Position(state, empty_totals(task), 0, 0.0, 0.0)
+    position = Position(state, totals_of.empty(task.model, task.rule), 0, 0.0, 0.0)
     judged = {"params": state.params, "batch_stats": state.batch_stats}
     with checkpoint.open_checkpoints(run_folder.checkpoints(folder)) as manager:
         _save(manager, config, position, judged, None)
@@ -285,7 +256,8 @@ def _train(
     print(
         f"{config.rule} on {config.model}, {config.dataset}: {run.train.labels.shape[0]} training "
         f"and {run.test.labels.shape[0]} test images, {run.steps_per_epoch} steps an epoch, "
-        f"{device.platform} ({device.device_kind}), in {folder}"
+        f"{device.platform} ({device.device_kind}), {'many steps' if run.loop else 'one step'} a "
+        f"launch, in {folder}"
     )
     if position is not start:
         print(f"resumed at step {int(position.state.step)}, epoch {position.epochs_done} done")
@@ -315,7 +287,9 @@ def _train(
         # Metrics first: a kill in between leaves a record that the resumed run drops and repeats.
         run_folder.append_metrics(folder, record)
         records.append(record)
-        position = position._replace(totals=empty_totals(run.task), epoch_seconds=0.0)
+        position = position._replace(
+            totals=totals_of.empty(run.task.model, run.task.rule), epoch_seconds=0.0
+        )
         _save(manager, config, position, judged, test.accuracy)
         print(progress.epoch_line(record, config.epochs), flush=True)
         finished = position.epochs_done == config.epochs
@@ -353,8 +327,9 @@ def _train_epoch(
     signals: _Signals,
 ) -> tuple[Position, bool]:
     """The rest of an epoch: ``(position, stopped)``; stopped inside it by a signal, it is saved."""
-    state, totals = position.state, position.totals
-    step = int(state.step)
+    step = int(position.state.step)
+    running = run.execution.enter(position.state)
+    totals = run.execution.place(position.totals)
     end = (position.epochs_done + 1) * run.steps_per_epoch
     permutation = batches.epoch_permutation(
         data_key, position.epochs_done, run.train.labels.shape[0]
@@ -378,22 +353,30 @@ def _train_epoch(
         jax.block_until_ready(totals)
         elapsed = time.perf_counter() - began
         return position._replace(
-            state=state,
-            totals=totals,
+            state=run.execution.leave(running),
+            totals=jax.device_put(totals, jax.devices()[0]),
             seconds=position.seconds + elapsed,
             epoch_seconds=position.epoch_seconds + elapsed,
         )
 
     try:
         while step < end and signals.received is None:
-            batch = next(stream)
-            state, metrics = run.train_step(state, batch)
-            totals = add_totals(totals, metrics, batch["label"])
-            step, index = step + 1, index + 1
-            pending.append(totals.correct)
+            count = 1
+            if run.loop is not None:
+                every = config.checkpoint_every or end
+                count = min(_STEPS_A_LAUNCH, end - step, every - step % every)
+                running, totals = run.loop(
+                    running, totals, run.train, permutation, data_key, index, count
+                )
+            else:
+                running, metrics = run.execution.step(running, next(stream))
+                totals = totals_of.add(totals, metrics)
+            step, index = step + count, index + count
+            # A copy, because a launch donates the totals.
+            pending.append(jnp.copy(totals.correct) if run.loop else totals.correct)
             if len(pending) > _IN_FLIGHT:
                 jax.block_until_ready(pending.popleft())
-            bar.advance(config.batch_size)
+            bar.advance(count * config.batch_size)
             if time.perf_counter() - refreshed > _REFRESH_SECONDS:
                 refreshed = time.perf_counter()
                 loss = float(totals.losses[-1]) / index
@@ -402,8 +385,11 @@ def _train_epoch(
                     break
             is_due = config.checkpoint_every and step % config.checkpoint_every == 0
             if is_due and step < end:
-                _check_finite(run, here())
-                _save(manager, config, here(), _evaluation_state(run, state, data_key), None)
+                reached = here()
+                _check_finite(run, reached)
+                _save(
+                    manager, config, reached, _evaluation_state(run, reached.state, data_key), None
+                )
     finally:
         bar.close()
         stream.close()
@@ -412,5 +398,5 @@ def _train_epoch(
     if step == end:
         return reached, False
     if step not in checkpoint.list_steps(manager):
-        _save(manager, config, reached, _evaluation_state(run, state, data_key), None)
+        _save(manager, config, reached, _evaluation_state(run, reached.state, data_key), None)
     return reached, True

@@ -211,7 +211,7 @@ def update_classifier(
     return BlockState(params, {}, opt_state), loss, logits
 
 
-def _update_joined(
+def update_joined(
     model: Network,
     tx: optax.GradientTransformationExtraArgs,
     states: tuple[BlockState, BlockState],
@@ -270,7 +270,7 @@ def _local_step(
     if model.joined:
         last = model.block_names[-1]
         block_key = jax.random.fold_in(dropout_key, len(blocks) - 1)
-        (states[last], states[CLASSIFIER]), loss, logits = _update_joined(
+        (states[last], states[CLASSIFIER]), loss, logits = update_joined(
             model, tx, (block_state(state, last), classifier), x, labels, block_key
         )
     else:

@@ -24,6 +24,7 @@ from experiments import (
     evaluate,
     paper,
     prepare_data,
+    totals,
     train,
 )
 from experiments import run_folder as folders
@@ -100,7 +101,7 @@ def test_every_rule_trains_and_reloads(tmp_path, capsys, rule):
     assert train.train_and_evaluate(config) == 0
     printed = capsys.readouterr().out
     (record,) = folders.read_metrics(tmp_path)
-    layers = 0 if rule == "bp" else 4
+    layers = 0 if rule in ("bp", "dfa", "drtp") else 4
     assert len(record["layer_loss"]) == layers
     assert ("L4 " in printed) == bool(layers)
     assert f"Acc@1 {record['test_accuracy']:.2f}" in printed
@@ -153,14 +154,14 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
 ):
     steps = 0
 
-    def signalled(*arguments, add=train.add_totals):
+    def signalled(*arguments, add=totals.add):
         nonlocal steps
         steps += 1
         if steps == at_step:
             os.kill(os.getpid(), number)
         return add(*arguments)
 
-    monkeypatch.setattr(train, "add_totals", signalled)
+    monkeypatch.setattr(totals, "add", signalled)
     before = signal.getsignal(number)
     assert train.train_and_evaluate(tiny(tmp_path)) == status
     assert signal.getsignal(number) is before
@@ -180,10 +181,10 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
 # Each makes the process kill itself somewhere; none of it lets anything clean up.
 KILLS = {
     "inside an epoch": """
-        add, count = train.add_totals, iter(range(100))
+        add, count = train.totals_of.add, iter(range(100))
         def killed(*arguments):
             return kill() if next(count) == 6 else add(*arguments)
-        train.add_totals = killed
+        train.totals_of.add = killed
     """,
     "between metrics and checkpoint": """
         append, count = train.run_folder.append_metrics, iter(range(100))
@@ -270,12 +271,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_layer(tmp_path, m
         run = make_run(config)
 
         def step(state, batch):
-            state, metrics = run.train_step(state, batch)
+            state, metrics = run.execution.step(state, batch)
             if int(state.step) == 6:
                 metrics["layer_loss"] = metrics["layer_loss"].at[1].set(np.nan)
             return state, metrics
 
-        return run._replace(train_step=step)
+        return run._replace(execution=run.execution._replace(step=step))
 
     monkeypatch.setattr(train, "make_run", poisoned)
     with pytest.raises(UserError, match="loss of local layer L2 is not finite by step"):
@@ -289,6 +290,41 @@ def test_a_diverging_run_is_stopped(tmp_path):
     with pytest.raises(UserError, match=r"not finite.*lower --learning-rate"):
         train.train_and_evaluate(config)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_many_steps_a_launch_are_the_same_however_they_are_cut(tmp_path, monkeypatch, capsys):
+    looped = {"loop": "scan", "dropout": 0.0}
+    assert train.train_and_evaluate(tiny(tmp_path / "whole", **looped)) == 0
+    assert "many steps a launch" in capsys.readouterr().out
+    monkeypatch.setattr(train, "_STEPS_A_LAUNCH", 1)
+    assert train.train_and_evaluate(tiny(tmp_path / "single", **looped)) == 0
+    assert_same_run(tmp_path / "single", tmp_path / "whole")
+    monkeypatch.setattr(train, "_STEPS_A_LAUNCH", 3)
+    make_run = train.make_run
+
+    def signalled(config):
+        run, launches = make_run(config), iter(range(100))
+
+        def loop(*arguments):
+            if next(launches) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return run.loop(*arguments)
+
+        return run._replace(loop=loop)
+
+    stopped = tiny(tmp_path / "stopped", checkpoint_every=2, **looped)
+    monkeypatch.setattr(train, "make_run", signalled)
+    assert train.train_and_evaluate(stopped) == 143
+    assert "stopped at step 6, saved" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert train.train_and_evaluate(stopped) == 0
+    assert "resumed at step 6" in capsys.readouterr().out
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    # And as one launch a step, but for rounding, which a few Adam steps magnify.
+    assert train.train_and_evaluate(tiny(tmp_path / "steps", loop="dispatch", dropout=0.0)) == 0
+    for ours, theirs in zip(results(tmp_path / "whole"), results(tmp_path / "steps")):
+        np.testing.assert_allclose(ours["train_loss"], theirs["train_loss"], rtol=1e-2)
+        np.testing.assert_allclose(ours["layer_loss"], theirs["layer_loss"], rtol=1e-2)
 
 
 # --- evaluate, compare, benchmark --------------------------------------------------------------
@@ -461,9 +497,17 @@ def run_prepare():
         (run_digits, "--kernels cuda", ["'cuda'", "auto, xla, pallas, triton"]),
         (run_digits, "--kernels pallas", ["'pallas'", "needs an NVIDIA GPU", "use 'xla'"]),
         (run_benchmark, "--suite kernels", ["is a CPU", "--cpu"]),
-        (run_benchmark, "--suite kernel", ["'kernel'", "training, kernels"]),
+        (run_benchmark, "--suite kernel", ["'kernel'", "training, kernels, pipeline"]),
+        (run_benchmark, "--suite pipeline", ["needs several devices", "device_count=2"]),
         (run_benchmark, "--precisions float16", ["'float16'", "bfloat16"]),
         (run_benchmark, "--batch-sizes 0", ["--batch-sizes is 0"]),
+        (run_digits, "--loop while", ["'while'", "auto, dispatch, scan"]),
+        (run_digits, "--loop scan --data-on-device no", ["--loop scan needs", "--loop dispatch"]),
+        (run_digits, "--pipeline 2", ["--pipeline is 2", "this machine has 1 cpu"]),
+        (run_digits, "--pipeline 1 --data-parallel 1", ["do not go together"]),
+        (run_digits, "--pipeline 1 --rule bp", ["'bp' has no local losses"]),
+        (run_digits, "--stages 2,3", ["--stages is given without --pipeline"]),
+        (run_digits, "--pipeline 1 --stages 4", ["together 5 units"]),
         (run_digits, "--groups 2,x", ["'2,x'", "like 2,2"]),
         (run_digits, "--groups 3", ["add up to 4, or to 5"]),
         (run_digits, "--rule lls,bp", ["'bp' has no local loss"]),

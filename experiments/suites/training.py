@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import optimizers
+from experiments import optimizers, totals
 from experiments.config import TrainConfig
 from experiments.setup import Task, example_image, make_task
 from experiments.suites import report
-from experiments.train import add_totals, empty_totals
 from lls_jax import training
 from lls_jax.data import batches
 
@@ -76,7 +75,7 @@ class Contestant:
         self._state = training.create_train_state(
             task.model, task.rule, tx, self._key, example_image(task.spec)
         )
-        self._totals = empty_totals(task)
+        self._totals = totals.empty(task.model, task.rule)
         self._step = training.make_train_step(task.model, task.rule, tx)
         batch = self._sample(self._data, self._permutation, 0, self._key)
         start = time.perf_counter()
@@ -92,7 +91,7 @@ class Contestant:
             key = jax.random.fold_in(self._key, self._index)
             batch = self._sample(self._data, self._permutation, self._index % 4, key)
             self._state, metrics = self._step(self._state, batch)
-            self._totals = add_totals(self._totals, metrics, batch["label"])
+            self._totals = totals.add(self._totals, {**metrics, "label": batch["label"]})
             jax.block_until_ready((self._totals, self._state))
             self._index += 1
             if keep:

@@ -111,21 +111,24 @@ def make_sampler(spec: DatasetSpec, augmentation: str, batch_size: int) -> Sampl
     def sample(
         data: DeviceSplit, permutation: jax.Array, index: jax.Array, key: jax.Array
     ) -> Batch:
-        chosen = jax.lax.dynamic_slice_in_dim(permutation, index * batch_size, batch_size)
-        image = augment(key, jnp.take(data.images, chosen, axis=0))
-        return {"image": image, "label": jnp.take(data.labels, chosen)}
+        batch = gather(data, permutation, index, batch_size)
+        return {**batch, "image": augment(key, batch["image"])}
 
     return sample
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _chosen(permutation: jax.Array, index: jax.Array, batch_size: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(permutation, index * batch_size, batch_size)
-
-
 @jax.jit
-def _gather(data: DeviceSplit, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.take(data.images, chosen, axis=0), jnp.take(data.labels, chosen)
+def _take(data: DeviceSplit, chosen: jax.Array) -> Batch:
+    return {
+        "image": jnp.take(data.images, chosen, axis=0),
+        "label": jnp.take(data.labels, chosen),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def gather(data: DeviceSplit, permutation: jax.Array, index: jax.Array, batch_size: int) -> Batch:
+    """The pixels and labels of batch number `index` of the epoch in that order."""
+    return _take(data, jax.lax.dynamic_slice_in_dim(permutation, index * batch_size, batch_size))
 
 
 def make_reader(spec: DatasetSpec, augmentation: str, batch_size: int) -> Reader:
@@ -156,9 +159,8 @@ def make_reader(spec: DatasetSpec, augmentation: str, batch_size: int) -> Reader
     ) -> Generator[Batch, None, None]:
         if isinstance(data, DeviceSplit):
             for index in range(start, data.labels.shape[0] // batch_size):
-                chosen = _chosen(permutation, index, batch_size)
-                images, labels = _gather(data, chosen)
-                yield {"image": augment(key_of(index), images), "label": labels}
+                batch = gather(data, permutation, index, batch_size)
+                yield {**batch, "image": augment(key_of(index), batch["image"])}
         else:
             ahead = streaming.stream(data, np.asarray(permutation), batch_size, start)
             for index, (images, labels) in enumerate(ahead, start):
@@ -190,7 +192,8 @@ def evaluation_batches(
         position = np.arange(start, start + batch_size)
         chosen = np.minimum(position, count - 1)
         if isinstance(data, DeviceSplit):
-            images, labels = _gather(data, chosen)
+            taken = _take(data, chosen)
+            images, labels = taken["image"], taken["label"]
         else:
             images, labels = data.images[chosen], jnp.asarray(data.labels[chosen])
         yield compiled(images), labels, jnp.asarray(position < count, jnp.float32)
