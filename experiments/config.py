@@ -140,6 +140,11 @@ class TrainConfig:
                 )
         self.group_sizes()
         self.stage_sizes()
+        if self.data_parallel and self.kernels not in ("auto", "xla"):
+            raise ValueError(
+                f"--kernels {self.kernels} does not go with --data-parallel, because the compiler "
+                "cannot cut a kernel; use --kernels xla, or --pipeline."
+            )
         if self.stages is not None and self.pipeline is None:
             raise ValueError("--stages is given without --pipeline; give the number of devices.")
         if self.schedule == "plateau" and self.optimizer.startswith("schedule_free"):

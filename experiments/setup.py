@@ -68,6 +68,13 @@ def make_task(config: TrainConfig) -> Task:
         raise UserError(str(error)) from error
 
 
+def _implementation(config: TrainConfig) -> str | None:
+    """What computes the local losses; None chooses."""
+    if config.data_parallel:
+        return "xla"
+    return None if config.kernels == "auto" else config.kernels
+
+
 def _make_rule(
     config: TrainConfig, name: str, spec: data.DatasetSpec, model: Network
 ) -> rules.Rule:
@@ -86,7 +93,7 @@ def _make_rule(
         temperature=config.temperature,
         label_smoothing=config.label_smoothing,
         basis_rows=basis_rows,
-        implementation=None if config.kernels == "auto" else config.kernels,
+        implementation=_implementation(config),
         sign=config.feedback_sign,
     )
 

@@ -5,7 +5,6 @@ pooling, normalisation, activation functions and losses, which are linear in the
 not counted. Zero padding counts as input.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -75,20 +74,22 @@ class Account(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Of one block: MACs forward and of its own gradient, and elements kept for that."""
+    """Of one block: MACs forward, of its own gradient, and on to its input; elements kept."""
 
     forward: int
     gradient: int
+    to_input: int
     kept: int
 
 
 def _conv(x: Shape, out: Shape) -> _Block:
     macs = 9 * x[-1] * math.prod(out)
-    return _Block(macs, macs, math.prod(x) + math.prod(out))
+    return _Block(macs, macs, macs, math.prod(x) + math.prod(out))
 
 
 def _dense(x: Shape, out: Shape) -> _Block:
-    return _Block(x[-1] * out[-1], x[-1] * out[-1], x[-1] + out[-1])
+    macs = x[-1] * out[-1]
+    return _Block(macs, macs, macs, x[-1] + out[-1])
 
 
 def _separable(x: Shape, out: Shape) -> _Block:
@@ -96,7 +97,8 @@ def _separable(x: Shape, out: Shape) -> _Block:
     forward = 9 * middle + middle * out[-1]
     # Inside the block the gradient passes the pointwise layer; kept are the inputs of two
     # convolutions and of two normalisations.
-    return _Block(forward, forward + middle * out[-1], math.prod(x) + 2 * middle + math.prod(out))
+    gradient = forward + middle * out[-1]
+    return _Block(forward, gradient, 9 * middle, math.prod(x) + 2 * middle + math.prod(out))
 
 
 _BLOCKS: dict[type, Callable[[Shape, Shape], _Block]] = {
@@ -175,6 +177,7 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
     )
     x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     costs: list[Cost] = []
+    to_input: list[int] = []
     for index, (name, spec) in enumerate(zip(model.block_names, model.specs)):
         module: nn.Module = spec.module
         if type(module) not in _BLOCKS:
@@ -185,6 +188,7 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
         )
         shape = activation.shape[1:]
         counts = _BLOCKS[type(module)](x.shape[1:], shape)
+        to_input.append(counts.to_input)
         # Rules with a layer of their own keep its output too.
         kept = counts.kept + isinstance(own, PredSimRule | DecoupledRule) * math.prod(shape)
         latents = shape[-1] * spec.pool_size**2 if len(shape) == 3 else spec.pool_size
@@ -213,8 +217,7 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
         isinstance(rule, FeedbackRule) and rule.signal == "error"
     )
     if isinstance(rule, Backpropagation):
-        # A block's signal is the next layer's gradient to its input: as many MACs as forward.
-        costs = [
-            cost._replace(signal=above.forward) for cost, above in itertools.pairwise(costs)
-        ] + costs[-1:]
+        # A block's signal is the gradient to the next one's input.
+        above = [*to_input[1:], macs]
+        costs = [cost._replace(signal=count) for cost, count in zip(costs, above)] + costs[-1:]
     return Account(rule.name, tuple(costs), sum(sizes) if waits else max(sizes))

@@ -506,6 +506,7 @@ def run_prepare():
         (run_digits, "--pipeline 2", ["--pipeline is 2", "this machine has 1 cpu"]),
         (run_digits, "--pipeline 1 --data-parallel 1", ["do not go together"]),
         (run_digits, "--pipeline 1 --rule bp", ["'bp' has no local losses"]),
+        (run_digits, "--data-parallel 2 --kernels pallas", ["--kernels pallas does not go"]),
         (run_digits, "--stages 2,3", ["--stages is given without --pipeline"]),
         (run_digits, "--pipeline 1 --stages 4", ["together 5 units"]),
         (run_digits, "--groups 2,x", ["'2,x'", "like 2,2"]),
