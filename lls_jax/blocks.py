@@ -3,14 +3,19 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lls_jax.convolution import convolve_3x3, depthwise_3x3
-from lls_jax.normalization import apply_statistics, normalize_activate
+from lls_jax.normalization import (
+    apply_statistics,
+    can_pool,
+    normalize_activate,
+    normalize_activate_pool,
+)
 from lls_jax.rules.protocol import LocalRule, init_params
 
 Initializer = Callable[..., jax.Array]
@@ -97,31 +102,42 @@ class NormalizeActivate(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer_bias: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, layer_bias: jax.Array, *, train: bool, pool_size: int | None = None
+    ) -> Any:
         """Normalise ``x + layer_bias`` and activate.
 
         Args:
             x: ``[..., channels]``.
             layer_bias: float32 ``[channels]``.
             train: whether the batch's statistics are used, and averaged into the running ones.
+            pool_size: windows along each spatial axis whose means are wanted too.
 
         Returns:
-            The activation, in the shape and dtype of `x`.
+            The activation, in the shape and dtype of `x`. With a `pool_size`, ``(activation,
+            pooled)``; the latter is None where windows of one size do not fit, and in evaluation.
         """
         channels = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         variance = self.variable("batch_stats", "var", jnp.ones, channels)
+        pooled = None
         if not train:
-            return apply_statistics(x, mean.value - layer_bias, variance.value, scale, bias)
-        y, batch_mean, batch_variance = normalize_activate(x, scale, bias)
+            y = apply_statistics(x, mean.value - layer_bias, variance.value, scale, bias)
+            return y if pool_size is None else (y, None)
+        if pool_size is not None and can_pool(x.shape, pool_size):
+            y, pooled, batch_mean, batch_variance = normalize_activate_pool(
+                x, scale, bias, pool_size
+            )
+        else:
+            y, batch_mean, batch_variance = normalize_activate(x, scale, bias)
         if not self.is_initializing():
             kept, new = _RUNNING_AVERAGE, 1 - _RUNNING_AVERAGE
             shifted = batch_mean + jax.lax.stop_gradient(layer_bias)
             mean.value = kept * mean.value + new * shifted
             variance.value = kept * variance.value + new * batch_variance
-        return y
+        return y if pool_size is None else (y, pooled)
 
 
 class ConvBlock(nn.Module):
@@ -137,11 +153,16 @@ class ConvBlock(nn.Module):
     dtype: Any = jnp.float32
     stride: int = 1
 
+    pools: ClassVar[bool] = True
+
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """``[batch, height, width, channels] -> [batch, height / stride, ..., features]``."""
+    def __call__(self, x: jax.Array, *, train: bool = False, pool_size: int | None = None) -> Any:
+        """``[batch, height, width, channels] -> [batch, height / stride, ..., features]``.
+
+        With a `pool_size`, the means of its windows too: see :class:`NormalizeActivate`.
+        """
         x, bias = Convolution(self.features, self.stride, self.dtype, name="conv")(x)
-        return NormalizeActivate(name="norm")(x, bias, train=train)
+        return NormalizeActivate(name="norm")(x, bias, train=train, pool_size=pool_size)
 
 
 class Depthwise(nn.Module):
@@ -198,14 +219,21 @@ class DepthwiseSeparableBlock(nn.Module):
     dtype: Any = jnp.float32
     stride: int = 1
 
+    pools: ClassVar[bool] = True
+
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """``[batch, height, width, channels] -> [batch, height', width', features]``."""
+    def __call__(self, x: jax.Array, *, train: bool = False, pool_size: int | None = None) -> Any:
+        """``[batch, height, width, channels] -> [batch, height', width', features]``.
+
+        With a `pool_size`, the means of its windows too: see :class:`NormalizeActivate`.
+        """
         no_bias = jnp.zeros(())
         x = Depthwise(self.stride, self.dtype, name="depthwise")(x)
         x = NormalizeActivate(name="depthwise_norm")(x, no_bias, train=train)
         x = Pointwise(self.features, self.dtype, name="pointwise")(x)
-        return NormalizeActivate(name="pointwise_norm")(x, no_bias, train=train)
+        return NormalizeActivate(name="pointwise_norm")(
+            x, no_bias, train=train, pool_size=pool_size
+        )
 
 
 class DenseBlock(nn.Module):
@@ -268,11 +296,19 @@ class LocalBlock(nn.Module):
         Returns:
             The activation, or with labels ``(activation, loss)``; the loss is a float32 scalar.
         """
-        activation = self.block(jax.lax.stop_gradient(x), train=train)
+        x = jax.lax.stop_gradient(x)
+        pooled = None
+        wants_latents = getattr(self.rule, "works_on_latents", False)
+        if labels is not None and train and wants_latents and getattr(self.block, "pools", False):
+            activation, pooled = self.block(x, train=train, pool_size=self.pool_size)
+        else:
+            activation = self.block(x, train=train)
         rule_params = self._rule_params(activation.shape[1:])
         if labels is None:
             return activation
-        return activation, self.rule.loss(rule_params, activation, labels, pool_size=self.pool_size)
+        # Pooling what is pooled changes nothing, and its gradient takes no memory to speak of.
+        seen = activation if pooled is None else pooled
+        return activation, self.rule.loss(rule_params, seen, labels, pool_size=self.pool_size)
 
     def _rule_params(self, activation_shape: tuple[int, ...]) -> dict[str, Any]:
         draw = functools.partial(

@@ -4,8 +4,12 @@ Autodiff keeps the normalised activation, the mask of the LeakyReLU and more; th
 the input alone and computes the rest again, which is cheap: less memory, fewer passes.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 EPSILON = 1e-5
 NEGATIVE_SLOPE = 0.01
@@ -85,3 +89,97 @@ def _backward(residuals: tuple, cotangents: tuple) -> tuple:
 
 
 normalize_activate.defvjp(_forward, _backward)
+
+
+# --- With the pooled activation ------------------------------------------------------------------
+
+
+def can_pool(shape: tuple[int, ...], pool_size: int) -> bool:
+    """Whether :func:`normalize_activate_pool` takes ``[batch, height, width, channels]``."""
+    return len(shape) == 4 and shape[1] % pool_size == 0 and shape[2] % pool_size == 0
+
+
+def _windows(x: jax.Array, pool_size: int) -> jax.Array:
+    """``[batch, p, rows, p, columns, channels]``."""
+    batch, height, width, channels = x.shape
+    rows, columns = height // pool_size, width // pool_size
+    return x.reshape(batch, pool_size, rows, pool_size, columns, channels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize_activate_pool(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, pool_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """:func:`normalize_activate`, and the mean of what it gives over windows.
+
+    A local loss needs the pooled activation only. Then the gradient needs neither the activation
+    nor a gradient of its size: with ``m`` the slope of the activation function at each element, the
+    sums ``S_0 = sum m`` and ``S_1 = sum m x`` over each window give the pooled activation,
+    ``(slope S_1 + offset S_0) / size``, and with its cotangent the gradients of scale and bias.
+    Differentiable once, in reverse, with respect to both the activation and its means.
+
+    Args:
+        x: ``[batch, height, width, channels]``; :func:`can_pool` says which sizes.
+        scale: float32 ``[channels]``.
+        bias: float32 ``[channels]``.
+        pool_size: windows along each spatial axis.
+
+    Returns:
+        ``(y, pooled, mean, variance)``; `pooled` is float32 ``[batch, p, p, channels]``.
+    """
+    return _forward_pool(x, scale, bias, pool_size)[0]
+
+
+def _plain(args: tuple) -> tuple:
+    return tuple(getattr(arg, "value", arg) for arg in args)
+
+
+def _forward_pool(x: Any, scale: Any, bias: Any, pool_size: int) -> tuple:
+    x, scale, bias = _plain((x, scale, bias))
+    (y, mean, variance), _ = _forward(x, scale, bias)
+    slope, offset = _affine(mean, variance, scale, bias)
+    windows = _windows(x.astype(jnp.float32), pool_size)
+    m = jnp.where(windows * slope + offset >= 0, 1.0, NEGATIVE_SLOPE)
+    sum_m, sum_mx = jnp.sum(m, (2, 4)), jnp.sum(m * windows, (2, 4))
+    size = windows.shape[2] * windows.shape[4]
+    pooled = (slope * sum_mx + offset * sum_m) / size
+    residuals = (x, mean, variance, scale, bias, sum_m, sum_mx)
+    return (y, pooled, mean, variance), residuals
+
+
+def _backward_pool(pool_size: int, residuals: tuple, cotangents: tuple) -> tuple:
+    x, mean, variance, scale, bias, sum_m, sum_mx = residuals
+    dy, d_pooled = cotangents[:2]
+    if not isinstance(dy, SymbolicZero):
+        # Somebody else wants a gradient of the activation: the plain way, for the sum of both.
+        spread = jnp.zeros((1, *x.shape[1:]), jnp.float32)
+        if not isinstance(d_pooled, SymbolicZero):
+            size = x.shape[1] * x.shape[2] // pool_size**2
+            spread = _spread(d_pooled / size, x.shape, pool_size)
+        whole = dy.astype(jnp.float32) + spread
+        return _backward((x, mean, variance, scale, bias), (whole, None, None))
+    if isinstance(d_pooled, SymbolicZero):
+        return jnp.zeros_like(x), jnp.zeros_like(scale), jnp.zeros_like(bias)
+    slope, offset = _affine(mean, variance, scale, bias)
+    inverse_std = jax.lax.rsqrt(variance + EPSILON)
+    count = x.size // x.shape[-1]
+    d_window = d_pooled / (x.shape[1] * x.shape[2] // pool_size**2)
+    d_bias = jnp.sum(d_window * sum_m, (0, 1, 2))
+    d_scale = (jnp.sum(d_window * sum_mx, (0, 1, 2)) - mean * d_bias) * inverse_std
+    per_deviation = slope * inverse_std * d_scale / count
+    wide = x.astype(jnp.float32)
+    m = jnp.where(wide * slope + offset >= 0, 1.0, NEGATIVE_SLOPE)
+    dy = m * _spread(d_window, x.shape, pool_size)
+    dx = slope * (dy - d_bias / count) - (wide - mean) * per_deviation
+    return dx.astype(x.dtype), d_scale, d_bias
+
+
+def _spread(windows: jax.Array, shape: tuple[int, ...], pool_size: int) -> jax.Array:
+    """``[batch, p, p, channels]``, each value to all elements of its window."""
+    rows, columns = shape[1] // pool_size, shape[2] // pool_size
+    wide = windows[:, :, None, :, None, :]
+    full = (shape[0], pool_size, rows, pool_size, columns, shape[3])
+    return jnp.broadcast_to(wide, full).reshape(shape)
+
+
+normalize_activate_pool.defvjp(_forward_pool, _backward_pool, symbolic_zeros=True)

@@ -71,7 +71,8 @@ def test_loss_and_gradients(case):
     d_activation = np.asarray(d_activation)
     if d_activation.ndim == 4:
         d_activation = d_activation.transpose(0, 3, 1, 2)
-    assert abs(float(loss) - float(data["loss"])) < 1e-6
+    # Losses above 1 have a float32 spacing in proportion.
+    assert abs(float(loss) - float(data["loss"])) < 1e-6 * max(1.0, float(data["loss"]))
     assert relative(d_activation, data["d_activation"]) < 1e-5
     if params:
         assert relative(d_params[learned], data["d_feedback"]) < 1e-5

@@ -8,7 +8,7 @@ import pytest
 
 from lls_jax import evaluation, models, rules, training
 from lls_jax.blocks import ConvBlock, DenseBlock, LocalBlock
-from lls_jax.normalization import normalize_activate
+from lls_jax.normalization import normalize_activate, normalize_activate_pool
 
 CLASSES = 5
 BASELINES = ("bp", "dfa", "drtp")
@@ -180,6 +180,66 @@ def test_normalization_equals_the_textbook_under_autodiff(shape):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for our, their in zip(ours_vjp(cotangent), theirs_vjp(cotangent)):
         np.testing.assert_allclose(our, their, atol=2e-5 * np.sqrt(x.size))
+
+
+@pytest.mark.parametrize("wanted", ["activation", "pooled", "both"])
+def test_pooled_normalization_equals_the_textbook_under_autodiff(wanted):
+    rng = np.random.default_rng()
+    shape, pool_size = (4, 6, 9, 3), 3
+    x = jnp.asarray(rng.normal(2.0, 3.0, shape), jnp.float32)
+    scale, bias = (jnp.asarray(rng.normal(size=shape[-1]), jnp.float32) for _ in range(2))
+    d_y = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    d_pooled = jnp.asarray(rng.normal(size=(4, 3, 3, 3)), jnp.float32)
+
+    def textbook(x, scale, bias):
+        mean = jnp.mean(x, (0, 1, 2))
+        variance = jnp.mean((x - mean) ** 2, (0, 1, 2))
+        y = (x - mean) / jnp.sqrt(variance + 1e-5) * scale + bias
+        y = jnp.where(y >= 0, y, 0.01 * y)
+        return y, jnp.mean(y.reshape(4, 3, 2, 3, 3, 3), (2, 4))
+
+    def total(function, *arguments):
+        y, pooled = function(*arguments)[:2]
+        activation = jnp.sum(y * d_y) if wanted != "pooled" else 0.0
+        return activation + (jnp.sum(pooled * d_pooled) if wanted != "activation" else 0.0)
+
+    def ours(x, scale, bias):
+        return normalize_activate_pool(x, scale, bias, pool_size)
+
+    for a, b in zip(ours(x, scale, bias), textbook(x, scale, bias)):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    grads = [jax.grad(total, argnums=(1, 2, 3))(f, x, scale, bias) for f in (ours, textbook)]
+    for a, b in zip(*grads):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.sqrt(x.size))
+
+
+@pytest.mark.parametrize("pool_size", [2, 3])
+def test_a_local_block_learns_the_same_from_pooled_and_from_whole_activations(pool_size):
+    """Windows of one size fit 2 bins into 8 pixels, and not 3."""
+    batch = make_batch()
+    rule = make_rule("lls_mxm")
+    assert rule.works_on_latents == (jax.default_backend() == "cpu")
+
+    class Whole:
+        """The same rule, without that."""
+
+        name, init, loss = rule.name, rule.init, rule.loss
+
+    results = []
+    for own in (rule, Whole()):
+        block = LocalBlock(ConvBlock(4), rule=own, pool_size=pool_size)
+        variables = block.init(jax.random.key(0), batch["image"])
+
+        def loss(params, block=block, variables=variables):
+            (activation, loss), updates = block.apply(
+                {**variables, "params": params}, batch["image"], batch["label"],
+                train=True, mutable=["batch_stats"],
+            )  # fmt: skip
+            return loss, (activation, updates)
+
+        results.append(jax.value_and_grad(loss, has_aux=True)(variables["params"]))
+    for a, b in zip(*(jax.tree.leaves(result) for result in results), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_a_layers_bias_before_normalisation_moves_the_running_mean_only():

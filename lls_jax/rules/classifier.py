@@ -49,6 +49,12 @@ class ClassifierRule:
         """The parameters that training leaves alone."""
         return frozenset() if self.learned else frozenset({"feedback"})
 
+    @property
+    def works_on_latents(self) -> bool:
+        """Whether the loss is given the pooled activation: where no kernel pools by itself."""
+        on_cpu = self.implementation is None and jax.default_backend() == "cpu"
+        return on_cpu or self.implementation == "xla"
+
     def init(
         self, key: jax.Array, latent_dim: int, hidden_dim: int | None = None
     ) -> dict[str, jax.Array]:

@@ -36,6 +36,7 @@ class ContrastiveRule:
     width: int = 128
     temperature: float = 0.1
     name: str = "contrastive"
+    works_on_latents = True
 
     def init(
         self, key: jax.Array, latent_dim: int, hidden_dim: int | None = None

@@ -20,7 +20,8 @@ class LocalRule(Protocol):
     activation itself, ``[height, width, channels]`` or ``[features]``, and not on the pooled
     latents, has ``init_for(key, activation_shape, pool_size=...)`` instead. And ``fixed``, which
     may be missing, is a frozenset of the names of those parameters that stay as they were drawn: no
-    gradient, no decay.
+    gradient, no decay. ``works_on_latents``, likewise, says that the loss needs the pooled
+    activation only; then it may be given that, ``[batch, p, p, channels]``, which saves memory.
     """
 
     @property
