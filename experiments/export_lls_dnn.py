@@ -40,7 +40,7 @@ def export_lls_dnn(config: ExportConfig) -> int:
         state_dict = interop.to_lls_dnn(task.model, state)
     except ValueError as error:
         raise UserError(str(error)) from error
-    torch_files.write(pathlib.Path(config.out), state_dict, meta["epochs_done"])
+    torch_files.write(pathlib.Path(config.out), state_dict, max(meta["epochs_done"] - 1, 0))
     print(f"{len(state_dict)} arrays of step {step} in {config.out}")
     return 0
 

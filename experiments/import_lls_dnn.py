@@ -61,7 +61,7 @@ def import_lls_dnn(config: ImportConfig) -> int:
     try:
         content = torch_files.read(pathlib.Path(config.checkpoint))
     except torch_files.TorchFileError as error:
-        raise UserError(f"{config.checkpoint}: {error}") from error
+        raise UserError(str(error)) from error
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state_dict, dict):
         raise UserError(f"{config.checkpoint} holds a {type(content).__name__}; expected a dict.")

@@ -26,6 +26,7 @@ from lls_jax.rules import (
 )
 from lls_jax.rules.contrastive import ContrastiveRule
 from lls_jax.rules.protocol import for_block
+from pallas_kernels.local_loss import latent_dim
 
 Shape = tuple[int, ...]
 
@@ -191,7 +192,7 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
         to_input.append(counts.to_input)
         # Rules with a layer of their own keep its output too.
         kept = counts.kept + isinstance(own, PredSimRule | DecoupledRule) * math.prod(shape)
-        latents = shape[-1] * spec.pool_size**2 if len(shape) == 3 else spec.pool_size
+        latents = latent_dim(shape, spec.pool_size)
         signal = 0
         if not isinstance(own, Backpropagation):
             if type(own) not in _SIGNALS:

@@ -1,8 +1,6 @@
 """Flax Linen blocks, and the wrapper that gives a block its local loss."""
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -10,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.convolution import convolve_3x3, depthwise_3x3
+from lls_jax.initializers import fan_in_uniform
 from lls_jax.normalization import (
     apply_statistics,
     can_pool,
@@ -18,19 +17,7 @@ from lls_jax.normalization import (
 )
 from lls_jax.rules.protocol import LocalRule, init_params
 
-Initializer = Callable[..., jax.Array]
-
 _RUNNING_AVERAGE = 0.9
-
-
-def fan_in_uniform(fan_in: int) -> Initializer:
-    """The initialiser ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``, PyTorch's for weights and biases."""
-    bound = 1.0 / math.sqrt(fan_in)
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 class Linear(nn.Module):

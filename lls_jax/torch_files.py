@@ -70,8 +70,8 @@ def read(path: pathlib.Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(archive)
-    except TorchFileError:
-        raise
+    except TorchFileError as error:
+        raise TorchFileError(f"{path}: {error}") from error
     except FileNotFoundError:
         raise TorchFileError(f"{path} does not exist.") from None
     except (zipfile.BadZipFile, OSError) as error:
@@ -88,11 +88,11 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
     entries = {entry.filename: entry for entry in archive.infolist()}
     pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise TorchFileError(f"{archive.filename} holds no data.pkl; it is not a checkpoint.")
+        raise TorchFileError("no data.pkl; it is not a checkpoint")
     folder = pickles[0].removesuffix("data.pkl")
     if entries[pickles[0]].file_size > _LARGEST_PICKLE:
-        raise TorchFileError(f"{archive.filename}: its data.pkl is too large to be a description.")
-    order = ">" if archive_text(archive, entries, f"{folder}byteorder") == "big" else "<"
+        raise TorchFileError("its data.pkl is too large to be a description")
+    order = ">" if _archive_text(archive, entries, f"{folder}byteorder") == "big" else "<"
     loaded: dict[str, np.ndarray] = {}
 
     def load(storage: _Storage) -> np.ndarray:
@@ -116,7 +116,7 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
     return _Machine(archive.read(pickles[0]), load).run()
 
 
-def archive_text(
+def _archive_text(
     archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], name: str
 ) -> str | None:
     """A short text in an archive; None where there is none."""
@@ -318,7 +318,7 @@ def write(path: pathlib.Path, state_dict: Mapping[str, np.ndarray], epoch: int) 
     Args:
         path: the file.
         state_dict: arrays by name, float32 or int64.
-        epoch: number of epochs done.
+        epoch: index of the last epoch, from 0, as the published code counts.
     """
     kinds = {np.dtype(np.float32): b"FloatStorage", np.dtype(np.int64): b"LongStorage"}
     ordered = b"ccollections\nOrderedDict\n)R"

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.local_loss import Config, local_loss
+from pallas_kernels.local_loss import Config, latent_dim, local_loss
 from pallas_kernels.local_loss.config import Problem
 
 _LEAST_SECONDS = 0.01
@@ -56,17 +56,16 @@ def copy_bandwidth(num_bytes: int = 1 << 28) -> float:
 def arguments(problem: Problem, batch: int) -> tuple[Any, ...]:
     """Random activation, projection, modulation and labels of a problem."""
     keys = jax.random.split(jax.random.key(0), 4)
-    latents = problem.pool_size
-    shape: tuple[int, ...] = (batch, problem.channels)
+    shape: tuple[int, ...] = (problem.channels,)
     if problem.is_spatial:
-        latents = problem.channels * problem.pool_size**2
-        shape = (batch, problem.height, problem.width, problem.channels)
+        shape = (problem.height, problem.width, problem.channels)
+    latents = latent_dim(shape, problem.pool_size)
     modulations = {"vector": (problem.rows,), "matrix": (problem.rows, problem.classes)}
     modulation = None
     if problem.modulation != "none":
         modulation = jax.random.normal(keys[2], modulations[problem.modulation])
     return (
-        jax.random.normal(keys[0], shape, problem.dtype),
+        jax.random.normal(keys[0], (batch, *shape), problem.dtype),
         jnp.sign(jax.random.normal(keys[1], (problem.rows, latents))),
         modulation,
         jax.random.randint(keys[3], (batch,), 0, problem.classes),

@@ -22,6 +22,7 @@ from experiments import (
     compare,
     digits,
     evaluate,
+    import_lls_dnn,
     paper,
     prepare_data,
     totals,
@@ -484,9 +485,16 @@ def run_prepare():
     command_line.run(lambda: prepare_data.prepare_data(config))
 
 
+def run_import():
+    config = command_line.parse(import_lls_dnn.ImportConfig, "import_lls_dnn", "")
+    command_line.run(lambda: import_lls_dnn.import_lls_dnn(config))
+
+
 @pytest.mark.parametrize(
     ("main", "arguments", "parts"),
     [
+        (run_import, "no_such.tar --out x --rule lls", ["no_such.tar", "does not exist"]),
+        (run_import, "pyproject.toml --out x --rule lls", ["pyproject.toml", "not a checkpoint"]),
         (run_digits, "--rule lls_mxn", ["'lls_mxn'", "lls, lls_m", "Did you mean"]),
         (run_digits, "--model vgg9", ["'vgg9'", "small_conv"]),
         (run_digits, "--optimizer lion", ["'lion'", "schedule_free_adamw"]),

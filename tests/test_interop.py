@@ -311,7 +311,9 @@ def test_a_run_goes_out_comes_back_and_trains_on(tmp_path, capsys):
     config = import_lls_dnn.ImportConfig(
         str(file), out=str(tmp_path / "back"), rule="lls_m_random", dataset="digits"
     )
+    capsys.readouterr()
     assert import_lls_dnn.import_lls_dnn(config) == 0
+    assert "saved after epoch 1" in capsys.readouterr().out
     losses = []
     for name in ("run", "back"):
         capsys.readouterr()

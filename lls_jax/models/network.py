@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,6 @@ from lls_jax.rules.protocol import Rule, for_block
 from pallas_kernels.local_loss import adaptive_average_pool
 
 Variables = dict[str, Any]
-Kind = Literal["conv", "dense"]
 
 
 def max_pool(x: jax.Array) -> jax.Array:

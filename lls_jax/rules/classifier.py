@@ -6,7 +6,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.local_loss import adaptive_average_pool, local_loss
+from pallas_kernels.local_loss import (
+    adaptive_average_pool,
+    latent_dim,
+    local_loss,
+    takes_pooled,
+)
 
 _FEEDBACK_STDDEV = 0.1
 _MODULATION_STDDEV = 0.01
@@ -52,8 +57,7 @@ class ClassifierRule:
     @property
     def works_on_latents(self) -> bool:
         """Whether the loss is given the pooled activation: where no kernel pools by itself."""
-        on_cpu = self.implementation is None and jax.default_backend() == "cpu"
-        return on_cpu or self.implementation == "xla"
+        return takes_pooled(self.implementation)
 
     def init(
         self, key: jax.Array, latent_dim: int, hidden_dim: int | None = None
@@ -92,8 +96,7 @@ class ClassifierRule:
         feedback = params["feedback"]
         if not self.learned:
             feedback = jax.lax.stop_gradient(feedback)
-        spatial = activation.ndim == 4
-        latents = activation.shape[-1] * pool_size**2 if spatial else pool_size
+        latents = latent_dim(activation.shape[1:], pool_size)
         modulation = params.get("modulation")
         if modulation is not None and modulation.ndim == 2:
             # a (M Q)^T = (a Q^T) M^T: the small product is the modulation's.

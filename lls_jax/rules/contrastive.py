@@ -1,12 +1,12 @@
 """A supervised contrastive local loss."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lls_jax.initializers import fan_in_uniform
 from pallas_kernels.local_loss import pool_latents
 
 
@@ -49,9 +49,7 @@ class ContrastiveRule:
             hidden_dim: not needed here.
         """
         del hidden_dim
-        bound = 1.0 / math.sqrt(latent_dim)
-        shape = (latent_dim, self.width)
-        return {"projection": jax.random.uniform(key, shape, jnp.float32, -bound, bound)}
+        return {"projection": fan_in_uniform(latent_dim)(key, (latent_dim, self.width))}
 
     def loss(
         self, params: dict[str, Any], activation: jax.Array, labels: jax.Array, *, pool_size: int

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from lls_jax.convolution import convolve_3x3
-from pallas_kernels.local_loss import pool_latents
+from lls_jax.initializers import fan_in_uniform
+from pallas_kernels.local_loss import latent_dim, pool_latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +46,13 @@ class DecoupledRule:
         """
         width, spatial = activation_shape[-1], len(activation_shape) == 3
         shape = (3, 3, width, width) if spatial else (width, width)
-        latents = width * pool_size**2 if spatial else pool_size
+        latents = latent_dim(activation_shape, pool_size)
         keys = jax.random.split(key)
-
-        def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
-            return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
+        kernel = fan_in_uniform(math.prod(shape[:-1]))(keys[0], shape)
         return {
-            "hidden": {"kernel": draw(keys[0], shape), "bias": jnp.zeros(width)},
+            "hidden": {"kernel": kernel, "bias": jnp.zeros(width)},
             "output": {
-                "kernel": draw(keys[1], (latents, self.num_classes)),
+                "kernel": fan_in_uniform(latents)(keys[1], (latents, self.num_classes)),
                 "bias": jnp.zeros(self.num_classes),
             },
         }

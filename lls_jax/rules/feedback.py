@@ -7,6 +7,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lls_jax.initializers import fan_in_uniform
+
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackRule:
@@ -45,9 +47,8 @@ class FeedbackRule:
             pool_size: not needed here.
         """
         del pool_size
-        bound = 1.0 / math.sqrt(math.prod(activation_shape))
-        shape = (self.num_classes, *activation_shape)
-        return {"feedback": jax.random.uniform(key, shape, jnp.float32, -bound, bound)}
+        draw = fan_in_uniform(math.prod(activation_shape))
+        return {"feedback": draw(key, (self.num_classes, *activation_shape))}
 
     def output_signal(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """``e``, for the mean over the batch: ``[batch, classes]``.

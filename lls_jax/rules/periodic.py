@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.basis import periodic_basis
-from pallas_kernels.local_loss import local_loss
+from pallas_kernels.local_loss import latent_dim, local_loss, takes_pooled
 
 _MODULATION_STDDEV = 0.01
 
@@ -43,8 +43,7 @@ class PeriodicRule:
     @property
     def works_on_latents(self) -> bool:
         """Whether the loss is given the pooled activation: where no kernel pools by itself."""
-        on_cpu = self.implementation is None and jax.default_backend() == "cpu"
-        return on_cpu or self.implementation == "xla"
+        return takes_pooled(self.implementation)
 
     def init(
         self, key: jax.Array, latent_dim: int, hidden_dim: int | None = None
@@ -76,8 +75,7 @@ class PeriodicRule:
             labels: integers ``[batch]``.
             pool_size: bins along each spatial axis, or along the features.
         """
-        convolutional = activation.ndim == 4
-        latents = activation.shape[-1] * pool_size**2 if convolutional else pool_size
+        latents = latent_dim(activation.shape[1:], pool_size)
         per_example = local_loss(
             activation,
             jnp.asarray(periodic_basis(self.basis_rows, latents, self.waveform)),

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from lls_jax.convolution import convolve_3x3
-from pallas_kernels.local_loss import pool_latents
+from lls_jax.initializers import fan_in_uniform
+from pallas_kernels.local_loss import latent_dim, pool_latents
 
 
 def similarity(x: jax.Array) -> jax.Array:
@@ -62,14 +63,11 @@ class PredSimRule:
         """
         width, spatial = activation_shape[-1], len(activation_shape) == 3
         shape = (3, 3, width, width) if spatial else (width, width)
-        latents = width * pool_size**2 if spatial else pool_size
+        latents = latent_dim(activation_shape, pool_size)
         keys = jax.random.split(key)
-        bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
-        pred_bound = 1.0 / math.sqrt(latents)
-        classifier = (latents, self.num_classes)
         return {
-            "similarity": jax.random.uniform(keys[0], shape, jnp.float32, -bound, bound),
-            "kernel": jax.random.uniform(keys[1], classifier, jnp.float32, -pred_bound, pred_bound),
+            "similarity": fan_in_uniform(math.prod(shape[:-1]))(keys[0], shape),
+            "kernel": fan_in_uniform(latents)(keys[1], (latents, self.num_classes)),
             "bias": jnp.zeros(self.num_classes),
         }
 

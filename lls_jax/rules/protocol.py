@@ -7,6 +7,7 @@ import jax
 
 from lls_jax.rules.backpropagation import Backpropagation
 from lls_jax.rules.feedback import FeedbackRule
+from pallas_kernels.local_loss import latent_dim
 
 Params = dict[str, Any]
 
@@ -99,9 +100,7 @@ def init_params(
     own: Any = rule
     if hasattr(own, "init_for"):
         return own.init_for(key, activation_shape, pool_size=pool_size)
-    spatial = len(activation_shape) == 3
-    latent_dim = activation_shape[-1] * pool_size**2 if spatial else pool_size
-    return own.init(key, latent_dim, hidden_dim)
+    return own.init(key, latent_dim(activation_shape, pool_size), hidden_dim)
 
 
 def split_fixed(rule: Any, params: Params) -> tuple[Params, Params]:

@@ -18,6 +18,7 @@ from pallas_kernels.local_loss.availability import (
 )
 from pallas_kernels.local_loss.config import Config, Problem, choose
 from pallas_kernels.local_loss.fused import Fused, Launch, Statics, differentiable
+from pallas_kernels.local_loss.pooling import latent_dim
 
 IMPLEMENTATIONS = ("xla", "pallas", "triton")
 
@@ -93,8 +94,17 @@ def explain(
     return choose_implementation(current_device(), problem)
 
 
-def _latent_dim(activation: jax.Array, pool_size: int) -> int:
-    return pool_size if activation.ndim == 2 else activation.shape[-1] * pool_size**2
+def takes_pooled(implementation: str | None) -> bool:
+    """Whether :func:`local_loss` may as well be given the pooled activation.
+
+    So it is where XLA computes it, which would pool in a pass of its own; a kernel pools while it
+    reads the activation.
+
+    Args:
+        implementation: as of :func:`local_loss`.
+    """
+    on_cpu = implementation is None and jax.default_backend() == "cpu"
+    return on_cpu or implementation == "xla"
 
 
 def _check(
@@ -119,7 +129,7 @@ def _check(
         raise ValueError(f"`temperature` is {temperature}; it must be positive.")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"`label_smoothing` is {label_smoothing}; it must lie in [0, 1).")
-    latents = _latent_dim(activation, pool_size)
+    latents = latent_dim(activation.shape[1:], pool_size)
     if projection.ndim != 2 or projection.shape[1] != latents:
         raise ValueError(
             f"`projection` has shape {projection.shape}; expected [rows, {latents}] for an "

@@ -93,7 +93,7 @@ def _device_obstacle(implementation: str, device: Device) -> str | None:
     if device.platform not in ("gpu", "cuda"):
         return (
             f"it needs an NVIDIA GPU and the device is {device.platform} ({device.kind}); "
-            "use 'xla', or interpret=True to test it"
+            "use 'xla' (from Python, interpret=True tests it anywhere)"
         )
     if device.capability is not None and device.capability < _LEAST_CAPABILITY:
         have, need = (".".join(map(str, pair)) for pair in (device.capability, _LEAST_CAPABILITY))

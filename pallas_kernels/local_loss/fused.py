@@ -51,6 +51,19 @@ class Fused(NamedTuple):
 Launch = Callable[..., Fused]
 
 
+def output_shapes(batch: int, projection: tuple[int, ...], classes: int) -> list[Any]:
+    """The arrays that a kernel writes, in the order of :class:`Fused`, without the latents.
+
+    Args:
+        batch: examples.
+        projection: shape of the projection by bin, ``[bins, rows, latents a bin]``.
+        classes: number of logits.
+    """
+    bins, rows, latents_a_bin = projection
+    shapes = [(), (bins, latents_a_bin), (rows,), (classes,), (rows,)]
+    return [jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for shape in shapes]
+
+
 def by_bin(projection: jax.Array, spatial: bool, pool_size: int) -> jax.Array:
     """A projection ``[rows, latents]``, channel-major, as ``[bins, rows, latents a bin]``."""
     rows = projection.shape[0]

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.local_loss.config import Config, Problem, next_power_of_2, widest_window
-from pallas_kernels.local_loss.fused import Fused, Statics
+from pallas_kernels.local_loss.fused import Fused, Statics, output_shapes
 from pallas_kernels.local_loss.reference import NORM_FLOOR_SQUARED
 
 
@@ -249,13 +249,8 @@ def launch(
         Losses and unit gradients.
     """
     batch = activation.shape[0]
-    bins, rows, latents_a_bin = projection.shape
-
-    def out(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
-
-    shapes = [out(), out(bins, latents_a_bin), out(rows), out(problem.classes), out(rows)]
-    shapes += [out(bins, latents_a_bin)] if save_latents else []
+    shapes = output_shapes(batch, projection.shape, problem.classes)
+    shapes += [shapes[1]] if save_latents else []
     inputs = [activation, projection, labels] + ([] if modulation is None else [modulation])
     results = pl.pallas_call(
         functools.partial(

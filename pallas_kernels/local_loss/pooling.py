@@ -82,6 +82,19 @@ def adaptive_average_pool(x: jax.Array, pool_size: int) -> jax.Array:
     )
 
 
+def latent_dim(activation_shape: tuple[int, ...], pool_size: int) -> int:
+    """Number of latents of an example.
+
+    Args:
+        activation_shape: of one example, ``(height, width, channels)`` or ``(features,)``.
+        pool_size: ``p``; bins along each spatial axis, or along the features.
+
+    Returns:
+        ``channels * p * p``, or ``p``.
+    """
+    return activation_shape[-1] * pool_size**2 if len(activation_shape) == 3 else pool_size
+
+
 def pool_latents(activation: jax.Array, pool_size: int) -> jax.Array:
     """Pool an activation and flatten it channel-major: latent ``c * p * p + i * p + j``.
 

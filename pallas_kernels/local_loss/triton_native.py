@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from pallas_kernels.local_loss.availability import KernelUnavailableError
 from pallas_kernels.local_loss.config import Config, Problem, next_power_of_2, widest_window
-from pallas_kernels.local_loss.fused import Fused, Statics
+from pallas_kernels.local_loss.fused import Fused, Statics, output_shapes
 from pallas_kernels.local_loss.reference import NORM_FLOOR_SQUARED
 
 NAME = "local_loss"
@@ -247,20 +247,9 @@ def launch(
 ) -> Fused:
     """Launch the kernel once; the arguments are those of the Pallas kernel's `launch`."""
     batch = activation.shape[0]
-    bins, rows, latents_a_bin = projection.shape
-
-    def out(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    shapes = [
-        out(batch),
-        out(batch, bins, latents_a_bin),
-        out(batch, rows),
-        out(batch, problem.classes),
-        out(batch, rows),
-        # A kernel's parameters are fixed; the one that is not wanted has no elements to speak of.
-        out(batch, bins, latents_a_bin) if save_latents else out(1),
-    ]
+    shapes = output_shapes(batch, projection.shape, problem.classes)
+    # A kernel's parameters are fixed; the one that is not wanted has no elements to speak of.
+    shapes.append(shapes[1] if save_latents else jax.ShapeDtypeStruct((1,), jnp.float32))
     # Likewise: without a modulation nothing reads that pointer.
     inputs = (activation, projection, labels, labels if modulation is None else modulation)
     fixed = constants(problem, config, statics, save_latents)
