@@ -43,6 +43,8 @@ class BenchmarkConfig:
     """float32, bfloat16 [default: float32; both with --suite kernels]."""
     kernels: str = "auto"
     """Of --suite training: what computes the local losses: auto, xla, pallas or triton."""
+    remat: int | None = None
+    """Of --suite training and pipeline: as of a training run."""
     turns: int = 10
     """Turns that each contestant takes; the figures are medians over them."""
     cpu: bool = False

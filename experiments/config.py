@@ -15,7 +15,7 @@ KERNELS = ("auto", "xla", "pallas", "triton")
 # What may differ when a run is resumed: where things lie and what is shown, never the numbers.
 NOT_COMPARED = (
     # Other executions of the same updates: equal within rounding.
-    *("pipeline", "stages", "data_parallel"),
+    *("pipeline", "stages", "data_parallel", "remat"),
     "data_dir",
     "data_on_device",
     "workdir",
@@ -80,6 +80,10 @@ class TrainConfig:
     loop: str = "auto"
     """dispatch: one launch a step; scan: many steps a launch, with the images on the device; auto:
     scan on GPUs and TPUs, dispatch on CPUs, whose loops run convolutions on one thread."""
+    remat: int | None = None
+    """Do not keep a convolution's output of more than N MiB: compute it again, in slices of the
+    batch; 0 keeps all; a local rule on its pooled activation only [default: 8 on CPUs, where it is
+    faster too; 0 elsewhere]."""
     pipeline: int | None = None
     """Put consecutive blocks on N devices, which learn at the same time; a local rule only."""
     stages: str | None = None
@@ -114,6 +118,7 @@ class TrainConfig:
             ("train_examples", 1),
             ("eval_examples", 1),
             ("checkpoint_every", 0),
+            ("remat", 0),
             ("pipeline", 1),
             ("data_parallel", 1),
             ("seed", 0),
@@ -144,6 +149,11 @@ class TrainConfig:
             raise ValueError(
                 f"--kernels {self.kernels} does not go with --data-parallel, because the compiler "
                 "cannot cut a kernel; use --kernels xla, or --pipeline."
+            )
+        if self.data_parallel and self.remat:
+            raise ValueError(
+                f"--remat {self.remat} does not go with --data-parallel, whose batches are cut "
+                "already; use one of them."
             )
         if self.stages is not None and self.pipeline is None:
             raise ValueError("--stages is given without --pipeline; give the number of devices.")

@@ -12,7 +12,7 @@ from experiments import optimizers
 from experiments import totals as training_totals
 from experiments.command_line import UserError
 from experiments.config import TrainConfig
-from lls_jax import data, loop, models, parallel, rules, training
+from lls_jax import data, loop, models, parallel, remat, rules, training
 from lls_jax.data import batches, prepare, storage
 from lls_jax.models import Network
 from pallas_kernels import local_loss
@@ -176,6 +176,13 @@ def make_run(config: TrainConfig) -> Run:
     )
 
 
+def remat_above(config: TrainConfig) -> int | None:
+    """Bytes above which a convolution's output is computed again; None for never."""
+    if config.remat is None:
+        return remat.choose_bytes(jax.default_backend())
+    return config.remat * 2**20 or None
+
+
 def _make_execution(
     config: TrainConfig, task: Task, tx: optax.GradientTransformation
 ) -> parallel.Execution:
@@ -186,7 +193,7 @@ def _make_execution(
     """
     wanted = config.pipeline or config.data_parallel
     if not wanted:
-        return parallel.single(task.model, task.rule, tx)
+        return parallel.single(task.model, task.rule, tx, remat_above(config))
     if config.pipeline and config.data_parallel:
         raise UserError("--pipeline and --data-parallel do not go together; choose one.")
     name = "--pipeline" if config.pipeline else "--data-parallel"
@@ -207,7 +214,7 @@ def _make_execution(
             return parallel.data_parallel(task.model, task.rule, tx, devices)
         sizes = config.stage_sizes() or _balanced(config, task, tx)
         print(f"stages of {', '.join(map(str, sizes))} units", flush=True)
-        return parallel.pipeline(task.model, task.rule, tx, devices, sizes)
+        return parallel.pipeline(task.model, task.rule, tx, devices, sizes, remat_above(config))
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -234,7 +241,7 @@ def _make_loop(
             "--loop scan needs the images on one device, without --pipeline or --data-parallel; "
             "use --loop dispatch, or --data-on-device yes."
         )
-    step = training.make_train_step(task.model, task.rule, tx)
+    step = training.make_train_step(task.model, task.rule, tx, remat_above=remat_above(config))
     return loop.make_loop(
         step, training_totals.add, task.spec, config.augmentation, config.batch_size
     )
@@ -247,7 +254,12 @@ def _balanced(config: TrainConfig, task: Task, tx: optax.GradientTransformation)
     label = jnp.arange(config.batch_size) % task.spec.num_classes
     state = training.create_train_state(task.model, task.rule, tx, key, image)
     seconds = parallel.measure_units(
-        task.model, task.rule, tx, state, {"image": image, "label": label}
+        task.model,
+        task.rule,
+        tx,
+        state,
+        {"image": image, "label": label},
+        remat_above=remat_above(config),
     )
     return parallel.partition(seconds, config.pipeline or 1)
 

@@ -20,6 +20,21 @@ from lls_jax.rules.protocol import LocalRule, init_params
 _RUNNING_AVERAGE = 0.9
 
 
+def running_average(
+    running: dict[str, jax.Array], mean: jax.Array, variance: jax.Array
+) -> dict[str, jax.Array]:
+    """BatchNorm's running statistics after a batch: nine tenths old, one tenth new.
+
+    Args:
+        running: ``{"mean", "var"}``, float32 ``[channels]`` each.
+        mean: the batch's.
+        variance: the batch's.
+    """
+    batch = {"mean": mean, "var": variance}
+    kept, new = _RUNNING_AVERAGE, 1 - _RUNNING_AVERAGE
+    return {name: kept * running[name] + new * batch[name] for name in running}
+
+
 class Linear(nn.Module):
     """``x W`` and a bias, both drawn ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``.
 
@@ -120,10 +135,10 @@ class NormalizeActivate(nn.Module):
         else:
             y, batch_mean, batch_variance = normalize_activate(x, scale, bias)
         if not self.is_initializing():
-            kept, new = _RUNNING_AVERAGE, 1 - _RUNNING_AVERAGE
+            running = {"mean": mean.value, "var": variance.value}
             shifted = batch_mean + jax.lax.stop_gradient(layer_bias)
-            mean.value = kept * mean.value + new * shifted
-            variance.value = kept * variance.value + new * batch_variance
+            running = running_average(running, shifted, batch_variance)
+            mean.value, variance.value = running["mean"], running["var"]
         return y if pool_size is None else (y, pooled)
 
 
@@ -285,8 +300,10 @@ class LocalBlock(nn.Module):
         """
         x = jax.lax.stop_gradient(x)
         pooled = None
-        wants_latents = getattr(self.rule, "works_on_latents", False)
-        if labels is not None and train and wants_latents and getattr(self.block, "pools", False):
+        wants_pooled = getattr(self.rule, "works_on_latents", False) and not getattr(
+            self.rule, "pools_itself", False
+        )
+        if labels is not None and train and wants_pooled and getattr(self.block, "pools", False):
             activation, pooled = self.block(x, train=train, pool_size=self.pool_size)
         else:
             activation = self.block(x, train=train)

@@ -5,7 +5,8 @@ the input alone and computes the rest again, which is cheap: less memory, fewer 
 """
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,52 +131,139 @@ def normalize_activate_pool(
     return _forward_pool(x, scale, bias, pool_size)[0]
 
 
+class Statistics(NamedTuple):
+    """What a batch is normalised with; each float32 ``[channels]``.
+
+    Attributes:
+        mean: of the batch.
+        variance: of the batch, biased.
+        scale: learned.
+        bias: learned.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+
+
+def window_sums(x: jax.Array, statistics: Statistics, pool_size: int) -> tuple[Any, Any]:
+    """``sum m`` and ``sum m x`` over windows, ``m`` the slope of the activation function.
+
+    Args:
+        x: ``[batch, height, width, channels]``, before normalisation.
+        statistics: what it is normalised with.
+        pool_size: ``p``, windows along each spatial axis.
+
+    Returns:
+        Two float32 arrays ``[batch, p, p, channels]``.
+    """
+    slope, offset = _affine(*statistics)
+    windows = _windows(x.astype(jnp.float32), pool_size)
+    m = jnp.where(windows * slope + offset >= 0, 1.0, NEGATIVE_SLOPE)
+    return jnp.sum(m, (2, 4)), jnp.sum(m * windows, (2, 4))
+
+
+def pool_from_sums(sums: Sequence[jax.Array], statistics: Statistics, window: int) -> jax.Array:
+    """Means over windows of `window` elements each, from :func:`window_sums`."""
+    slope, offset = _affine(*statistics)
+    sum_m, sum_mx = sums
+    return (slope * sum_mx + offset * sum_m) / window
+
+
+class PooledGradients(NamedTuple):
+    """Gradients from that of the pooled activation.
+
+    Attributes:
+        window: with respect to each activation of a window, ``[batch, p, p, channels]``.
+        scale: float32 ``[channels]``.
+        bias: float32 ``[channels]``.
+    """
+
+    window: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+
+
+def gradients_from_sums(
+    d_pooled: jax.Array,
+    sums: Sequence[jax.Array],
+    statistics: Statistics,
+    window: int,
+) -> PooledGradients:
+    """The gradients of scale and bias, from :func:`window_sums` alone."""
+    mean, variance, _, _ = statistics
+    d_window = d_pooled / window
+    d_bias = jnp.sum(d_window * sums[0], (0, 1, 2))
+    d_scale = jnp.sum(d_window * sums[1], (0, 1, 2)) - mean * d_bias
+    return PooledGradients(d_window, d_scale * jax.lax.rsqrt(variance + EPSILON), d_bias)
+
+
+def input_gradient(
+    x: jax.Array,
+    statistics: Statistics,
+    gradients: PooledGradients,
+    count: int,
+) -> jax.Array:
+    """The gradient with respect to what is normalised, or to a slice of it.
+
+    Args:
+        x: ``[batch, height, width, channels]``, the whole batch or a slice.
+        statistics: of the whole batch.
+        gradients: `window` of the same examples as `x`, the others of the whole batch.
+        count: elements a channel of the whole batch.
+
+    Returns:
+        In the shape and dtype of `x`.
+    """
+    slope, offset = _affine(*statistics)
+    inverse_std = jax.lax.rsqrt(statistics.variance + EPSILON)
+    per_deviation = slope * inverse_std * gradients.scale / count
+    wide = x.astype(jnp.float32)
+    m = jnp.where(wide * slope + offset >= 0, 1.0, NEGATIVE_SLOPE)
+    dy = m * _spread(gradients.window, x.shape)
+    dx = slope * (dy - gradients.bias / count) - (wide - statistics.mean) * per_deviation
+    return dx.astype(x.dtype)
+
+
 def _plain(args: tuple) -> tuple:
     return tuple(getattr(arg, "value", arg) for arg in args)
+
+
+def _window_size(shape: tuple[int, ...], pool_size: int) -> int:
+    return shape[1] * shape[2] // pool_size**2
 
 
 def _forward_pool(x: Any, scale: Any, bias: Any, pool_size: int) -> tuple:
     x, scale, bias = _plain((x, scale, bias))
     (y, mean, variance), _ = _forward(x, scale, bias)
-    slope, offset = _affine(mean, variance, scale, bias)
-    windows = _windows(x.astype(jnp.float32), pool_size)
-    m = jnp.where(windows * slope + offset >= 0, 1.0, NEGATIVE_SLOPE)
-    sum_m, sum_mx = jnp.sum(m, (2, 4)), jnp.sum(m * windows, (2, 4))
-    size = windows.shape[2] * windows.shape[4]
-    pooled = (slope * sum_mx + offset * sum_m) / size
-    residuals = (x, mean, variance, scale, bias, sum_m, sum_mx)
-    return (y, pooled, mean, variance), residuals
+    statistics = Statistics(mean, variance, scale, bias)
+    sums = window_sums(x, statistics, pool_size)
+    pooled = pool_from_sums(sums, statistics, _window_size(x.shape, pool_size))
+    return (y, pooled, mean, variance), (x, statistics, sums)
 
 
 def _backward_pool(pool_size: int, residuals: tuple, cotangents: tuple) -> tuple:
-    x, mean, variance, scale, bias, sum_m, sum_mx = residuals
+    x, statistics, sums = residuals
     dy, d_pooled = cotangents[:2]
+    window = _window_size(x.shape, pool_size)
     if not isinstance(dy, SymbolicZero):
         # Somebody else wants a gradient of the activation: the plain way, for the sum of both.
         spread = jnp.zeros((1, *x.shape[1:]), jnp.float32)
         if not isinstance(d_pooled, SymbolicZero):
-            size = x.shape[1] * x.shape[2] // pool_size**2
-            spread = _spread(d_pooled / size, x.shape, pool_size)
+            spread = _spread(d_pooled / window, x.shape)
         whole = dy.astype(jnp.float32) + spread
-        return _backward((x, mean, variance, scale, bias), (whole, None, None))
+        return _backward((x, *statistics), (whole, None, None))
     if isinstance(d_pooled, SymbolicZero):
-        return jnp.zeros_like(x), jnp.zeros_like(scale), jnp.zeros_like(bias)
-    slope, offset = _affine(mean, variance, scale, bias)
-    inverse_std = jax.lax.rsqrt(variance + EPSILON)
-    count = x.size // x.shape[-1]
-    d_window = d_pooled / (x.shape[1] * x.shape[2] // pool_size**2)
-    d_bias = jnp.sum(d_window * sum_m, (0, 1, 2))
-    d_scale = (jnp.sum(d_window * sum_mx, (0, 1, 2)) - mean * d_bias) * inverse_std
-    per_deviation = slope * inverse_std * d_scale / count
-    wide = x.astype(jnp.float32)
-    m = jnp.where(wide * slope + offset >= 0, 1.0, NEGATIVE_SLOPE)
-    dy = m * _spread(d_window, x.shape, pool_size)
-    dx = slope * (dy - d_bias / count) - (wide - mean) * per_deviation
-    return dx.astype(x.dtype), d_scale, d_bias
+        return tuple(map(jnp.zeros_like, (x, statistics.scale, statistics.bias)))
+    gradients = gradients_from_sums(d_pooled, sums, statistics, window)
+    dx = input_gradient(x, statistics, gradients, x.size // x.shape[-1])
+    return dx, gradients.scale, gradients.bias
 
 
-def _spread(windows: jax.Array, shape: tuple[int, ...], pool_size: int) -> jax.Array:
+def _spread(windows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``[batch, p, p, channels]``, each value to all elements of its window."""
+    pool_size = windows.shape[1]
     rows, columns = shape[1] // pool_size, shape[2] // pool_size
     wide = windows[:, :, None, :, None, :]
     full = (shape[0], pool_size, rows, pool_size, columns, shape[3])

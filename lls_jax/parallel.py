@@ -53,9 +53,17 @@ class Execution(NamedTuple):
     place: Callable[[Any], Any]
 
 
-def single(model: Network, rule: Rule, tx: optax.GradientTransformation) -> Execution:
-    """One compiled step for the whole network, on the default device."""
-    train_step = make_train_step(model, rule, tx)
+def single(
+    model: Network,
+    rule: Rule,
+    tx: optax.GradientTransformation,
+    remat_above: int | None = None,
+) -> Execution:
+    """One compiled step for the whole network, on the default device.
+
+    Args are those of :func:`lls_jax.training.make_train_step`.
+    """
+    train_step = make_train_step(model, rule, tx, remat_above=remat_above)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         state, metrics = train_step(state, batch)
@@ -81,7 +89,12 @@ class Running(NamedTuple):
     states: dict[str, BlockState]
 
 
-def make_units(model: Network, rule: Rule, tx: optax.GradientTransformation) -> list[Any]:
+def make_units(
+    model: Network,
+    rule: Rule,
+    tx: optax.GradientTransformation,
+    remat_above: int | None = None,
+) -> list[Any]:
     """One compiled update a block, then the classifier's: what a pipeline's devices run.
 
     A unit is compiled by itself, so that its numbers do not depend on which other units share its
@@ -91,6 +104,7 @@ def make_units(model: Network, rule: Rule, tx: optax.GradientTransformation) -> 
         model: the network.
         rule: a local rule, or one a block.
         tx: any optax transformation.
+        remat_above: as of :func:`lls_jax.training.make_train_step`.
 
     Returns:
         ``(names, unit)`` pairs: the names of the states that the unit updates, and
@@ -116,8 +130,9 @@ def make_units(model: Network, rule: Rule, tx: optax.GradientTransformation) -> 
 
         def unit(states: Any, x: Any, labels: Any, key: Any, step: Any) -> Any:
             block_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+            x = x.astype(model.dtype)
             state, loss, x = update_block(
-                block, spec, extra, states[0], x.astype(model.dtype), labels, block_key
+                block, spec, extra, states[0], x, labels, block_key, remat_above
             )
             return (state,), loss[None], x
 
@@ -184,6 +199,7 @@ def pipeline(
     tx: optax.GradientTransformation,
     devices: Sequence[Any],
     sizes: Sequence[int],
+    remat_above: int | None = None,
 ) -> Execution:
     """Consecutive blocks on several devices, each learning as soon as its input is there.
 
@@ -197,11 +213,12 @@ def pipeline(
         tx: any optax transformation.
         devices: one a stage; a device may be there more than once.
         sizes: units a stage, blocks and at last the classifier, as :func:`partition` gives them.
+        remat_above: as of :func:`lls_jax.training.make_train_step`.
 
     Raises:
         ValueError: the sizes do not add up, or the rule has no local losses.
     """
-    units = make_units(model, rule, tx)
+    units = make_units(model, rule, tx, remat_above)
     if len(devices) != len(sizes) or min(sizes, default=0) < 1 or sum(sizes) != len(units):
         raise ValueError(
             f"stages of {', '.join(map(str, sizes))} units on {len(devices)} devices; expected one "
@@ -258,6 +275,7 @@ def measure_units(
     state: TrainState,
     batch: Batch,
     repeats: int = 3,
+    remat_above: int | None = None,
 ) -> list[float]:
     """Seconds of each unit on the default device: the least of a few, compilation apart.
 
@@ -268,9 +286,10 @@ def measure_units(
         state: any state; not modified.
         batch: ``image`` and ``label`` of the size that is trained with.
         repeats: updates that are timed.
+        remat_above: as of :func:`lls_jax.training.make_train_step`.
     """
     x, result = batch["image"], []
-    for names, unit in make_units(model, rule, tx):
+    for names, unit in make_units(model, rule, tx, remat_above):
         own = tuple(jax.tree.map(jnp.copy, block_state(state, name)) for name in names)
         times = []
         for index in range(repeats + 1):
@@ -305,7 +324,9 @@ def data_parallel(
     mesh = jax.sharding.Mesh(list(devices), ("data",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    train_step = make_train_step(model, rule, tx)
+    # The order makes a block wait for sums over all devices, which a GPU computes meanwhile. A CPU
+    # needs it: its few threads, each in another of several sums, wait for each other forever.
+    train_step = make_train_step(model, rule, tx, in_order=devices[0].platform == "cpu")
 
     def enter(state: TrainState) -> TrainState:
         return jax.device_put(jax.tree.map(jnp.copy, state), everywhere)

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lls_jax import remat
 from lls_jax.blocks import LocalBlock
 from lls_jax.models import BlockSpec, Network
+from lls_jax.ordering import token_of, wait_for
 from lls_jax.rules import Backpropagation, FeedbackRule, Rule, has_local_losses
 from lls_jax.rules.protocol import for_block, merge_fixed, split_fixed
 
@@ -159,6 +161,7 @@ def update_block(
     x: jax.Array,
     labels: jax.Array,
     dropout_key: jax.Array,
+    remat_above: int | None = None,
 ) -> tuple[BlockState, jax.Array, jax.Array]:
     """A block's own update, which needs nothing of the blocks above it.
 
@@ -170,27 +173,38 @@ def update_block(
         x: its input, ``[batch, ...]``.
         labels: integers ``[batch]``.
         dropout_key: the block's own, of this step.
+        remat_above: bytes above which a convolution's output is not kept: :mod:`lls_jax.remat`.
 
     Returns:
         The new state, the local loss, and the next block's input: from the activation that was
         computed before the update.
     """
     trained, fixed = split_fixed(block.rule, state.params)
+    plan = remat.plan_block(block, spec, x, remat_above)
 
-    def block_loss(trained: Any) -> tuple[jax.Array, Any]:
-        variables = {"params": merge_fixed(trained, fixed), "batch_stats": state.batch_stats}
+    def plain_loss(params: Any) -> tuple[jax.Array, Any]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
         (activation, loss), updates = block.apply(
             variables, x, labels, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key}
         )
-        return loss, (activation, updates["batch_stats"])
+        return loss, (spec.downsample(activation), updates["batch_stats"])
+
+    def sliced_loss(plan: remat.Plan, params: Any) -> tuple[jax.Array, Any]:
+        downsampled, pooled, stats = remat.apply_block(
+            plan, params["block"], state.batch_stats["block"], x
+        )
+        loss = block.rule.loss(params.get("rule", {}), pooled, labels, pool_size=block.pool_size)
+        return loss, (downsampled, {"block": stats})
+
+    def block_loss(trained: Any) -> tuple[jax.Array, Any]:
+        params = merge_fixed(trained, fixed)
+        return plain_loss(params) if plan is None else sliced_loss(plan, params)
 
     value_and_grad = jax.value_and_grad(block_loss, has_aux=True)
     (loss, (activation, batch_stats)), grads = value_and_grad(trained)
     trained, opt_state = _updated(tx, state, trained, grads, loss)
-    # The barrier makes the next block wait for this one's gradient, whose residuals are then free.
-    activation, trained = jax.lax.optimization_barrier((activation, trained))
     new = BlockState(merge_fixed(trained, fixed), batch_stats, opt_state)
-    return new, loss, spec.transition(activation, dropout_key)
+    return new, loss, spec.after_pooling(activation, dropout_key)
 
 
 def update_classifier(
@@ -254,6 +268,9 @@ def _local_step(
     tx: optax.GradientTransformationExtraArgs,
     state: TrainState,
     batch: Batch,
+    *,
+    remat_above: int | None = None,
+    in_order: bool = True,
 ) -> tuple[TrainState, Metrics]:
     x, labels = batch["image"].astype(model.dtype), batch["label"]
     dropout_key = jax.random.fold_in(state.key, state.step)
@@ -262,8 +279,13 @@ def _local_step(
     blocks = list(zip(model.block_names, model.local_blocks(rule), model.specs))
     for i, (name, block, spec) in enumerate(blocks[:-1] if model.joined else blocks):
         block_key = jax.random.fold_in(dropout_key, i)
+        own = block_state(state, name)
+        if in_order and i:
+            # The block below has its gradient, and what it was taken from is free again.
+            below = token_of(states[model.block_names[i - 1]].params)
+            own = own._replace(params=wait_for(below, own.params))
         states[name], loss, x = update_block(
-            block, spec, tx, block_state(state, name), x, labels, block_key
+            block, spec, tx, own, x, labels, block_key, remat_above
         )
         layer_loss.append(loss)
     classifier = block_state(state, CLASSIFIER)
@@ -346,7 +368,14 @@ def _backpropagation_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state, state.key), metrics
 
 
-def make_train_step(model: Network, rule: Rule, tx: optax.GradientTransformation) -> TrainStep:
+def make_train_step(
+    model: Network,
+    rule: Rule,
+    tx: optax.GradientTransformation,
+    *,
+    remat_above: int | None = None,
+    in_order: bool = True,
+) -> TrainStep:
     """The jit-compiled update of a whole network; it donates its state.
 
     With a local rule it walks block by block: the gradient of the block's own loss with respect to
@@ -359,6 +388,11 @@ def make_train_step(model: Network, rule: Rule, tx: optax.GradientTransformation
         model: from :func:`lls_jax.models.make`.
         rule: from :func:`lls_jax.rules.make`, or your own.
         tx: the optax transformation that the state was created with.
+        remat_above: bytes; a convolution whose output takes more is computed again, in slices of
+            the batch, instead of keeping it (:mod:`lls_jax.remat`). None keeps every one. Local
+            rules only.
+        in_order: whether a local block waits for the gradient of the block below, so that its
+            memory is free. Without, sums of gradients over devices may go on meanwhile.
 
     Returns:
         ``step(state, batch) -> (state, metrics)``. `batch` has ``image``, normalised
@@ -375,7 +409,7 @@ def make_train_step(model: Network, rule: Rule, tx: optax.GradientTransformation
     >>> int(state.step), metrics["layer_loss"].shape
     (1, (4,))
     """
-    step: Any = _local_step
+    step: Any = functools.partial(_local_step, remat_above=remat_above, in_order=in_order)
     if isinstance(rule, Backpropagation):
         step = _backpropagation_step
     elif isinstance(rule, FeedbackRule):

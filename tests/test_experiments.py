@@ -515,6 +515,8 @@ def run_import():
         (run_digits, "--pipeline 1 --data-parallel 1", ["do not go together"]),
         (run_digits, "--pipeline 1 --rule bp", ["'bp' has no local losses"]),
         (run_digits, "--data-parallel 2 --kernels pallas", ["--kernels pallas does not go"]),
+        (run_digits, "--data-parallel 2 --remat 4", ["--remat 4 does not go"]),
+        (run_digits, "--remat -1", ["--remat is -1", "at least 0"]),
         (run_digits, "--stages 2,3", ["--stages is given without --pipeline"]),
         (run_digits, "--pipeline 1 --stages 4", ["together 5 units"]),
         (run_digits, "--groups 2,x", ["'2,x'", "like 2,2"]),

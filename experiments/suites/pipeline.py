@@ -17,6 +17,7 @@ import numpy as np
 from experiments import optimizers
 from experiments.command_line import UserError
 from experiments.config import TrainConfig
+from experiments.setup import remat_above
 from experiments.suites import report
 from experiments.suites.training import make_benchmark_task
 from lls_jax import parallel, training
@@ -62,7 +63,10 @@ def run(config: Any) -> int:
     for model in config.models:
         for rule in (name for name in config.rules if name not in ("bp", "dfa", "drtp")):
             for batch_size in config.batch_sizes:
-                rows += _measure(config, TrainConfig(model=model, rule=rule, batch_size=batch_size))
+                rows += _measure(
+                    config,
+                    TrainConfig(model=model, rule=rule, batch_size=batch_size, remat=config.remat),
+                )
     text = f"{report.device_line()}, {len(devices)} devices\n\n" + report.markdown(_COLUMNS, rows)
     report.write(pathlib.Path(config.out), config, rows, text)
     return 0
@@ -80,15 +84,16 @@ def _measure(config: Any, train_config: TrainConfig) -> list[report.Row]:
     state = training.create_train_state(
         task.model, task.rule, tx, jax.random.key(config.seed), batch["image"]
     )
-    units = parallel.measure_units(task.model, task.rule, tx, state, batch)
+    above = remat_above(train_config)
+    units = parallel.measure_units(task.model, task.rule, tx, state, batch, remat_above=above)
     devices = jax.devices()
-    alone = parallel.pipeline(task.model, task.rule, tx, devices[:1], (len(units),))
+    alone = parallel.pipeline(task.model, task.rule, tx, devices[:1], (len(units),), above)
     rows = []
     for count in range(2, min(len(devices), len(units)) + 1):
         sizes = parallel.partition(units, count)
         ends = np.cumsum(sizes)
         stages = [sum(units[end - size : end]) for size, end in zip(sizes, ends)]
-        spread = parallel.pipeline(task.model, task.rule, tx, devices[:count], sizes)
+        spread = parallel.pipeline(task.model, task.rule, tx, devices[:count], sizes, above)
         one, several = [], []
         # In turns, so that what else the machine does meets both alike.
         for _ in range(max(3, config.turns // 2)):

@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments import optimizers, totals
 from experiments.config import TrainConfig
-from experiments.setup import Task, example_image, make_task
+from experiments.setup import Task, example_image, make_task, remat_above
 from experiments.suites import report
 from lls_jax import training
 from lls_jax.data import batches
@@ -34,6 +34,7 @@ _COLUMNS = {
     "batch_size": "batch",
     "precision": "precision",
     "kernels": "kernels",
+    "remat": "remat [MiB]",
     "images_per_second": "images/s",
     "step_ms": "ms a step",
     "compile_seconds": "compile [s]",
@@ -76,7 +77,9 @@ class Contestant:
             task.model, task.rule, tx, self._key, example_image(task.spec)
         )
         self._totals = totals.empty(task.model, task.rule)
-        self._step = training.make_train_step(task.model, task.rule, tx)
+        self._step = training.make_train_step(
+            task.model, task.rule, tx, remat_above=remat_above(config)
+        )
         batch = self._sample(self._data, self._permutation, 0, self._key)
         start = time.perf_counter()
         compiled = self._step.lower(self._state, batch).compile()  # type: ignore[attr-defined]
@@ -118,6 +121,7 @@ def race(configs: Sequence[TrainConfig], turns: int, seed: int) -> list[report.R
             "batch_size": config.batch_size,
             "precision": config.precision,
             "kernels": config.kernels,
+            "remat": (remat_above(config) or 0) // 2**20,
             "images_per_second": config.batch_size / step,
             "step_ms": 1e3 * step,
             "compile_seconds": contestant.compile_seconds,
@@ -144,6 +148,7 @@ def run(config: Any) -> int:
                 batch_size=batch_size,
                 precision=precision,
                 kernels=config.kernels,
+                remat=config.remat,
             )
             for rule in rules
         ]

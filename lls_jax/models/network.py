@@ -52,6 +52,14 @@ class BlockSpec:
     flatten: bool = False
     dropout: float = 0.0
 
+    def downsample(self, x: jax.Array) -> jax.Array:
+        """The pooling that follows, on ``[batch, ...]``."""
+        if self.max_pool:
+            x = max_pool(x)
+        if self.average_pool is not None:
+            x = adaptive_average_pool(x, self.average_pool)
+        return x
+
     def transition(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """From this block's activation to the next block's input.
 
@@ -59,10 +67,10 @@ class BlockSpec:
             x: the activation, ``[batch, ...]``.
             dropout_key: random key of the dropout; None leaves it out (evaluation).
         """
-        if self.max_pool:
-            x = max_pool(x)
-        if self.average_pool is not None:
-            x = adaptive_average_pool(x, self.average_pool)
+        return self.after_pooling(self.downsample(x), dropout_key)
+
+    def after_pooling(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """What is left of :meth:`transition` after :meth:`downsample`."""
         if self.dropout and dropout_key is not None:
             keep = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros_like(x))

@@ -1,7 +1,7 @@
 """LLS and its modulated variants: a fixed projection onto periodic vectors."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,12 @@ class PeriodicRule:
     label_smoothing: float = 0.0
     implementation: str | None = None
 
+    works_on_latents: ClassVar[bool] = True
+
     @property
-    def works_on_latents(self) -> bool:
-        """Whether the loss is given the pooled activation: where no kernel pools by itself."""
-        return takes_pooled(self.implementation)
+    def pools_itself(self) -> bool:
+        """Whether a kernel pools while it reads the activation, so that nobody else need."""
+        return not takes_pooled(self.implementation)
 
     def init(
         self, key: jax.Array, latent_dim: int, hidden_dim: int | None = None

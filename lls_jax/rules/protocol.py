@@ -23,6 +23,7 @@ class LocalRule(Protocol):
     may be missing, is a frozenset of the names of those parameters that stay as they were drawn: no
     gradient, no decay. ``works_on_latents``, likewise, says that the loss needs the pooled
     activation only; then it may be given that, ``[batch, p, p, channels]``, which saves memory.
+    ``pools_itself`` says that it had better not: its kernel pools while it reads.
     """
 
     @property

@@ -1,0 +1,53 @@
+"""What is computed before what: so that memory is free again before it is needed again.
+
+Without it a compiler may run a block's forward pass while the gradient of the block below is not
+taken yet, and keep the activations of both. An optimisation barrier says the same, but is gone
+before XLA's CPU backend decides on an order (jaxlib 0.10).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def _is_float(leaf: jax.Array) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def token_of(tree: Any) -> jax.Array:
+    """A float32 scalar that is known when all float arrays of a tree are."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf) and leaf.size]
+    firsts = [leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in leaves]
+    return functools.reduce(jnp.add, firsts, jnp.float32(0.0))
+
+
+def wait_for(token: jax.Array, tree: Any) -> Any:
+    """The same values, but no float among them is known before `token` is.
+
+    They are none (NaN) if the token is: a dependence that no compiler can rule out.
+
+    Args:
+        token: from :func:`token_of`.
+        tree: arrays.
+    """
+    lost = jnp.isnan(token)
+
+    def waiting(leaf: jax.Array) -> jax.Array:
+        return jnp.where(lost, jnp.asarray(jnp.nan, leaf.dtype), leaf) if _is_float(leaf) else leaf
+
+    return jax.tree.map(waiting, tree)
+
+
+def slice_after(token: jax.Array, x: jax.Array, start: int, size: int) -> jax.Array:
+    """``x[start : start + size]``, but not before `token` is known.
+
+    Args:
+        token: from :func:`token_of`; what is cut is of no use if it is none (NaN).
+        x: ``[batch, ...]``.
+        start: first index.
+        size: length.
+    """
+    first = start + jnp.isnan(token).astype(jnp.int32)
+    return jax.lax.dynamic_slice_in_dim(x, first, size)

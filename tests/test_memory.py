@@ -1,0 +1,125 @@
+"""The memory of a local step: what is computed again, and in which order."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lls_jax import models, remat, rules, training
+from lls_jax.blocks import ConvBlock
+from lls_jax.models import BlockSpec, Network
+from lls_jax.ordering import token_of, wait_for
+
+CLASSES = 5
+
+
+def make_batch(size, side, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": jnp.asarray(rng.normal(size=(size, side, side, 3)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32),
+    }
+
+
+def train(model, rule, batch, remat_above):
+    # Plain gradient descent: Adam's first updates are signs, which rounding may turn.
+    tx = optax.sgd(0.05, momentum=0.9)
+    state = training.create_train_state(model, rule, tx, jax.random.key(0), batch["image"])
+    step = training.make_train_step(model, rule, tx, remat_above=remat_above)
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    return state._replace(key=jax.random.key_data(state.key)), metrics
+
+
+@pytest.mark.parametrize(
+    ("rule_name", "model_name", "side", "batch_size", "again"),
+    [
+        # With 20 KiB a slice: batches that slices do not divide, and one example a slice.
+        ("lls_mxm", "small_conv", 8, 7, True),
+        ("lls", "small_conv", 12, 6, True),
+        ("lls_m_random", "small_conv", 8, 10, True),
+        ("local_classifier", "small_conv", 8, 10, True),
+        ("contrastive", "small_conv", 8, 10, True),
+        # These see the activation itself, or have no local loss.
+        ("predsim", "small_conv", 8, 7, False),
+        ("bp", "small_conv", 8, 7, False),
+        ("drtp", "small_conv", 8, 7, False),
+    ],
+)
+def test_computing_again_is_training_as_before(rule_name, model_name, side, batch_size, again):
+    model = models.make(model_name, num_classes=CLASSES, dropout=0.2)
+    rule = rules.make(rule_name, num_classes=CLASSES)
+    batch = make_batch(batch_size, side)
+    kept, ours = (train(model, rule, batch, above) for above in (None, 20 * 1024))
+    differs = False
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(ours), strict=True):
+        scale = np.abs(np.asarray(a, np.float64)).max(initial=0)
+        # Sums over batch and pixels in another order, through two steps.
+        np.testing.assert_allclose(a, b, atol=1e-4 * scale, rtol=0)
+        differs |= not np.array_equal(a, b)
+    assert differs == again
+
+
+def test_a_slice_is_as_large_as_allowed():
+    assert remat.count_slices((128, 32, 32, 256), jnp.float32, 2**25) == 4
+    assert remat.count_slices((128, 32, 32, 256), jnp.bfloat16, 2**25) == 2
+    assert remat.count_slices((3, 32, 32, 256), jnp.float32, 1) == 3
+
+
+def temporaries(model, rule_name, side, batch_size=128, **options):
+    rule, tx = rules.make(rule_name, num_classes=10), optax.contrib.schedule_free_adamw(5e-3)
+    image = jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.float32)
+    state = jax.eval_shape(
+        lambda: training.create_train_state(
+            model, rule, tx, jax.random.key(0), jnp.zeros((1, side, side, 3))
+        )
+    )
+    batch = {"image": image, "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+    step = training.make_train_step(model, rule, tx, **options)
+    return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def straight(depth):
+    """Blocks of one size."""
+    specs = tuple(BlockSpec(ConvBlock(16), pool_size=2) for _ in range(depth))
+    last = dataclasses.replace(specs[-1], average_pool=2, flatten=True)
+    return Network("straight", 10, (*specs[:-1], last))
+
+
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="measured on CPUs")
+
+
+@on_cpu
+@pytest.mark.parametrize("above", [None, 2**20])
+def test_temporaries_do_not_grow_with_depth(above):
+    shallow, deep = (
+        temporaries(straight(depth), "lls_mxm", 32, 64, remat_above=above) for depth in (3, 6)
+    )
+    # Twice the blocks: less than a tenth more, for what is left of each.
+    assert deep < 1.1 * shallow
+    shallow, deep = (temporaries(straight(depth), "bp", 32, 64) for depth in (3, 6))
+    assert deep > 1.5 * shallow
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("name", "side", "most"),
+    [("small_conv", 32, 0.5), ("vgg8", 32, 0.42), ("mobilenet_v1", 128, 0.4)],
+)
+def test_the_local_step_takes_less_memory_than_backpropagation(name, side, most):
+    model = models.make(name, num_classes=10)
+    above = remat.choose_bytes("cpu")
+    ours = temporaries(model, "lls_mxm", side, remat_above=above)
+    assert ours < most * temporaries(model, "bp", side)
+
+
+def test_waiting_changes_no_value():
+    tree = {"a": jnp.arange(3.0), "b": jnp.arange(3), "c": jnp.ones(2, jnp.bfloat16)}
+    waited = jax.jit(wait_for)(token_of({"x": jnp.ones((2, 2)), "y": jnp.arange(2)}), tree)
+    jax.tree.map(np.testing.assert_array_equal, waited, tree)
+    assert jax.tree.map(lambda leaf: leaf.dtype, waited) == jax.tree.map(lambda x: x.dtype, tree)
+    lost = wait_for(token_of(jnp.array([jnp.nan])), tree)
+    assert np.isnan(lost["a"]).all() and lost["b"].tolist() == [0, 1, 2]
