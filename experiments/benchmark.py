@@ -1,6 +1,7 @@
 """Measure speed and memory: whole training steps, or the kernels of the local loss.
 
---suite training races rules against backpropagation; --suite kernels measures the local loss by
+--suite training races rules against backpropagation, step by step; --suite epochs trains whole runs
+(the published 25 epochs of CIFAR-10); --suite kernels measures the local loss by
 each implementation, on a GPU; --suite pipeline puts the blocks on several devices.
 """
 
@@ -13,10 +14,11 @@ from simple_parsing import field
 from experiments.command_line import parse, run, use_huge_pages
 from experiments.config import KERNELS, PRECISIONS, option
 
-SUITES = ("training", "kernels", "pipeline")
+SUITES = ("training", "epochs", "kernels", "pipeline")
 # What a suite measures unless told otherwise.
 _DEFAULTS: dict[str, dict[str, list[Any]]] = {
     "training": {"models": ["small_conv"], "batch_sizes": [128], "precisions": ["float32"]},
+    "epochs": {"models": ["small_conv"], "batch_sizes": [64, 128], "precisions": ["float32"]},
     "pipeline": {"models": ["small_conv"], "batch_sizes": [128], "precisions": ["float32"]},
     "kernels": {
         "models": ["small_conv", "vgg8", "mobilenet_v1"],
@@ -31,20 +33,26 @@ class BenchmarkConfig:
     """Measure on random images."""
 
     suite: str = "training"
-    """training: whole steps of each rule; kernels: the local loss by each implementation; pipeline:
-    blocks on several devices."""
+    """training: whole steps of each rule; epochs: whole runs with evaluation; kernels: the local
+    loss by each implementation; pipeline: blocks on several devices."""
     rules: list[str] = field(default_factory=lambda: ["lls", "lls_m", "lls_mxm", "bp"])
     """Rules to measure; bp is added for the ratio."""
     models: list[str] = field(default_factory=list)
     """Networks [default: small_conv; all that kernels are for with --suite kernels]."""
     batch_sizes: list[int] = field(default_factory=list)
-    """Images a step [default: 128; 128 1024 with --suite kernels]."""
+    """Images a step [default: 128; 64 128 with --suite epochs; 128 1024 with --suite kernels]."""
     precisions: list[str] = field(default_factory=list)
     """float32, bfloat16 [default: float32; both with --suite kernels]."""
     kernels: str = "auto"
-    """Of --suite training: what computes the local losses: auto, xla, pallas or triton."""
+    """Of --suite training and epochs, what computes the local losses: auto, xla, pallas, triton."""
     remat: int | None = None
-    """Of --suite training and pipeline: as of a training run."""
+    """Of --suite training, epochs and pipeline: as of a training run."""
+    dataset: str = "cifar10"
+    """Of --suite epochs: the data set."""
+    data_dir: str | None = None
+    """Of --suite epochs: folder of prepared data sets [default: as of a training run]."""
+    epochs: int = 25
+    """Of --suite epochs: passes over the training images, at least 2."""
     turns: int = 10
     """Turns that each contestant takes; the figures are medians over them."""
     cpu: bool = False
@@ -62,6 +70,10 @@ class BenchmarkConfig:
             if not getattr(self, defaulted):
                 object.__setattr__(self, defaulted, default)
         sizes: dict[str, list[int]] = {"batch_sizes": self.batch_sizes, "turns": [self.turns]}
+        if self.epochs < 2:
+            raise ValueError(
+                f"--epochs is {self.epochs}; it must be at least 2, the first one compiles."
+            )
         for name, counts in sizes.items():
             if min(counts) < 1:
                 raise ValueError(f"{option(name)} is {min(counts)}; it must be at least 1.")

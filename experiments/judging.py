@@ -47,12 +47,29 @@ def _judge_batch(
     return jnp.sum(weight * losses), top5, confusion
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2, 4))
+def _judge_all(
+    model: Network, variables: Any, spec: DatasetSpec, data: batches.DeviceSplit, batch_size: int
+) -> Any:
+    def part(index: Any) -> Any:
+        batch = batches.evaluation_batch(spec, data, index, batch_size)
+        return _judge_batch(model, variables, *batch)
+
+    def add(index: jax.Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, part(index))
+
+    count = -(-data.labels.shape[0] // batch_size)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part, 0))
+    return jax.lax.fori_loop(0, count, add, nothing)
+
+
 def judge(
     model: Network,
     variables: Any,
     spec: DatasetSpec,
     data: batches.DeviceSplit | Split,
     batch_size: int,
+    one_launch: bool = False,
 ) -> Judgement:
     """Judge weights on all examples of a split.
 
@@ -62,12 +79,18 @@ def judge(
         spec: the data set, for its normalisation.
         data: the examples, on the device or on the host.
         batch_size: examples a step; does not change the result beyond rounding.
+        one_launch: whether a compiled loop goes over the batches, where the data are on the device.
     """
     count = int(data.labels.shape[0])
-    total: Any = None
-    for image, label, weight in batches.evaluation_batches(spec, data, min(batch_size, count)):
-        part = _judge_batch(model, variables, image, label, weight)
-        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    size = min(batch_size, count)
+    if one_launch and isinstance(data, batches.DeviceSplit):
+        total: Any = _judge_all(model, variables, spec, data, size)
+    else:
+        parts = (
+            _judge_batch(model, variables, *batch)
+            for batch in batches.evaluation_batches(spec, data, size)
+        )
+        total = functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
     loss, top5, confusion = jax.tree.map(np.asarray, total)
     return Judgement(
         loss=float(loss) / count,

@@ -270,7 +270,12 @@ def _train(
         began = time.perf_counter()
         judged = _evaluation_state(run, position.state, data_key)
         test = judging.judge(
-            run.task.model, judged, run.task.spec, run.test, config.eval_batch_size
+            run.task.model,
+            judged,
+            run.task.spec,
+            run.test,
+            config.eval_batch_size,
+            run.loop is not None,
         )
         judging_seconds = time.perf_counter() - began
         position = position._replace(

@@ -12,7 +12,9 @@ import textwrap
 import urllib.error
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -23,6 +25,7 @@ from experiments import (
     digits,
     evaluate,
     import_lls_dnn,
+    judging,
     paper,
     prepare_data,
     totals,
@@ -31,8 +34,8 @@ from experiments import (
 from experiments import run_folder as folders
 from experiments.command_line import UserError
 from experiments.config import OPTIMIZERS, TrainConfig
-from lls_jax import models, rules
-from lls_jax.data import augment
+from lls_jax import data, models, rules
+from lls_jax.data import augment, batches
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = TrainConfig(
@@ -374,6 +377,24 @@ def test_benchmark_reports_every_rule(tmp_path, capsys):
     assert "| small_conv | lls | 4 |" in capsys.readouterr().out
 
 
+def test_benchmark_of_whole_runs_tells_seconds_and_accuracy(tmp_path, capsys):
+    config = benchmark.BenchmarkConfig(
+        suite="epochs", rules=["lls"], batch_sizes=[400], dataset="digits", epochs=3,
+        out=str(tmp_path),
+    )  # fmt: skip
+    assert benchmark.benchmark(config) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+    assert [row["rule"] for row in rows] == ["bp", "lls"]
+    for row in rows:
+        first, *others = row["epoch_seconds"]
+        assert row["seconds"] == pytest.approx(sum(others) + sum(others) / 2)
+        assert row["total_seconds"] == pytest.approx(first + sum(others))
+        assert row["total_seconds"] < row["command_seconds"]
+        assert row["test_accuracy"] > 15
+    assert rows[1]["speed_over_bp"] == rows[0]["seconds"] / rows[1]["seconds"]
+    assert "| small_conv | lls | 400 | float32 | 3 |" in capsys.readouterr().out
+
+
 def test_benchmark_of_kernels_names_what_it_measured(tmp_path, capsys):
     config = benchmark.BenchmarkConfig(
         suite="kernels", rules=["lls"], models=["small_conv"], batch_sizes=[2],
@@ -505,9 +526,10 @@ def run_import():
         (run_digits, "--kernels cuda", ["'cuda'", "auto, xla, pallas, triton"]),
         (run_digits, "--kernels pallas", ["'pallas'", "needs an NVIDIA GPU", "use 'xla'"]),
         (run_benchmark, "--suite kernels", ["is a CPU", "--cpu"]),
-        (run_benchmark, "--suite kernel", ["'kernel'", "training, kernels, pipeline"]),
+        (run_benchmark, "--suite kernel", ["'kernel'", "training, epochs, kernels, pipeline"]),
         (run_benchmark, "--suite pipeline", ["needs several devices", "device_count=2"]),
         (run_benchmark, "--precisions float16", ["'float16'", "bfloat16"]),
+        (run_benchmark, "--suite epochs --epochs 1", ["--epochs is 1", "at least 2"]),
         (run_benchmark, "--batch-sizes 0", ["--batch-sizes is 0"]),
         (run_digits, "--loop while", ["'while'", "auto, dispatch, scan"]),
         (run_digits, "--loop scan --data-on-device no", ["--loop scan needs", "--loop dispatch"]),
@@ -631,3 +653,25 @@ def test_the_command_itself_runs_from_a_shell(tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("epoch 1/1") == 1
     assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("batch_size", [7, 40, 100])
+def test_judging_in_one_launch_is_judging_batch_by_batch(batch_size):
+    spec = data.get_spec("digits")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, *spec.image_shape), np.uint8)
+    split = batches.to_device(data.Split(images, rng.integers(0, 10, 40).astype(np.int32)))
+    model = models.make("small_conv", num_classes=10)
+    params, batch_stats = model.init(
+        rules.make("lls", num_classes=10), jax.random.key(0), jnp.zeros((1, *spec.input_shape))
+    )
+    variables = {"params": params, "batch_stats": batch_stats}
+    one, several = (
+        judging.judge(model, variables, spec, split, batch_size, launch) for launch in (True, False)
+    )
+    np.testing.assert_array_equal(one.confusion, several.confusion)
+    assert one.confusion.sum() == 40 and one.accuracy == several.accuracy
+    assert one.loss == pytest.approx(several.loss, rel=1e-5)
+    logits, _ = model.apply(params, batch_stats, batches.normalize(spec, split.images))
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels).mean()
+    assert one.loss == pytest.approx(float(expected), rel=1e-5)

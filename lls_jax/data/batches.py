@@ -183,17 +183,30 @@ def evaluation_batches(
         ``(image, label, weight)``; `weight` ``[batch]`` is 0 for what fills up the last batch.
     """
     count = data.labels.shape[0]
-
-    def prepare(images: jax.Array) -> jax.Array:
-        return normalize(spec, images if spec.crop is None else middle_window(images, spec.crop))
-
-    compiled = jax.jit(prepare)
-    for start in range(0, count, batch_size):
-        position = np.arange(start, start + batch_size)
-        chosen = np.minimum(position, count - 1)
+    for index in range(-(-count // batch_size)):
         if isinstance(data, DeviceSplit):
-            taken = _take(data, chosen)
-            images, labels = taken["image"], taken["label"]
+            yield _evaluation_batch(spec, data, index, batch_size)
         else:
-            images, labels = data.images[chosen], jnp.asarray(data.labels[chosen])
-        yield compiled(images), labels, jnp.asarray(position < count, jnp.float32)
+            position = np.arange(index * batch_size, (index + 1) * batch_size)
+            chosen = np.minimum(position, count - 1)
+            image = _prepare(spec, data.images[chosen])
+            weight = jnp.asarray(position < count, jnp.float32)
+            yield image, jnp.asarray(data.labels[chosen]), weight
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prepare(spec: DatasetSpec, images: jax.Array) -> jax.Array:
+    return normalize(spec, images if spec.crop is None else middle_window(images, spec.crop))
+
+
+def evaluation_batch(
+    spec: DatasetSpec, data: DeviceSplit, index: jax.Array | int, batch_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batch number `index` of :func:`evaluation_batches`; to be compiled."""
+    count = data.labels.shape[0]
+    position = index * batch_size + jnp.arange(batch_size)
+    taken = _take(data, jnp.minimum(position, count - 1))
+    return _prepare(spec, taken["image"]), taken["label"], (position < count).astype(jnp.float32)
+
+
+_evaluation_batch = jax.jit(evaluation_batch, static_argnums=(0, 3))
