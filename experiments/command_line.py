@@ -5,12 +5,14 @@ import dataclasses
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 from simple_parsing import ArgumentParser, SimpleHelpFormatter
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
+from experiments import last_words
 from experiments.config import TrainConfig
 
 Config = TypeVar("Config")
@@ -73,24 +75,30 @@ def parse(
         parser.error(str(error))
 
 
-def run(command: Callable[[], int]) -> NoReturn:
+def run(command: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Run a command and exit with its status; what a person can mend is one line, no traceback.
 
     With ``LLS_JAX_TRACEBACK=1`` in the environment the traceback is shown too.
+
+    Args:
+        command: returns the exit status.
+        leave: ends the process with it.
     """
     # Orbax notes there what its options imply.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        sys.exit(command())
+        status = command()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
     except Exception as error:
         message = _user_message(error)
         if message is None or os.environ.get("LLS_JAX_TRACEBACK"):
-            raise
+            traceback.print_exc()
+            leave(1)
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(_BAD_INPUT)
+        status = _BAD_INPUT
+    leave(status)
 
 
 def _user_message(error: Exception) -> str | None:
@@ -110,6 +118,7 @@ def _user_message(error: Exception) -> str | None:
     typed = (
         ("lls_jax.data.storage", "DatasetError"),
         ("lls_jax.checkpoint", "CheckpointError"),
+        ("lls_jax.processes", "ProcessesError"),
         ("pallas_kernels.local_loss.availability", "KernelUnavailableError"),
     )
     for module, name in typed:
@@ -146,10 +155,19 @@ def train_command(default: TrainConfig, description: str) -> None:
     config = dataclasses.replace(parsed, dataset=default.dataset)
     use_huge_pages()
 
+    leave: Callable[[int], NoReturn] = sys.exit
+    if config.coordinator is not None:
+        leave = last_words.prepare(
+            f"error: this process of the run was ended: it did not meet the others at coordinator "
+            f"{config.coordinator}, one of them was killed, or the network between them failed; "
+            "see what the others say. Start the same run again, with any number of processes, to "
+            "resume it from its newest checkpoint."
+        )
+
     def command() -> int:
         # Imported late: JAX takes longer to start than `--help` may take to answer.
         from experiments.train import train_and_evaluate
 
         return train_and_evaluate(config)
 
-    run(command)
+    run(command, leave)

@@ -16,6 +16,7 @@ KERNELS = ("auto", "xla", "pallas", "triton")
 NOT_COMPARED = (
     # Other executions of the same updates: equal within rounding.
     *("pipeline", "stages", "data_parallel", "remat"),
+    *("coordinator", "num_processes", "process_id"),
     "data_dir",
     "data_on_device",
     "workdir",
@@ -91,6 +92,14 @@ class TrainConfig:
     measured, and balanced]."""
     data_parallel: int | None = None
     """Share each batch out among N devices."""
+    coordinator: str | None = None
+    """Share each batch out among the devices of several processes, on one machine or more, all of
+    which run this command: HOST:PORT at which process 0 listens, with --num-processes and
+    --process-id; or auto: as the cluster tells (Slurm, Open MPI, Kubernetes)."""
+    num_processes: int | None = None
+    """How many processes meet at --coordinator."""
+    process_id: int | None = None
+    """Which of them this is, from 0; process 0 writes the run's files."""
     seed: int = 0
     """Of every random draw of the run."""
     train_examples: int | None = None
@@ -121,6 +130,8 @@ class TrainConfig:
             ("remat", 0),
             ("pipeline", 1),
             ("data_parallel", 1),
+            ("num_processes", 1),
+            ("process_id", 0),
             ("seed", 0),
             ("weight_decay", 0),
         ):
@@ -145,16 +156,20 @@ class TrainConfig:
                 )
         self.group_sizes()
         self.stage_sizes()
-        if self.data_parallel and self.kernels not in ("auto", "xla"):
+        self._check_processes()
+        sharing = "--coordinator" if self.coordinator else "--data-parallel"
+        if self.shares_batches and self.kernels not in ("auto", "xla"):
             raise ValueError(
-                f"--kernels {self.kernels} does not go with --data-parallel, because the compiler "
+                f"--kernels {self.kernels} does not go with {sharing}, because the compiler "
                 "cannot cut a kernel; use --kernels xla, or --pipeline."
             )
-        if self.data_parallel and self.remat:
+        if self.shares_batches and self.remat:
             raise ValueError(
-                f"--remat {self.remat} does not go with --data-parallel, whose batches are cut "
+                f"--remat {self.remat} does not go with {sharing}, whose batches are cut "
                 "already; use one of them."
             )
+        if self.pipeline and self.shares_batches:
+            raise ValueError(f"--pipeline and {sharing} do not go together; choose one.")
         if self.stages is not None and self.pipeline is None:
             raise ValueError("--stages is given without --pipeline; give the number of devices.")
         if self.schedule == "plateau" and self.optimizer.startswith("schedule_free"):
@@ -162,6 +177,25 @@ class TrainConfig:
                 f"--schedule plateau does not go with --optimizer {self.optimizer}, which averages "
                 "the weights instead; use --schedule constant, or another optimizer."
             )
+
+    def _check_processes(self) -> None:
+        if self.coordinator is None:
+            for name in ("num_processes", "process_id"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(
+                        f"{option(name)} {value} is given without --coordinator; give HOST:PORT of "
+                        "process 0."
+                    )
+        elif self.coordinator != "auto" and None in (self.num_processes, self.process_id):
+            raise ValueError(
+                f"--coordinator {self.coordinator} needs --num-processes and --process-id; give "
+                "both, or --coordinator auto on a cluster."
+            )
+
+    @property
+    def shares_batches(self) -> bool:
+        """Whether several devices work on each batch."""
+        return bool(self.data_parallel or self.coordinator)
 
     def run_folder(self) -> str:
         """Where this run lies."""

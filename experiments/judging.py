@@ -52,7 +52,7 @@ def _judge_all(
     model: Network, variables: Any, spec: DatasetSpec, data: batches.DeviceSplit, batch_size: int
 ) -> Any:
     def part(index: Any) -> Any:
-        batch = batches.evaluation_batch(spec, data, index, batch_size)
+        batch = batches.evaluation_batch(spec, data, index * batch_size, batch_size)
         return _judge_batch(model, variables, *batch)
 
     def add(index: jax.Array, total: Any) -> Any:
@@ -70,6 +70,7 @@ def judge(
     data: batches.DeviceSplit | Split,
     batch_size: int,
     one_launch: bool = False,
+    sharding: jax.sharding.NamedSharding | None = None,
 ) -> Judgement:
     """Judge weights on all examples of a split.
 
@@ -80,6 +81,8 @@ def judge(
         data: the examples, on the device or on the host.
         batch_size: examples a step; does not change the result beyond rounding.
         one_launch: whether a compiled loop goes over the batches, where the data are on the device.
+        sharding: of the batches, where several devices or processes judge together; `variables`
+            are then on all of them.
     """
     count = int(data.labels.shape[0])
     size = min(batch_size, count)
@@ -88,7 +91,7 @@ def judge(
     else:
         parts = (
             _judge_batch(model, variables, *batch)
-            for batch in batches.evaluation_batches(spec, data, size)
+            for batch in batches.evaluation_batches(spec, data, size, sharding)
         )
         total = functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
     loss, top5, confusion = jax.tree.map(np.asarray, total)

@@ -97,13 +97,24 @@ def write_config(folder: pathlib.Path, config: TrainConfig) -> None:
         write_atomically(path, to_json(dataclasses.asdict(config)))
 
 
-def check_config(folder: pathlib.Path, config: TrainConfig) -> None:
+def check_config(folder: pathlib.Path, config: TrainConfig, *, must_exist: bool = False) -> None:
     """Check that a run that lies in a folder already has the same config.
 
+    Args:
+        folder: of the run.
+        config: of this process.
+        must_exist: whether another process has just written one.
+
     Raises:
-        UserError: the folder holds a run with another config; the message names what differs.
+        UserError: the folder holds a run with another config, and the message names what differs;
+            or it holds none, and must.
     """
     if not (folder / "config.json").exists():
+        if must_exist:
+            raise UserError(
+                f"{folder} is not the folder that process 0 writes in; give a --workdir on a file "
+                "system that all processes share."
+            )
         return
     stored = read_config(folder)
     differing = [
@@ -135,13 +146,14 @@ def environment() -> Record:
     """Versions, device and commit."""
     import jax
 
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),
         "device": f"{device.platform}: {device.device_kind}",
         "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
         "commit": _commit(),
         "packages": {name: _version(name) for name in _PACKAGES},
     }

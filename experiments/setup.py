@@ -12,7 +12,7 @@ from experiments import optimizers
 from experiments import totals as training_totals
 from experiments.command_line import UserError
 from experiments.config import TrainConfig
-from lls_jax import data, loop, models, parallel, remat, rules, training
+from lls_jax import data, loop, models, parallel, processes, remat, rules, training
 from lls_jax.data import batches, prepare, storage
 from lls_jax.models import Network
 from pallas_kernels import local_loss
@@ -70,7 +70,7 @@ def make_task(config: TrainConfig) -> Task:
 
 def _implementation(config: TrainConfig) -> str | None:
     """What computes the local losses; None chooses."""
-    if config.data_parallel:
+    if config.shares_batches:
         return "xla"
     return None if config.kernels == "auto" else config.kernels
 
@@ -149,7 +149,9 @@ def make_run(config: TrainConfig) -> Run:
     """
     if config.kernels != "auto":
         local_loss.require(config.kernels)
-    prepare_data(config)
+    if processes.is_first():
+        prepare_data(config)
+    processes.wait_for_all("the data set is prepared")
     task = make_task(config)
     available = config.train_examples or task.spec.train_size
     if config.batch_size > available:
@@ -157,17 +159,20 @@ def make_run(config: TrainConfig) -> Run:
             f"--batch-size is {config.batch_size}, but there are only {available} training images; "
             "use a smaller one."
         )
-    try:
-        read = batches.make_reader(task.spec, config.augmentation, config.batch_size)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     steps_per_epoch = available // config.batch_size
     tx = optimizers.make(config, steps_per_epoch)
+    execution = _make_execution(config, task, tx)
+    try:
+        read = batches.make_reader(
+            task.spec, config.augmentation, config.batch_size, execution.sharding
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
     train = load_split(config, task.spec, "train")
     return Run(
         task=task,
         tx=tx,
-        execution=_make_execution(config, task, tx),
+        execution=execution,
         loop=_make_loop(config, task, tx, train),
         train=train,
         test=load_split(config, task.spec, "test"),
@@ -191,13 +196,16 @@ def _make_execution(
     Raises:
         UserError: there are too few devices, or the config asks for what cannot be together.
     """
-    wanted = config.pipeline or config.data_parallel
+    devices = jax.devices()
+    wanted = config.pipeline or config.data_parallel or (config.coordinator and len(devices))
     if not wanted:
         return parallel.single(task.model, task.rule, tx, remat_above(config))
-    if config.pipeline and config.data_parallel:
-        raise UserError("--pipeline and --data-parallel do not go together; choose one.")
     name = "--pipeline" if config.pipeline else "--data-parallel"
-    devices = jax.devices()
+    if config.coordinator and wanted != len(devices):
+        raise UserError(
+            f"{name} is {wanted}, but the {jax.process_count()} processes have {len(devices)} "
+            "devices, all of which work; leave it out."
+        )
     if wanted > len(devices):
         raise UserError(
             f"{name} is {wanted}, but this machine has {len(devices)} {devices[0].platform} "
@@ -206,7 +214,7 @@ def _make_execution(
         )
     devices = devices[:wanted]
     try:
-        if config.data_parallel:
+        if config.shares_batches:
             if config.batch_size % wanted:
                 raise ValueError(
                     f"--batch-size is {config.batch_size}, which {wanted} devices do not divide."
@@ -230,7 +238,8 @@ def _make_loop(
     Raises:
         UserError: the config asks for one where there can be none.
     """
-    fits = isinstance(train, batches.DeviceSplit) and not (config.pipeline or config.data_parallel)
+    together = config.pipeline or config.shares_batches
+    fits = isinstance(train, batches.DeviceSplit) and not together
     chosen = config.loop
     if chosen == "auto":
         chosen = loop.choose_loop(jax.default_backend()) if fits else "dispatch"
@@ -238,8 +247,8 @@ def _make_loop(
         return None
     if not fits:
         raise UserError(
-            "--loop scan needs the images on one device, without --pipeline or --data-parallel; "
-            "use --loop dispatch, or --data-on-device yes."
+            "--loop scan needs the images on one device, without --pipeline, --data-parallel or "
+            "--coordinator; use --loop dispatch, or --data-on-device yes."
         )
     step = training.make_train_step(task.model, task.rule, tx, remat_above=remat_above(config))
     return loop.make_loop(

@@ -22,7 +22,7 @@ from experiments import totals as totals_of
 from experiments.command_line import UserError
 from experiments.config import TrainConfig, option
 from experiments.setup import Run, Task, example_image, make_run
-from lls_jax import checkpoint, evaluation, training
+from lls_jax import checkpoint, evaluation, processes, training
 from lls_jax.data import batches
 
 # Batches from which BatchNorm's statistics are estimated at the averaged weights.
@@ -33,6 +33,8 @@ _IN_FLIGHT = 4
 _STEPS_A_LAUNCH = 50
 _REFRESH_SECONDS = 0.5
 _REDRAW_SECONDS = 10.0
+# What processes tell each other in the place of a signal's number: a sum is not finite.
+_NOT_FINITE = 1
 # Stands in for an epoch's number where batches are drawn for the statistics.
 _STATS_EPOCH = 2**31 - 1
 
@@ -116,14 +118,24 @@ def _evaluation_state(run: Run, state: training.TrainState, data_key: jax.Array)
         for batch in itertools.islice(run.read(run.train, permutation, 0, key_of), count):
             yield batch["image"]
 
+    sharding = run.execution.sharding
+    if sharding is not None:
+        state = run.execution.place(state)
     judged = evaluation.evaluation_state(run.task.model, state, images())
-    return {"params": judged.params, "batch_stats": judged.batch_stats}
+    variables = {"params": judged.params, "batch_stats": judged.batch_stats}
+    return variables if sharding is None else processes.own(variables)
 
 
 def _keys(config: TrainConfig) -> tuple[jax.Array, jax.Array]:
     """Of the weights and dropout, and of the data."""
     model_key, data_key = jax.random.split(jax.random.key(config.seed))
     return model_key, data_key
+
+
+def _say(*values: str, **options: Any) -> None:
+    """Print; one process speaks for all."""
+    if processes.is_first():
+        print(*values, **options)
 
 
 def _start(config: TrainConfig, run: Run) -> Position:
@@ -147,7 +159,7 @@ def _resume(manager: Any, folder: pathlib.Path, start: Position) -> Position | N
         except checkpoint.CheckpointError as error:
             aside = checkpoint.set_aside(run_folder.checkpoints(folder), step)
             manager.reload()
-            print(f"warning: {error}; set aside as {aside}, trying the one before", file=sys.stderr)
+            _say(f"warning: {error}; set aside as {aside}, trying the one before", file=sys.stderr)
             continue
         return Position(
             training.TrainState(**restored["state"]),
@@ -233,15 +245,28 @@ def train_and_evaluate(config: TrainConfig) -> int:
 
     Raises:
         UserError: the config, the folder or a loss is such that the run cannot go on.
+        lls_jax.processes.ProcessesError: the processes could not meet, or one was lost.
     """
     folder = pathlib.Path(config.run_folder())
     signals = _Signals()
-    with run_folder.claim(folder), signals.noted():
+    with contextlib.ExitStack() as stack:
+        if config.coordinator is not None:
+            stack.enter_context(
+                processes.meet(config.coordinator, config.num_processes, config.process_id)
+            )
+            stack.enter_context(processes.told_when_lost())
+        if processes.is_first():
+            stack.enter_context(run_folder.claim(folder))
+        stack.enter_context(signals.noted())
+        processes.wait_for_all("the folder is claimed")
         run_folder.check_config(folder, config)
         run = make_run(config)
-        # Only now: a start that failed leaves no config that would bind the next one.
-        run_folder.write_config(folder, config)
-        run_folder.write_environment(folder)
+        if processes.is_first():
+            # Only now: a start that failed leaves no config that would bind the next one.
+            run_folder.write_config(folder, config)
+            run_folder.write_environment(folder)
+        processes.wait_for_all("the config is written")
+        run_folder.check_config(folder, config, must_exist=True)
         with checkpoint.open_checkpoints(run_folder.checkpoints(folder)) as manager:
             return _train(config, run, folder, manager, signals)
 
@@ -251,31 +276,35 @@ def _train(
 ) -> int:
     start = _start(config, run)
     position = _resume(manager, folder, start) or start
-    records = run_folder.keep_metrics(folder, position.epochs_done)
-    device = jax.devices()[0]
-    print(
+    records = run_folder.keep_metrics(folder, position.epochs_done) if processes.is_first() else []
+    agree = processes.make_agreement()
+    device = jax.local_devices()[0]
+    _say(
         f"{config.rule} on {config.model}, {config.dataset}: {run.train.labels.shape[0]} training "
         f"and {run.test.labels.shape[0]} test images, {run.steps_per_epoch} steps an epoch, "
         f"{device.platform} ({device.device_kind}), {'many steps' if run.loop else 'one step'} a "
         f"launch, in {folder}"
+        + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
     )
     if position is not start:
-        print(f"resumed at step {int(position.state.step)}, epoch {position.epochs_done} done")
+        _say(f"resumed at step {int(position.state.step)}, epoch {position.epochs_done} done")
     _, data_key = _keys(config)
     drawn = 0.0
     while position.epochs_done < config.epochs:
         position, stopped = _train_epoch(config, run, manager, position, data_key, signals)
         if stopped:
-            return _stopped(config, position, signals)
+            return _stopped(config, position, stopped)
         began = time.perf_counter()
         judged = _evaluation_state(run, position.state, data_key)
+        sharding = run.execution.sharding
         test = judging.judge(
             run.task.model,
-            judged,
+            judged if sharding is None else run.execution.place(judged),
             run.task.spec,
             run.test,
             config.eval_batch_size,
             run.loop is not None,
+            sharding,
         )
         judging_seconds = time.perf_counter() - began
         position = position._replace(
@@ -290,20 +319,26 @@ def _train(
             "images_per_second": images / position.epoch_seconds,
         }
         # Metrics first: a kill in between leaves a record that the resumed run drops and repeats.
-        run_folder.append_metrics(folder, record)
+        if processes.is_first():
+            run_folder.append_metrics(folder, record)
         records.append(record)
         position = position._replace(
             totals=totals_of.empty(run.task.model, run.task.rule), epoch_seconds=0.0
         )
         _save(manager, config, position, judged, test.accuracy)
-        print(progress.epoch_line(record, config.epochs), flush=True)
+        _say(progress.epoch_line(record, config.epochs), flush=True)
         finished = position.epochs_done == config.epochs
-        if signals.received is not None and not finished:
-            return _stopped(config, position, signals)
+        stopped = agree(signals.received or 0)
+        if stopped and not finished:
+            return _stopped(config, position, stopped)
+        if not processes.is_first():
+            continue
         if finished or time.perf_counter() - drawn > _REDRAW_SECONDS:
             title = f"{config.dataset}, {config.model}, {config.rule}"
             plots.draw_curves(records, title, folder / "curves.png")
             drawn = time.perf_counter()
+    if not processes.is_first():
+        return 0
     best = max(records, key=lambda record: (record["test_accuracy"], record["epoch"]))
     print(
         f"done: {position.epochs_done} epochs in {position.seconds:.1f} s, test accuracy "
@@ -314,13 +349,14 @@ def _train(
     return 0
 
 
-def _stopped(config: TrainConfig, position: Position, signals: _Signals) -> int:
-    """Say how to go on; returns the exit status."""
-    print(
-        f"stopped at step {int(position.state.step)}, saved; resume with:\n"
+def _stopped(config: TrainConfig, position: Position, number: int) -> int:
+    """Say how to go on after a signal of that number; returns the exit status."""
+    _say(
+        f"stopped at step {int(position.state.step)}, saved; resume with"
+        f"{'' if config.process_id is None else ', each process with its own --process-id'}:\n"
         f"  {resume_command(config)}"
     )
-    return 128 + (signals.received or 0)
+    return 128 + number
 
 
 def _train_epoch(
@@ -330,8 +366,8 @@ def _train_epoch(
     position: Position,
     data_key: jax.Array,
     signals: _Signals,
-) -> tuple[Position, bool]:
-    """The rest of an epoch: ``(position, stopped)``; stopped inside it by a signal, it is saved."""
+) -> tuple[Position, int]:
+    """The rest of an epoch: ``(position, signal)``; stopped inside it by a signal, it is saved."""
     step = int(position.state.step)
     running = run.execution.enter(position.state)
     totals = run.execution.place(position.totals)
@@ -345,7 +381,7 @@ def _train_epoch(
         config.epochs,
         run.steps_per_epoch * config.batch_size,
         index * config.batch_size,
-        enabled=config.progress,
+        enabled=config.progress and processes.is_first(),
     )
     first = step - index
     stream = run.read(
@@ -359,13 +395,15 @@ def _train_epoch(
         elapsed = time.perf_counter() - began
         return position._replace(
             state=run.execution.leave(running),
-            totals=jax.device_put(totals, jax.devices()[0]),
+            totals=processes.own(totals),
             seconds=position.seconds + elapsed,
             epoch_seconds=position.epoch_seconds + elapsed,
         )
 
+    # Processes must stop after the same step; with one there is nothing to wait for.
+    agree, alarm, stopped = processes.make_agreement(_IN_FLIGHT), 0, 0
     try:
-        while step < end and signals.received is None:
+        while step < end and not (stopped := agree(signals.received or alarm)):
             count = 1
             if run.loop is not None:
                 every = config.checkpoint_every or end
@@ -384,10 +422,13 @@ def _train_epoch(
             bar.advance(count * config.batch_size)
             if time.perf_counter() - refreshed > _REFRESH_SECONDS:
                 refreshed = time.perf_counter()
-                loss = float(totals.losses[-1]) / index
-                bar.show(loss, 100 * float(totals.correct) / (index * config.batch_size))
-                if not np.isfinite(totals.losses).all():
-                    break
+                losses = np.asarray(totals.losses)
+                bar.show(
+                    float(losses[-1]) / index,
+                    100 * float(np.asarray(totals.correct)) / (index * config.batch_size),
+                )
+                if not np.isfinite(losses).all():
+                    alarm = _NOT_FINITE
             is_due = config.checkpoint_every and step % config.checkpoint_every == 0
             if is_due and step < end:
                 reached = here()
@@ -401,7 +442,7 @@ def _train_epoch(
     reached = here()
     _check_finite(run, reached)
     if step == end:
-        return reached, False
+        return reached, 0
     if step not in checkpoint.list_steps(manager):
         _save(manager, config, reached, _evaluation_state(run, reached.state, data_key), None)
-    return reached, True
+    return reached, stopped

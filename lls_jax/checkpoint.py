@@ -14,6 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from lls_jax import processes
+
 # The newest ones kept; the one before the newest is there for when the newest is damaged.
 _KEEP_NEWEST = 2
 
@@ -45,6 +47,11 @@ def _digest(tree: Any) -> str:
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         digest.update(np.ascontiguousarray(jax.random.key_data(leaf) if is_key else leaf).data)
     return digest.hexdigest()
+
+
+def _for_all(tree: Any) -> Any:
+    """Arrays as Orbax takes them: of several processes none may write what is its own."""
+    return tree if jax.process_count() == 1 else processes.replicate(tree, processes.everywhere())
 
 
 def _metric(metrics: dict[str, Any]) -> float:
@@ -86,6 +93,8 @@ def open_checkpoints(
 def save(manager: ocp.CheckpointManager, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; when this returns it is on the disk, whole.
 
+    Of several processes every one must call this, with the same arrays.
+
     Args:
         manager: from :func:`open_checkpoints`.
         checkpoint: ``meta["accuracy"]``, where it is a number, decides which is the best.
@@ -102,8 +111,8 @@ def save(manager: ocp.CheckpointManager, checkpoint: Checkpoint) -> None:
     manager.save(
         checkpoint.step,
         args=ocp.args.Composite(
-            training=ocp.args.StandardSave(checkpoint.training),
-            evaluation=ocp.args.StandardSave(checkpoint.evaluation),
+            training=ocp.args.StandardSave(_for_all(checkpoint.training)),
+            evaluation=ocp.args.StandardSave(_for_all(checkpoint.evaluation)),
             meta=ocp.args.JsonSave({**checkpoint.meta, "digests": digests}),
         ),
         metrics=None if accuracy is None else {"accuracy": accuracy},
@@ -122,8 +131,16 @@ def _check_room(folder: pathlib.Path, trees: Any) -> None:
 def _restore_item(
     manager: ocp.CheckpointManager, step: int, name: str, abstract: Any, meta: dict[str, Any]
 ) -> Any:
+    several = jax.process_count() > 1
+    if several:
+        sharding = processes.everywhere()
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
+        )
     arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
     tree = manager.restore(step, args=arguments)[name]
+    if several:
+        tree = processes.own(tree)
     if _digest(tree) != meta["digests"][name]:
         raise CheckpointError(f"the arrays of {name!r} are not those that were saved")
     return tree
@@ -194,6 +211,8 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
 def set_aside(folder: pathlib.Path, step: int) -> pathlib.Path:
     """Move a damaged checkpoint out of the way, beside the folder of checkpoints.
 
+    Of several processes every one must call this; one of them moves it.
+
     Returns:
         Where it is now.
     """
@@ -202,6 +221,9 @@ def set_aside(folder: pathlib.Path, step: int) -> pathlib.Path:
     while target.exists():
         number += 1
         target = folder.parent / "damaged" / f"{step}-{number}"
-    target.parent.mkdir(exist_ok=True)
-    os.replace(folder / str(step), target)
+    processes.wait_for_all("a place for the damaged checkpoint is found")
+    if processes.is_first():
+        target.parent.mkdir(exist_ok=True)
+        os.replace(folder / str(step), target)
+    processes.wait_for_all("the damaged checkpoint is moved")
     return target

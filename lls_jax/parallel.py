@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lls_jax import processes
 from lls_jax.models import Network
 from lls_jax.rules import Rule, has_local_losses
 from lls_jax.training import (
@@ -45,12 +46,14 @@ class Execution(NamedTuple):
             other metrics are. It returns before the devices are done, and consumes `running`.
         leave: ``leave(running) -> state``, on the first device; `running` stays valid.
         place: puts what is added to the metrics, a tree of arrays, where they are.
+        sharding: of the batches, where they are shared out; else None.
     """
 
     enter: Callable[[TrainState], Any]
     step: Callable[[Any, Batch], tuple[Any, Metrics]]
     leave: Callable[[Any], TrainState]
     place: Callable[[Any], Any]
+    sharding: jax.sharding.NamedSharding | None = None
 
 
 def single(
@@ -315,6 +318,9 @@ def data_parallel(
     loss are of the global batch. The compiler sums each block's gradients where they are made,
     which is before the next block's forward pass.
 
+    The devices may belong to several processes (:func:`lls_jax.processes.meet`), each of which
+    runs this, and gives `step` its own rows of the batch (:func:`lls_jax.processes.rows_of`).
+
     Args:
         model: the network.
         rule: any rule.
@@ -328,19 +334,12 @@ def data_parallel(
     # needs it: its few threads, each in another of several sums, wait for each other forever.
     train_step = make_train_step(model, rule, tx, in_order=devices[0].platform == "cpu")
 
-    def enter(state: TrainState) -> TrainState:
-        return jax.device_put(jax.tree.map(jnp.copy, state), everywhere)
+    def place(tree: Any) -> Any:
+        return processes.replicate(tree, everywhere)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if batch["label"].shape[0] % len(devices):
-            raise ValueError(
-                f"a batch of {batch['label'].shape[0]} does not divide over {len(devices)} devices."
-            )
-        batch = jax.device_put(batch, sharded)
+        batch = processes.share(batch, sharded)
         state, metrics = train_step(state, batch)
         return state, {**metrics, "label": batch["label"]}
 
-    def leave(state: TrainState) -> TrainState:
-        return jax.device_put(jax.tree.map(jnp.copy, state), devices[0])
-
-    return Execution(enter, step, leave, lambda tree: jax.device_put(tree, everywhere))
+    return Execution(place, step, processes.own, place, sharded)

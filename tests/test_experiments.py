@@ -34,6 +34,7 @@ from experiments import (
 from experiments import run_folder as folders
 from experiments.command_line import UserError
 from experiments.config import OPTIMIZERS, TrainConfig
+from experiments.suites import training as suites_training
 from lls_jax import data, models, rules
 from lls_jax.data import augment, batches
 
@@ -370,11 +371,24 @@ def test_benchmark_reports_every_rule(tmp_path, capsys):
     assert benchmark.benchmark(config) == 0
     report = json.loads((tmp_path / "benchmark.json").read_text())
     assert [row["rule"] for row in report["results"]] == ["lls", "bp"]
+    bp = report["results"][1]
     for row in report["results"]:
         assert len(row["all_step_ms"]) == 5
-        assert row["temporary_mb"] > 0
+        # The state and the batch are held besides the temporaries.
+        assert row["peak_mb"] > row["temporary_mb"] > 0
+        assert row["peak_over_bp"] == pytest.approx(row["peak_mb"] / bp["peak_mb"])
     assert report["results"][1]["speed_over_bp"] == 1.0
     assert "| small_conv | lls | 4 |" in capsys.readouterr().out
+
+
+def test_benchmark_takes_the_peak_of_an_allocator_that_counts(monkeypatch):
+    config = TrainConfig(rule="bp", batch_size=4)
+    assert suites_training.allocator_peak(config, 0) is None
+    counted = iter([{"peak_bytes_in_use": 1}, {"peak_bytes_in_use": 5_000_000}])
+    monkeypatch.setattr(suites_training, "_allocator", lambda: next(counted))
+    peak = suites_training.allocator_peak(config, 0)
+    (row,) = suites_training.race([config], 1, 0, [peak])
+    assert row["peak_mb"] == 5
 
 
 def test_benchmark_of_whole_runs_tells_seconds_and_accuracy(tmp_path, capsys):

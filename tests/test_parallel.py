@@ -5,8 +5,10 @@ They exist only in a process that was started with them: `test_on_five_devices` 
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -20,7 +22,7 @@ import pytest
 
 from experiments import benchmark, run_folder, train
 from experiments.config import TrainConfig
-from lls_jax import models, parallel, rules, training
+from lls_jax import models, parallel, processes, rules, training
 
 CLASSES, DEVICES = 5, 5
 HAS_DEVICES = len(jax.devices()) >= DEVICES
@@ -211,6 +213,46 @@ def test_data_parallel_takes_baselines_and_groups_too(rule_name):
     assert_close(ours, expected, 1e-3)
     with pytest.raises(ValueError, match="a batch of 20 does not divide over 3 devices"):
         advance(parallel.data_parallel(model, rule, tx, jax.devices()[:3]), state, batches)
+
+
+@on_devices
+@pytest.mark.parametrize("in_order", [False, True])
+def test_sums_of_gradients_need_not_be_awaited(in_order):
+    """The next block's convolution starts without the gradient, but on CPUs, in order."""
+    model, rule = models.make("small_conv", num_classes=CLASSES), make_rule("lls_mxm")
+    batch, state = make_batches(1)[0], start(model, rule)
+    execution = parallel.data_parallel(model, rule, TX, jax.devices()[:4])
+    arguments = execution.enter(state), processes.share(batch, execution.sharding)
+    step = training.make_train_step(model, rule, TX, in_order=in_order)
+    program = step.lower(*arguments).compile().as_text()
+    program = program[program.index("\nENTRY") :]
+    lines = re.findall(r"^ *(?:ROOT )?(%\S+) = (.*?) ([a-z][\w-]*)\((.*)$", program, re.M)
+    operands = {name: re.findall(r"%[\w.-]+", rest.split(")")[0]) for name, *_, rest in lines}
+
+    def needed(name):
+        found, open_ends = set(), [name]
+        while open_ends:
+            new = set(operands.get(open_ends.pop(), ())) - found
+            found |= new
+            open_ends += new
+        return found
+
+    def made(kinds, where, shape):
+        size = math.prod(shape)
+        return [
+            name
+            for name, result, kind, rest in lines
+            if kind in kinds
+            and re.search(where, rest)
+            and size
+            in [math.prod(map(int, d.split(","))) for d in re.findall(r"\[([\d,]+)", result)]
+        ]
+
+    convolution = r'op_name="[^"(]*\([^"(]*\)/jvp\(LocalBlock\)/block/conv/conv_general_dilated"'
+    for kernel, output in (((3, 3, 3, 32), (5, 4, 4, 64)), ((3, 3, 32, 64), (5, 2, 2, 128))):
+        (summed,) = made(("all-reduce", "all-reduce-start"), "", kernel)
+        above = made(("convolution", "fusion", "custom-call", "call"), convolution, output)
+        assert (summed in needed(above[0])) == in_order
 
 
 @on_devices

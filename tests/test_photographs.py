@@ -172,9 +172,9 @@ def test_streamed_batches_are_those_of_the_device():
     np.testing.assert_array_equal(judged[0], judged[1])
     middle = (split.images[:, 2:14, 2:14] / 255 - spec.mean) / spec.std
     np.testing.assert_allclose(judged[0][:50], middle, atol=1e-5)
-    images, labels = next(streaming.stream(split, np.arange(50)[::-1], 3, 1))
-    np.testing.assert_array_equal(images, split.images[[46, 45, 44]])
-    np.testing.assert_array_equal(labels, split.labels[[46, 45, 44]])
+    batch = next(streaming.stream(split, np.arange(50)[::-1], 3, 1))
+    np.testing.assert_array_equal(batch["image"], split.images[[46, 45, 44]])
+    np.testing.assert_array_equal(batch["label"], split.labels[[46, 45, 44]])
 
 
 def test_training_on_a_folder_is_the_same_from_device_and_host(tmp_path, capsys):

@@ -3,10 +3,16 @@
 Rules take turns, a few steps each, so that whatever else the machine does meets all of them alike.
 A step here is all that training does for a batch: drawing, augmenting and normalising it, the
 update, and the running totals.
+
+Peak memory is the allocator's where the device has one that counts, like a GPU's; it counts from a
+process's start, so that each config is measured in a process of its own. On a CPU it is what the
+compiler allots to the step.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
+import multiprocessing
 import pathlib
 import statistics
 import time
@@ -40,6 +46,8 @@ _COLUMNS = {
     "compile_seconds": "compile [s]",
     "temporary_mb": "temporaries [MB]",
     "temporaries_over_bp": "temporaries over bp",
+    "peak_mb": "peak memory [MB]",
+    "peak_over_bp": "peak over bp",
     "speed_over_bp": "speed over bp",
 }
 
@@ -85,7 +93,10 @@ class Contestant:
         compiled = self._step.lower(self._state, batch).compile()  # type: ignore[attr-defined]
         self.compile_seconds = time.perf_counter() - start
         memory = compiled.memory_analysis()
-        self.temporary_bytes = None if memory is None else int(memory.temp_size_in_bytes)
+        self.temporary_bytes = int(memory.temp_size_in_bytes)
+        # What is donated is argument and output in one.
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        self.peak_bytes = int(held - memory.alias_size_in_bytes) + self.temporary_bytes
 
     def advance(self, steps: int, *, keep: bool) -> None:
         """Train, and keep the seconds of each step if asked to."""
@@ -101,8 +112,44 @@ class Contestant:
                 self.times.append(time.perf_counter() - start)
 
 
-def race(configs: Sequence[TrainConfig], turns: int, seed: int) -> list[report.Row]:
-    """Measure some configs in turns; the one of rule ``bp`` is what the others are compared to."""
+def _allocator() -> dict[str, int] | None:
+    """What the first device's allocator has counted since the process started, if it counts."""
+    return jax.local_devices()[0].memory_stats()
+
+
+def allocator_peak(config: TrainConfig, seed: int) -> int | None:
+    """Bytes that this process had on the device at most, after a few steps; None on a CPU."""
+    if _allocator() is None:
+        return None
+    Contestant(config, seed).advance(_WARM_UP_STEPS, keep=False)
+    return (_allocator() or {})["peak_bytes_in_use"]
+
+
+def allocator_peaks(configs: Sequence[TrainConfig], seed: int) -> list[int | None]:
+    """:func:`allocator_peak` of each config, each in a new process; to be asked before the device
+    is touched, of which JAX takes most for a process."""
+    with concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        if pool.submit(_allocator).result() is None:
+            return [None] * len(configs)
+        return [pool.submit(allocator_peak, config, seed).result() for config in configs]
+
+
+def race(
+    configs: Sequence[TrainConfig],
+    turns: int,
+    seed: int,
+    peaks: Sequence[int | None] | None = None,
+) -> list[report.Row]:
+    """Measure some configs in turns; the one of rule ``bp`` is what the others are compared to.
+
+    Args:
+        configs: of one model and batch size.
+        turns: that each takes.
+        seed: of the random images and weights.
+        peaks: from :func:`allocator_peaks`.
+    """
     contestants = [Contestant(config, seed) for config in configs]
     for contestant in contestants:
         contestant.advance(_WARM_UP_STEPS, keep=False)
@@ -110,10 +157,13 @@ def race(configs: Sequence[TrainConfig], turns: int, seed: int) -> list[report.R
         for contestant in contestants:
             contestant.advance(_STEPS_A_TURN, keep=True)
     seconds = [statistics.median(contestant.times) for contestant in contestants]
+    peak_bytes = [
+        contestant.peak_bytes if peak is None else peak
+        for contestant, peak in zip(contestants, peaks or [None] * len(configs))
+    ]
     (bp,) = (index for index, config in enumerate(configs) if config.rule == "bp")
-    bp_bytes = contestants[bp].temporary_bytes
 
-    def row(contestant: Contestant, step: float) -> report.Row:
+    def row(contestant: Contestant, step: float, peak: int) -> report.Row:
         config, used = contestant.config, contestant.temporary_bytes
         return {
             "model": config.model,
@@ -125,38 +175,43 @@ def race(configs: Sequence[TrainConfig], turns: int, seed: int) -> list[report.R
             "images_per_second": config.batch_size / step,
             "step_ms": 1e3 * step,
             "compile_seconds": contestant.compile_seconds,
-            "temporary_mb": None if used is None else used / 1e6,
-            "temporaries_over_bp": None if used is None or not bp_bytes else used / bp_bytes,
+            "temporary_mb": used / 1e6,
+            "temporaries_over_bp": used / contestants[bp].temporary_bytes,
+            "peak_mb": peak / 1e6,
+            "peak_over_bp": peak / peak_bytes[bp],
             "speed_over_bp": seconds[bp] / step,
             "all_step_ms": [1e3 * value for value in contestant.times],
         }
 
-    return [row(contestant, step) for contestant, step in zip(contestants, seconds)]
+    return list(map(row, contestants, seconds, peak_bytes))
 
 
 def run(config: Any) -> int:
     """The suite: models x batch sizes x precisions, the rules racing in each; exit status."""
     rules = [*dict.fromkeys([*config.rules, "bp"])]
+    entrants = [
+        TrainConfig(
+            model=model,
+            rule=rule,
+            batch_size=batch_size,
+            precision=precision,
+            kernels=config.kernels,
+            remat=config.remat,
+        )
+        for model, batch_size, precision in itertools.product(
+            config.models, config.batch_sizes, config.precisions
+        )
+        for rule in rules
+    ]
+    peaks = allocator_peaks(entrants, config.seed)
     rows: list[report.Row] = []
-    for model, batch_size, precision in itertools.product(
-        config.models, config.batch_sizes, config.precisions
-    ):
-        entrants = [
-            TrainConfig(
-                model=model,
-                rule=rule,
-                batch_size=batch_size,
-                precision=precision,
-                kernels=config.kernels,
-                remat=config.remat,
-            )
-            for rule in rules
-        ]
-        rows += race(entrants, config.turns, config.seed)
-        best = max(rows[-len(rules) :], key=lambda row: row["speed_over_bp"])
+    for first in range(0, len(entrants), len(rules)):
+        each = slice(first, first + len(rules))
+        rows += race(entrants[each], config.turns, config.seed, peaks[each])
+        best = max(rows[each], key=lambda row: row["speed_over_bp"])
         print(
-            f"{model}, batch {batch_size}, {precision}: {best['rule']} {best['speed_over_bp']:.2f} "
-            "times the speed of bp",
+            f"{best['model']}, batch {best['batch_size']}, {best['precision']}: {best['rule']} "
+            f"{best['speed_over_bp']:.2f} times the speed of bp",
             flush=True,
         )
     head = f"{report.device_line()}; medians of {_STEPS_A_TURN * config.turns} steps\n\n"

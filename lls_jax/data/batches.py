@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable, Generator, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lls_jax import processes
 from lls_jax.data import streaming
 from lls_jax.data.augment import (
     AUGMENTATIONS,
@@ -131,13 +132,20 @@ def gather(data: DeviceSplit, permutation: jax.Array, index: jax.Array, batch_si
     return _take(data, jax.lax.dynamic_slice_in_dim(permutation, index * batch_size, batch_size))
 
 
-def make_reader(spec: DatasetSpec, augmentation: str, batch_size: int) -> Reader:
+def make_reader(
+    spec: DatasetSpec,
+    augmentation: str,
+    batch_size: int,
+    sharding: jax.sharding.NamedSharding | None = None,
+) -> Reader:
     """A function that reads an epoch's training batches, from the device or from the host.
 
     Args:
         spec: the data set.
         augmentation: of :func:`make_augment`.
         batch_size: examples a batch.
+        sharding: that the batches are to have; of several processes each reads its own rows, and
+            the whole batch is the one that a single process would make.
 
     Returns:
         ``read(data, permutation, start, key_of)``, an iterator of ``{"image", "label"}``: the
@@ -157,41 +165,69 @@ def make_reader(spec: DatasetSpec, augmentation: str, batch_size: int) -> Reader
         start: int,
         key_of: Callable[[int], jax.Array],
     ) -> Generator[Batch, None, None]:
+        size = batch_size
+        if sharding is not None:
+            permutation, size = _own_part(permutation, batch_size, sharding)
         if isinstance(data, DeviceSplit):
-            for index in range(start, data.labels.shape[0] // batch_size):
-                batch = gather(data, permutation, index, batch_size)
-                yield {**batch, "image": augment(key_of(index), batch["image"])}
+            count = permutation.shape[0] // size
+            ahead: Iterator[Any] = (
+                gather(data, permutation, index, size) for index in range(start, count)
+            )
         else:
-            ahead = streaming.stream(data, np.asarray(permutation), batch_size, start)
-            for index, (images, labels) in enumerate(ahead, start):
-                yield {"image": augment(key_of(index), images), "label": jnp.asarray(labels)}
+            ahead = streaming.stream(data, np.asarray(permutation), size, start)
+        for index, batch in enumerate(ahead, start):
+            if sharding is not None:
+                batch = processes.share(batch, sharding)
+            yield {
+                "image": augment(key_of(index), batch["image"]),
+                "label": jnp.asarray(batch["label"]),
+            }
 
     return read
 
 
+def _own_part(
+    permutation: jax.Array, batch_size: int, sharding: jax.sharding.NamedSharding
+) -> tuple[jax.Array, int]:
+    """The order of the examples that this process reads, and how many a batch."""
+    rows = processes.rows_of(sharding, batch_size)
+    whole = permutation[: permutation.shape[0] // batch_size * batch_size]
+    return whole.reshape(-1, batch_size)[:, rows].reshape(-1), rows.stop - rows.start
+
+
 def evaluation_batches(
-    spec: DatasetSpec, data: DeviceSplit | Split, batch_size: int
+    spec: DatasetSpec,
+    data: DeviceSplit | Split,
+    batch_size: int,
+    sharding: jax.sharding.NamedSharding | None = None,
 ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
     """All examples once, in order, in batches of one shape.
 
     Args:
         spec: the data set, for its normalisation and the size of its windows.
         data: the examples, on the device or on the host.
-        batch_size: examples a batch.
+        batch_size: examples a batch; with a `sharding`, rounded up to a multiple of its devices.
+        sharding: that the batches are to have; of several processes each reads its own rows.
 
     Yields:
         ``(image, label, weight)``; `weight` ``[batch]`` is 0 for what fills up the last batch.
     """
     count = data.labels.shape[0]
-    for index in range(-(-count // batch_size)):
+    rows = slice(0, batch_size)
+    if sharding is not None:
+        batch_size = -(-batch_size // sharding.num_devices) * sharding.num_devices
+        rows = processes.rows_of(sharding, batch_size)
+    for first in range(0, count, batch_size):
+        start, size = first + rows.start, rows.stop - rows.start
         if isinstance(data, DeviceSplit):
-            yield _evaluation_batch(spec, data, index, batch_size)
+            batch = _evaluation_batch(spec, data, start, size)
         else:
-            position = np.arange(index * batch_size, (index + 1) * batch_size)
+            position = np.arange(start, start + size)
             chosen = np.minimum(position, count - 1)
             image = _prepare(spec, data.images[chosen])
             weight = jnp.asarray(position < count, jnp.float32)
-            yield image, jnp.asarray(data.labels[chosen]), weight
+            batch = image, jnp.asarray(data.labels[chosen]), weight
+        yield batch if sharding is None else processes.share(batch, sharding)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -200,11 +236,11 @@ def _prepare(spec: DatasetSpec, images: jax.Array) -> jax.Array:
 
 
 def evaluation_batch(
-    spec: DatasetSpec, data: DeviceSplit, index: jax.Array | int, batch_size: int
+    spec: DatasetSpec, data: DeviceSplit, start: jax.Array | int, batch_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Batch number `index` of :func:`evaluation_batches`; to be compiled."""
+    """What :func:`evaluation_batches` yields from example `start` on; to be compiled."""
     count = data.labels.shape[0]
-    position = index * batch_size + jnp.arange(batch_size)
+    position = start + jnp.arange(batch_size)
     taken = _take(data, jnp.minimum(position, count - 1))
     return _prepare(spec, taken["image"]), taken["label"], (position < count).astype(jnp.float32)
 

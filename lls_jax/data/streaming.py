@@ -21,18 +21,18 @@ class _Batches:
     def __len__(self) -> int:
         return len(self._permutation) // self._batch_size
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         chosen = self._permutation[index * self._batch_size : (index + 1) * self._batch_size]
         # In the file's order: images of a mapped file are then read from front to back.
         order = np.argsort(chosen)
         images = np.empty((len(chosen), *self._split.images.shape[1:]), np.uint8)
         images[order] = self._split.images[chosen[order]]
-        return images, self._split.labels[chosen]
+        return {"image": images, "label": self._split.labels[chosen]}
 
 
 def stream(
     split: Split, permutation: np.ndarray, batch_size: int, start: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[dict[str, np.ndarray]]:
     """An epoch's batches in the order of a permutation, read ahead in threads.
 
     Args:
@@ -42,7 +42,7 @@ def stream(
         start: first batch, from 0.
 
     Yields:
-        ``(uint8 [batch, height, width, channels], int32 [batch])``.
+        ``image``, uint8 ``[batch, height, width, channels]``, and ``label``, int32 ``[batch]``.
     """
     import grain
 

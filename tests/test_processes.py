@@ -1,0 +1,264 @@
+"""Several processes on this machine's loopback: they train like one, and survive each other."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import evaluate, run_folder, setup, totals, train
+from experiments.config import TrainConfig
+from lls_jax import checkpoint, processes, training
+
+ROOT = pathlib.Path(__file__).parents[1]
+EPOCHS, STEPS = 2, 16
+# Gradient descent: Adam's first updates are signs, which rounding may turn. Every kind of random
+# draw, so that the processes must agree on them.
+CONFIG = TrainConfig(
+    dataset="digits", rule="lls_mxm", epochs=EPOCHS, batch_size=24, train_examples=192,
+    eval_examples=50, eval_batch_size=20, optimizer="sgd", learning_rate=0.02,
+    augmentation="full", dropout=0.2, checkpoint_every=2, progress=False,
+)  # fmt: skip
+
+# Trains as the command does; process WHO sends itself a signal in the given step of this launch.
+SCRIPT = """
+import os, signal, sys
+import jax
+from experiments import command_line, totals
+from experiments.config import TrainConfig
+
+step, number, who, *arguments = sys.argv[1:]
+add, steps = totals.add, []
+
+def counted(*values):
+    steps.append(1)
+    if len(steps) == int(step) and jax.process_index() == int(who):
+        os.kill(os.getpid(), int(number))
+    return add(*values)
+
+totals.add = counted
+sys.argv[1:] = arguments
+command_line.train_command(TrainConfig(dataset="digits"), "Train.")
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def options(config):
+    default, result = TrainConfig(dataset="digits"), []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != getattr(default, field.name) and field.name != "progress":
+            result += ["--" + field.name.replace("_", "-"), str(value)]
+    return [*result, "--no-progress"]
+
+
+def launch(folder, count, step=0, number=0, who=0, each=None, devices=1, **changes):
+    """Run the command in that many processes; ``[(status, output, errors)]``."""
+    changes = {"workdir": str(folder), "coordinator": f"127.0.0.1:{free_port()}", **changes}
+    environment = {
+        **os.environ,
+        # Set already: the command does not start itself again.
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Devices that share few threads wait for each other's sums forever.
+        "NPROC": "16", "PJRT_NPROC": "16",
+    }  # fmt: skip
+    started = []
+    for index in range(count):
+        own = {**changes, "process_id": index, **(each or {}).get(index, {})}
+        config = dataclasses.replace(CONFIG, num_processes=count, **own)
+        command = [sys.executable, "-c", SCRIPT, *map(str, (step, number, who)), *options(config)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    try:
+        ended = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(p.returncode, *outputs) for p, outputs in zip(started, ended)]
+
+
+def results(folder):
+    """Metrics, state and judged weights of a finished run, read by this one process."""
+    run = setup.make_run(CONFIG)
+    example = setup.example_image(run.task.spec)
+    state = training.create_train_state(
+        run.task.model, run.task.rule, run.tx, jax.random.key(0), example
+    )
+    abstract = {
+        "state": state._asdict(),
+        "totals": totals.empty(run.task.model, run.task.rule)._asdict(),
+    }
+    with checkpoint.open_checkpoints(folder / "checkpoints", read_only=True) as manager:
+        restored, meta = checkpoint.restore_training(manager, STEPS, abstract)
+    assert meta["epochs_done"] == EPOCHS
+    step, judged, _ = evaluate.restore(folder, run.task, "last")
+    assert step == STEPS
+    return run_folder.read_metrics(folder), restored["state"], judged
+
+
+def assert_close(array, expected):
+    np.testing.assert_allclose(array, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+
+
+def assert_same_run(folder, expected):
+    (ours, state, judged), (theirs, other, expected_judged) = results(folder), expected
+    assert [record["epoch"] for record in ours] == list(range(1, EPOCHS + 1))
+    for a, b in zip(ours, theirs):
+        for name in ("train_loss", "test_loss", "layer_loss"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, err_msg=name)
+        # An image on the boundary may fall to either side.
+        assert abs(a["test_accuracy"] - b["test_accuracy"]) <= 2.0
+    for name in ("params", "batch_stats"):
+        jax.tree.map(assert_close, state[name], other[name])
+        jax.tree.map(assert_close, judged[name], expected_judged[name])
+    key, expected_key = map(jax.random.key_data, (state["key"], other["key"]))
+    np.testing.assert_array_equal(key, expected_key)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    assert train.train_and_evaluate(dataclasses.replace(CONFIG, workdir=str(folder))) == 0
+    return results(folder)
+
+
+@pytest.mark.parametrize(("count", "devices", "on_device"), [(2, 2, "yes"), (3, 1, "no")])
+def test_several_processes_train_like_one(tmp_path, alone, count, devices, on_device):
+    folder = tmp_path / "run"
+    ended = launch(folder, count, devices=devices, data_on_device=on_device)
+    assert [status for status, _, _ in ended] == [0] * count, ended
+    assert_same_run(folder, alone)
+    # One process speaks for all.
+    assert f"{count} processes" in ended[0][1] and "done: 2 epochs" in ended[0][1]
+    for _, output, errors in ended[1:]:
+        assert "epoch" not in output and not errors
+
+
+def test_a_lost_process_ends_the_others_and_the_run_goes_on_with_fewer(tmp_path, alone):
+    folder = tmp_path / "run"
+    for count, who, number in (
+        (3, 1, signal.SIGKILL),
+        (2, 1, signal.SIGINT),
+        (2, 0, signal.SIGKILL),
+    ):
+        ended = launch(folder, count, step=3, number=int(number), who=who)
+        for index, (status, output, errors) in enumerate(ended):
+            if number == signal.SIGINT:
+                assert status == 130, ended
+                assert ("saved; resume with" in output) == (index == 0), output
+            elif index == who:
+                assert status == -signal.SIGKILL, errors
+            else:
+                assert status not in (0, -signal.SIGKILL), errors
+                last = errors.strip().splitlines()[-1]
+                assert last.startswith("error: ") and "to resume it" in last, errors
+                assert "Traceback" not in errors
+    assert len(run_folder.read_metrics(folder)) < EPOCHS
+    assert train.train_and_evaluate(dataclasses.replace(CONFIG, workdir=str(folder))) == 0
+    assert_same_run(folder, alone)
+
+
+def test_processes_that_do_not_fit_together_say_so(tmp_path):
+    ended = launch(tmp_path / "run", 2, each={1: {"seed": 7}})
+    assert "holds a run with another config (--seed 0 there, 7 here)" in ended[1][2]
+    ended = launch(tmp_path / "other", 2, each={1: {"workdir": str(tmp_path / "elsewhere")}})
+    assert "is not the folder that process 0 writes in" in ended[1][2]
+    assert all(status not in (0, None) for status, _, _ in ended)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"coordinator": "here:1"}, ["--num-processes", "--process-id"]),
+        ({"num_processes": 2}, ["--num-processes 2", "without --coordinator"]),
+        ({"process_id": 0}, ["--process-id 0", "without --coordinator"]),
+        ({"coordinator": "auto", "num_processes": 0}, ["--num-processes is 0", "at least 1"]),
+        ({"coordinator": "auto", "pipeline": 2}, ["--pipeline and --coordinator"]),
+        ({"coordinator": "auto", "kernels": "pallas"}, ["--kernels pallas", "--coordinator"]),
+        ({"coordinator": "auto", "remat": 8}, ["--remat 8", "--coordinator"]),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(changes, parts):
+    with pytest.raises(ValueError) as caught:
+        dataclasses.replace(CONFIG, **changes)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host",), "expected HOST:PORT"),
+        (("host:x", 2, 0), "expected HOST:PORT"),
+        (("host:70000", 2, 0), "expected HOST:PORT"),
+        (("host:1", 2), "give both"),
+        (("host:1", 0, 0), "at least 1"),
+        (("host:1", 2, 2), "expected 0 to 1"),
+        (("host:1", 2, -1), "expected 0 to 1"),
+    ],
+)
+def test_a_meeting_needs_sound_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message), processes.meet(*arguments):
+        pass
+
+
+def run_script(script):
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "arguments", "message"),
+    [
+        ("", '"auto"', "no cluster was found"),
+        ("", '"127.0.0.1:{taken}", 2, 0', "process 0 cannot listen at port {taken}"),
+        ("import jax; jax.devices()", '"127.0.0.1:{free}", 1, 0', "nothing has touched a device"),
+    ],
+)
+def test_a_meeting_that_cannot_be_is_explained(before, arguments, message):
+    with socket.create_server(("", 0)) as other:
+        ports = {"taken": other.getsockname()[1], "free": free_port()}
+        ended = run_script(
+            "from lls_jax import processes\n"
+            f"{before}\n"
+            "try:\n"
+            f"    with processes.meet({arguments.format(**ports)}, timeout=5): pass\n"
+            "except processes.ProcessesError as error:\n"
+            "    print(error)\n"
+        )
+    assert message.format(**ports) in ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [("os.abort()", -signal.SIGABRT, True), ("leave(3)", 3, False)],
+)
+def test_a_process_that_is_aborted_has_a_last_word(end, status, said):
+    script = "import os; from experiments import last_words; leave = last_words.prepare('lost')"
+    ended = run_script(f"{script}; print('here'); {end}")
+    assert ended.returncode == status
+    assert ended.stderr.endswith("lost\n") == said, ended.stderr
+    assert said or ended.stdout == "here\n"
+
+
+def test_one_process_is_first_agrees_with_itself_and_reads_all():
+    assert processes.is_first()
+    assert [processes.make_agreement(4)(number) for number in (0, 2, 15)] == [0, 2, 15]
+    assert processes.rows_of(processes.everywhere(), 12) == slice(0, 12)
+    tree = {"a": jax.numpy.arange(3.0), "key": jax.random.key(1)}
+    again = processes.own(processes.replicate(tree, processes.everywhere()))
+    np.testing.assert_array_equal(again["a"], tree["a"])
+    assert again["a"].unsafe_buffer_pointer() != tree["a"].unsafe_buffer_pointer()
