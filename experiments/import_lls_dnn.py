@@ -41,8 +41,8 @@ def import_lls_dnn(config: ImportConfig) -> int:
 
     from experiments import run_folder
     from experiments.optimizers import make
+    from experiments.positions import save_imported
     from experiments.setup import make_task
-    from experiments.train import save_imported
     from lls_jax import interop, torch_files
 
     folder = pathlib.Path(config.out)

@@ -5,7 +5,15 @@ from typing import Any
 
 import tqdm
 
+from lls_jax import processes
+
 Record = dict[str, Any]
+
+
+def say(*values: str, **options: Any) -> None:
+    """Print; of several processes one speaks for all."""
+    if processes.is_first():
+        print(*values, **options)
 
 
 class EpochBar:

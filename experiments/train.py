@@ -7,21 +7,21 @@ import functools
 import itertools
 import pathlib
 import shlex
-import signal
-import sys
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import judging, plots, progress, run_folder
+from experiments import judging, plots, positions, progress, run_folder
 from experiments import totals as totals_of
-from experiments.command_line import UserError
 from experiments.config import TrainConfig, option
-from experiments.setup import Run, Task, example_image, make_run
+from experiments.positions import Position
+from experiments.progress import say
+from experiments.setup import Run, make_run
+from experiments.signals import Signals
 from lls_jax import checkpoint, evaluation, processes, training
 from lls_jax.data import batches
 
@@ -37,73 +37,6 @@ _REDRAW_SECONDS = 10.0
 _NOT_FINITE = 1
 # Stands in for an epoch's number where batches are drawn for the statistics.
 _STATS_EPOCH = 2**31 - 1
-
-
-class Position(NamedTuple):
-    """Where a run is.
-
-    Attributes:
-        state: the training state; its step counts updates over all epochs.
-        totals: of the epoch that is under way.
-        epochs_done: epochs trained and judged.
-        seconds: spent training and judging so far, over all sessions.
-        epoch_seconds: of those, spent in the epoch that is under way.
-    """
-
-    state: training.TrainState
-    totals: totals_of.Totals
-    epochs_done: int
-    seconds: float
-    epoch_seconds: float
-
-
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(leaves).all()
-
-
-def _check_finite(run: Run, position: Position) -> None:
-    """Raise UserError, naming the layer, if a loss or a parameter is not a finite number."""
-    step = int(position.state.step)
-    *layer_losses, classifier_loss = np.asarray(position.totals.losses)
-    advice = (
-        "the last good checkpoint is untouched; try a lower --learning-rate in another --workdir."
-    )
-    for layer, loss in enumerate(layer_losses):
-        if not np.isfinite(loss):
-            raise UserError(
-                f"the loss of local layer L{layer + 1} is not finite by step {step}; {advice}"
-            )
-    if not np.isfinite(classifier_loss):
-        raise UserError(f"the classifier's loss is not finite by step {step}; {advice}")
-    for name, params in position.state.params.items():
-        if not _all_finite(params):
-            names = run.task.model.block_names
-            where = f"layer L{names.index(name) + 1}" if name in names else "the classifier"
-            raise UserError(f"a weight of {where} is not finite by step {step}; {advice}")
-
-
-class _Signals:
-    """Notes Ctrl-C and SIGTERM, so that the step under way can finish; a second ends at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def _note(self, number: int, frame: Any) -> None:
-        del frame
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        old = [signal.signal(number, self._note) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, old):
-                signal.signal(number, handler)
 
 
 def _evaluation_state(run: Run, state: training.TrainState, data_key: jax.Array) -> Any:
@@ -124,84 +57,6 @@ def _evaluation_state(run: Run, state: training.TrainState, data_key: jax.Array)
     judged = evaluation.evaluation_state(run.task.model, state, images())
     variables = {"params": judged.params, "batch_stats": judged.batch_stats}
     return variables if sharding is None else processes.own(variables)
-
-
-def _keys(config: TrainConfig) -> tuple[jax.Array, jax.Array]:
-    """Of the weights and dropout, and of the data."""
-    model_key, data_key = jax.random.split(jax.random.key(config.seed))
-    return model_key, data_key
-
-
-def _say(*values: str, **options: Any) -> None:
-    """Print; one process speaks for all."""
-    if processes.is_first():
-        print(*values, **options)
-
-
-def _start(config: TrainConfig, run: Run) -> Position:
-    model_key, _ = _keys(config)
-    task = run.task
-    state = training.create_train_state(
-        task.model, task.rule, run.tx, model_key, example_image(task.spec)
-    )
-    return Position(state, totals_of.empty(run.task.model, run.task.rule), 0, 0.0, 0.0)
-
-
-def _resume(manager: Any, folder: pathlib.Path, start: Position) -> Position | None:
-    """The newest checkpoint that can be read; damaged ones are reported and set aside."""
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-        {"state": start.state._asdict(), "totals": start.totals._asdict()},
-    )
-    for step in reversed(checkpoint.list_steps(manager)):
-        try:
-            restored, meta = checkpoint.restore_training(manager, step, abstract)
-        except checkpoint.CheckpointError as error:
-            aside = checkpoint.set_aside(run_folder.checkpoints(folder), step)
-            manager.reload()
-            _say(f"warning: {error}; set aside as {aside}, trying the one before", file=sys.stderr)
-            continue
-        return Position(
-            training.TrainState(**restored["state"]),
-            totals_of.Totals(**restored["totals"]),
-            meta["epochs_done"],
-            meta["seconds"],
-            meta["epoch_seconds"],
-        )
-    return None
-
-
-def _save(
-    manager: Any, config: TrainConfig, position: Position, judged: Any, accuracy: float | None
-) -> None:
-    checkpoint.save(
-        manager,
-        checkpoint.Checkpoint(
-            step=int(position.state.step),
-            training={
-                "state": position.state._asdict(),
-                "totals": position.totals._asdict(),
-            },
-            evaluation=judged,
-            meta={
-                "epochs_done": position.epochs_done,
-                "seconds": position.seconds,
-                "epoch_seconds": position.epoch_seconds,
-                "accuracy": accuracy,
-                "config": dataclasses.asdict(config),
-            },
-        ),
-    )
-
-
-def save_imported(
-    config: TrainConfig, folder: pathlib.Path, task: Task, state: training.TrainState
-) -> None:
-    """Write weights that come from elsewhere as a run's first checkpoint, from which it goes on."""
-    position = Position(state, totals_of.empty(task.model, task.rule), 0, 0.0, 0.0)
-    judged = {"params": state.params, "batch_stats": state.batch_stats}
-    with checkpoint.open_checkpoints(run_folder.checkpoints(folder)) as manager:
-        _save(manager, config, position, judged, None)
 
 
 def _record(run: Run, config: TrainConfig, position: Position, test: Any) -> dict[str, Any]:
@@ -248,7 +103,7 @@ def train_and_evaluate(config: TrainConfig) -> int:
         lls_jax.processes.ProcessesError: the processes could not meet, or one was lost.
     """
     folder = pathlib.Path(config.run_folder())
-    signals = _Signals()
+    signals = Signals()
     with contextlib.ExitStack() as stack:
         if config.coordinator is not None:
             stack.enter_context(
@@ -272,14 +127,14 @@ def train_and_evaluate(config: TrainConfig) -> int:
 
 
 def _train(
-    config: TrainConfig, run: Run, folder: pathlib.Path, manager: Any, signals: _Signals
+    config: TrainConfig, run: Run, folder: pathlib.Path, manager: Any, signals: Signals
 ) -> int:
-    start = _start(config, run)
-    position = _resume(manager, folder, start) or start
+    start = positions.begin(config, run)
+    position = positions.resume(manager, folder, start) or start
     records = run_folder.keep_metrics(folder, position.epochs_done) if processes.is_first() else []
     agree = processes.make_agreement()
     device = jax.local_devices()[0]
-    _say(
+    say(
         f"{config.rule} on {config.model}, {config.dataset}: {run.train.labels.shape[0]} training "
         f"and {run.test.labels.shape[0]} test images, {run.steps_per_epoch} steps an epoch, "
         f"{device.platform} ({device.device_kind}), {'many steps' if run.loop else 'one step'} a "
@@ -287,8 +142,8 @@ def _train(
         + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
     )
     if position is not start:
-        _say(f"resumed at step {int(position.state.step)}, epoch {position.epochs_done} done")
-    _, data_key = _keys(config)
+        say(f"resumed at step {int(position.state.step)}, epoch {position.epochs_done} done")
+    _, data_key = positions.keys(config)
     drawn = 0.0
     while position.epochs_done < config.epochs:
         position, stopped = _train_epoch(config, run, manager, position, data_key, signals)
@@ -325,8 +180,8 @@ def _train(
         position = position._replace(
             totals=totals_of.empty(run.task.model, run.task.rule), epoch_seconds=0.0
         )
-        _save(manager, config, position, judged, test.accuracy)
-        _say(progress.epoch_line(record, config.epochs), flush=True)
+        positions.save(manager, config, position, judged, test.accuracy)
+        say(progress.epoch_line(record, config.epochs), flush=True)
         finished = position.epochs_done == config.epochs
         stopped = agree(signals.received or 0)
         if stopped and not finished:
@@ -351,7 +206,7 @@ def _train(
 
 def _stopped(config: TrainConfig, position: Position, number: int) -> int:
     """Say how to go on after a signal of that number; returns the exit status."""
-    _say(
+    say(
         f"stopped at step {int(position.state.step)}, saved; resume with"
         f"{'' if config.process_id is None else ', each process with its own --process-id'}:\n"
         f"  {resume_command(config)}"
@@ -365,7 +220,7 @@ def _train_epoch(
     manager: Any,
     position: Position,
     data_key: jax.Array,
-    signals: _Signals,
+    signals: Signals,
 ) -> tuple[Position, int]:
     """The rest of an epoch: ``(position, signal)``; stopped inside it by a signal, it is saved."""
     step = int(position.state.step)
@@ -432,17 +287,19 @@ def _train_epoch(
             is_due = config.checkpoint_every and step % config.checkpoint_every == 0
             if is_due and step < end:
                 reached = here()
-                _check_finite(run, reached)
-                _save(
+                positions.check_finite(run, reached)
+                positions.save(
                     manager, config, reached, _evaluation_state(run, reached.state, data_key), None
                 )
     finally:
         bar.close()
         stream.close()
     reached = here()
-    _check_finite(run, reached)
+    positions.check_finite(run, reached)
     if step == end:
         return reached, 0
     if step not in checkpoint.list_steps(manager):
-        _save(manager, config, reached, _evaluation_state(run, reached.state, data_key), None)
+        positions.save(
+            manager, config, reached, _evaluation_state(run, reached.state, data_key), None
+        )
     return reached, stopped

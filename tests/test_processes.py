@@ -54,6 +54,17 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def slurm_job():
+    """A job's number from which JAX takes a port that is free."""
+    for number in range(os.getpid(), os.getpid() + 100):
+        try:
+            socket.create_server(("", number % 2**12 + 2**16 - 2**12)).close()
+        except OSError:
+            continue
+        return str(number)
+    raise AssertionError("no port is free")
+
+
 def options(config):
     default, result = TrainConfig(dataset="digits"), []
     for field in dataclasses.fields(config):
@@ -63,9 +74,11 @@ def options(config):
     return [*result, "--no-progress"]
 
 
-def launch(folder, count, step=0, number=0, who=0, each=None, devices=1, **changes):
+def launch(folder, count, step=0, number=0, who=0, each=None, devices=1, slurm=False, **changes):
     """Run the command in that many processes; ``[(status, output, errors)]``."""
-    changes = {"workdir": str(folder), "coordinator": f"127.0.0.1:{free_port()}", **changes}
+    coordinator = "auto" if slurm else f"127.0.0.1:{free_port()}"
+    changes = {"workdir": str(folder), "coordinator": coordinator, **changes}
+    job = slurm_job() if slurm else None
     environment = {
         **os.environ,
         # Set already: the command does not start itself again.
@@ -76,8 +89,15 @@ def launch(folder, count, step=0, number=0, who=0, each=None, devices=1, **chang
     }  # fmt: skip
     started = []
     for index in range(count):
-        own = {**changes, "process_id": index, **(each or {}).get(index, {})}
-        config = dataclasses.replace(CONFIG, num_processes=count, **own)
+        place = {"num_processes": count, "process_id": index}
+        if slurm:
+            place = {}
+            environment |= {
+                "SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "127.0.0.1",
+                "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": str(count),
+                "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index),
+            }  # fmt: skip
+        config = dataclasses.replace(CONFIG, **{**place, **changes, **(each or {}).get(index, {})})
         command = [sys.executable, "-c", SCRIPT, *map(str, (step, number, who)), *options(config)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
@@ -134,10 +154,12 @@ def alone(tmp_path_factory):
     return results(folder)
 
 
-@pytest.mark.parametrize(("count", "devices", "on_device"), [(2, 2, "yes"), (3, 1, "no")])
-def test_several_processes_train_like_one(tmp_path, alone, count, devices, on_device):
+@pytest.mark.parametrize(
+    ("count", "devices", "slurm", "on_device"), [(2, 2, False, "yes"), (3, 1, True, "no")]
+)
+def test_several_processes_train_like_one(tmp_path, alone, count, devices, slurm, on_device):
     folder = tmp_path / "run"
-    ended = launch(folder, count, devices=devices, data_on_device=on_device)
+    ended = launch(folder, count, devices=devices, slurm=slurm, data_on_device=on_device)
     assert [status for status, _, _ in ended] == [0] * count, ended
     assert_same_run(folder, alone)
     # One process speaks for all.

@@ -1,0 +1,33 @@
+"""Ctrl-C and SIGTERM that let the step under way finish."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+
+class Signals:
+    """Notes Ctrl-C and SIGTERM, so that the step under way can finish; a second ends at once.
+
+    Attributes:
+        received: the number of the signal that came last; None before.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def _note(self, number: int, frame: Any) -> None:
+        del frame
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note them meanwhile, instead of what they did before."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        old = [signal.signal(number, self._note) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, old):
+                signal.signal(number, handler)
