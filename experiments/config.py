@@ -5,7 +5,10 @@ from typing import Any
 
 from simple_parsing import field, flag
 
-OPTIMIZERS = ("schedule_free_adamw", "schedule_free_sgd", "adamw", "adam", "sgd")
+OPTIMIZERS = (
+    *("schedule_free_adamw", "optax_schedule_free_adamw", "schedule_free_sgd"),
+    *("adamw", "adam", "sgd"),
+)
 SCHEDULES = ("constant", "multistep", "plateau")
 PRECISIONS = ("float32", "bfloat16")
 LOOPS = ("auto", "dispatch", "scan")
@@ -49,7 +52,8 @@ class TrainConfig:
     learning_rate: float = 5e-3
     """Step size of the optimizer."""
     optimizer: str = "schedule_free_adamw"
-    """schedule_free_adamw, schedule_free_sgd, adamw, adam, or sgd (with --momentum)."""
+    """schedule_free_adamw: the published one; optax_schedule_free_adamw, whose average weighs the
+    first steps like all others; schedule_free_sgd, adamw, adam, or sgd (with --momentum)."""
     momentum: float = 0.9
     """Momentum of sgd, and the averaging weight b1 of the schedule-free optimizers."""
     weight_decay: float = 0.0

@@ -1,10 +1,12 @@
-"""Optimizers from a config, all of them optax's."""
+"""Optimizers from a config: the published one, and optax's."""
 
+import math
 from collections.abc import Callable
 
 import optax
 
 from experiments.config import TrainConfig
+from lls_jax.optimizers import schedule_free_adamw
 
 _DROP = 0.1
 _MILESTONES = (0.5, 0.75)
@@ -20,11 +22,16 @@ def make(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformat
     """
     rate: float | optax.Schedule = config.learning_rate
     if config.schedule == "multistep":
-        drops = {int(part * config.epochs) * steps_per_epoch: _DROP for part in _MILESTONES}
+        steps = config.epochs * steps_per_epoch
+        # Rounded up: a run of one step has its whole rate.
+        drops = {math.ceil(part * steps): _DROP for part in _MILESTONES}
         rate = optax.piecewise_constant_schedule(config.learning_rate, drops)
     decay = config.weight_decay
     makers: dict[str, Callable[[], optax.GradientTransformation]] = {
-        "schedule_free_adamw": lambda: optax.contrib.schedule_free_adamw(
+        "schedule_free_adamw": lambda: schedule_free_adamw(
+            rate, b1=config.momentum, weight_decay=decay
+        ),
+        "optax_schedule_free_adamw": lambda: optax.contrib.schedule_free_adamw(
             rate, b1=config.momentum, weight_decay=decay
         ),
         "schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(

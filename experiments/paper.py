@@ -16,6 +16,11 @@ from simple_parsing import field, flag
 from experiments.command_line import UserError, parse, run, use_huge_pages
 from experiments.config import TrainConfig
 
+RULES = (
+    *("lls", "lls_m", "lls_mxm", "lls_mxm_reduced", "lls_random", "lls_m_random"),
+    *("lls_mxm_random", "local_classifier", "predsim", "contrastive", "decoupled"),
+    *("dfa", "drtp", "bp"),
+)
 # The recipes' augmentation, by data set: of 100 epochs of a SmallConv, and of 300 of VGG8.
 _BASIC = {"mnist": "crop", "fashion_mnist": "flip_crop", "cifar10": "flip", "imagenette": "flip"}
 _AUGMENTED = {
@@ -68,15 +73,23 @@ def _table_3() -> Iterator[Entry]:
             yield Entry(dataset, "vgg8", rule, "square", 300, _AUGMENTED[dataset])
 
 
-TABLES = {1: _table_1, 2: _table_2, 3: _table_3}
+def _every_rule() -> Iterator[Entry]:
+    """Every rule on the smallest model: of the README, not of the paper."""
+    for rule in RULES:
+        yield Entry("cifar10", "small_conv", rule, "square", 100, "flip")
+    yield Entry("fashion_mnist", "small_conv", "lls_mxm", "square", 100, "flip_crop")
+
+
+TABLES = {"1": _table_1, "2": _table_2, "3": _table_3, "rules": _every_rule}
 
 
 @dataclasses.dataclass(frozen=True)
 class PaperConfig:
     """Run the experiments of one of the paper's tables."""
 
-    table: int
-    """1: waveforms; 2: against feedback alignment; 3: modulations."""
+    table: str
+    """1: waveforms; 2: against feedback alignment; 3: modulations; rules: every rule on
+    SmallConv."""
     workdir: str
     """Folder of all runs, and of the table."""
     only: list[str] = field(default_factory=list)
@@ -99,7 +112,7 @@ class PaperConfig:
     def __post_init__(self) -> None:
         """Raise ValueError, naming option and value, for what cannot be."""
         if self.table not in TABLES:
-            raise ValueError(f"--table is {self.table}; expected one of 1, 2, 3.")
+            raise ValueError(f"--table is {self.table}; expected one of {', '.join(TABLES)}.")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"--epochs is {self.epochs}; it must be at least 1.")
         if not self.seeds or min(self.seeds) < 0:

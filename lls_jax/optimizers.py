@@ -1,0 +1,122 @@
+"""The published optimizer: schedule-free AdamW, as the runs of LLS were made with it."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def schedule_free_adamw(
+    learning_rate: optax.ScalarOrSchedule = 5e-3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Schedule-free AdamW, exactly as its authors' own implementation computes it.
+
+    Gradients ``g`` are taken at ``y``, the parameters. In step k = 1, 2, ...::
+
+        lr_k = learning_rate * sqrt(1 - b2^k)
+        v    = b2 v + (1 - b2) g^2
+        g'   = g / (sqrt(v) + eps) + weight_decay * y
+        w_k  = (largest lr so far)^2,    c_k = w_k / (w_1 + ... + w_k)
+        y    = (1 - c_k) y + c_k z + lr_k (b1 (1 - c_k) - 1) g'
+        z    = z - lr_k g'
+
+    with the `z` before the step in both. The weights to judge are their average,
+    ``x = y + (1 - 1 / b1) (z - y)``: :func:`lls_jax.evaluation.evaluation_state` finds it in a
+    training state, ``optax.contrib.schedule_free_eval_params`` in this transformation's own state.
+
+    ``optax.contrib.schedule_free_adamw`` is another algorithm: there the bias of `v` is corrected
+    inside the gradient and not in the step size, so that the average weighs the first few
+    thousand steps, which are far from good, like all others.
+
+    Args:
+        learning_rate: step size, or a function of the number of updates done that gives it.
+        b1: share of the average in the point at which gradients are taken, in (0, 1).
+        b2: decay of the mean of squared gradients, in [0, 1), a step.
+        eps: added to the root of that mean.
+        weight_decay: decoupled decay, times the step size a step; at least 0.
+
+    Returns:
+        An optax transformation, whose `update` needs the parameters. Its state takes as much memory
+        as two copies of them.
+
+    Raises:
+        ValueError: a value is out of its range.
+
+    References:
+        Defazio, Yang, Mehta, Mishchenko, Khaled, Cutkosky, "The Road Less Scheduled",
+        https://arxiv.org/abs/2405.15682, algorithm 1.
+
+    >>> tx = schedule_free_adamw(learning_rate=0.1)
+    >>> params = jnp.array([1.0, -1.0])
+    >>> updates, state = tx.update(jnp.array([0.5, 2.0]), tx.init(params), params)
+    >>> optax.apply_updates(params, updates)
+    Array([ 0.9, -1.1], dtype=float32)
+    """
+    if not 0 < b1 < 1:
+        raise ValueError(f"`b1` is {b1}; it must lie in (0, 1).")
+    if not 0 <= b2 < 1:
+        raise ValueError(f"`b2` is {b2}; it must lie in [0, 1).")
+    if not weight_decay >= 0:
+        raise ValueError(f"`weight_decay` is {weight_decay}; it must be at least 0.")
+
+    def init(params: optax.Params) -> optax.contrib.ScheduleFreeState:
+        return optax.contrib.ScheduleFreeState(
+            b1=jnp.float32(b1),
+            weight_sum=jnp.float32(0.0),
+            step_count=jnp.int32(1),
+            max_lr=jnp.float32(0.0),
+            base_optimizer_state=jax.tree.map(jnp.zeros_like, params),
+            # A copy, so that a step may donate both.
+            z=jax.tree.map(jnp.copy, params),
+        )
+
+    def bias_correction(step: jax.Array) -> jax.Array:
+        if not b2:
+            return jnp.float32(1.0)
+        # 1 - b2^k loses half its digits in float32 where b2 is near 1; this loses none.
+        return jnp.sqrt(-jnp.expm1(step.astype(jnp.float32) * math.log(b2)))
+
+    def update(
+        grads: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.contrib.ScheduleFreeState]:
+        if params is None:
+            raise ValueError("`params` is None; schedule_free_adamw needs the parameters.")
+        rate = learning_rate(state.step_count - 1) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(rate, jnp.float32) * bias_correction(state.step_count)
+        max_lr = jnp.maximum(state.max_lr, rate)
+        weight = jnp.square(max_lr)
+        weight_sum = state.weight_sum + weight
+        # Without a single positive rate so far nothing has moved, and there is nothing to average.
+        share = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1.0), 0.0)
+        # The update takes two factors, whose rounding in float32 is that of the parameters.
+        slope = rate * (b1 * (1.0 - share) - 1.0)
+
+        def mean_square(g: jax.Array, v: jax.Array) -> jax.Array:
+            return b2 * v + (1.0 - b2) * jnp.square(g)
+
+        def direction(g: jax.Array, v: jax.Array, y: jax.Array) -> jax.Array:
+            return g / (jnp.sqrt(v) + eps) + weight_decay * y
+
+        v = jax.tree.map(mean_square, grads, state.base_optimizer_state)
+        directions = jax.tree.map(direction, grads, v, params)
+        updates = jax.tree.map(
+            lambda d, y, z: share.astype(y.dtype) * (z - y) + slope.astype(y.dtype) * d,
+            *(directions, params, state.z),
+        )
+        z = jax.tree.map(lambda d, z: z - rate.astype(z.dtype) * d, directions, state.z)
+        return updates, optax.contrib.ScheduleFreeState(
+            b1=state.b1,
+            weight_sum=weight_sum,
+            step_count=optax.safe_increment(state.step_count),
+            max_lr=max_lr,
+            base_optimizer_state=v,
+            z=z,
+        )
+
+    return optax.GradientTransformation(init, update)
