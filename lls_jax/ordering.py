@@ -40,14 +40,15 @@ def wait_for(token: jax.Array, tree: Any) -> Any:
     return jax.tree.map(waiting, tree)
 
 
-def slice_after(token: jax.Array, x: jax.Array, start: int, size: int) -> jax.Array:
-    """``x[start : start + size]``, but not before `token` is known.
+def slice_after(token: jax.Array, x: jax.Array, start: int, size: int, axis: int = 0) -> jax.Array:
+    """``x[start : start + size]``, along any axis, but not before `token` is known.
 
     Args:
         token: from :func:`token_of`; what is cut is of no use if it is none (NaN).
-        x: ``[batch, ...]``.
+        x: any array.
         start: first index.
         size: length.
+        axis: that is cut.
     """
     first = start + jnp.isnan(token).astype(jnp.int32)
-    return jax.lax.dynamic_slice_in_dim(x, first, size)
+    return jax.lax.dynamic_slice_in_dim(x, first, size, axis)

@@ -1,0 +1,53 @@
+"""Convolutions, forward and back, against loops over taps in float64."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lls_jax.convolution import convolve_3x3
+
+
+def oracle(x, kernel, dy, stride):
+    """The output, and the gradients of its product with `dy`."""
+    _, rows, columns, _ = dy.shape
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y, d_padded, d_kernel = np.zeros(dy.shape), np.zeros(padded.shape), np.zeros(kernel.shape)
+    for i, j in itertools.product(range(3), range(3)):
+        at = np.s_[
+            :, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride
+        ]
+        y += padded[at] @ kernel[i, j]
+        d_padded[at] += dy @ kernel[i, j].T
+        d_kernel[i, j] = np.einsum("bhwc,bhwk->ck", padded[at], dy)
+    return y, d_padded[:, 1:-1, 1:-1], d_kernel
+
+
+# On a CPU: gathered windows and a product, a product for each row of the kernel, one for each tap.
+@pytest.mark.parametrize("channels", [3, 8, 70])
+@pytest.mark.parametrize(("stride", "size"), [(1, (5, 6)), (2, (6, 5))])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_equals_loops_over_taps(channels, stride, size, dtype):
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    out = tuple(-(-side // stride) for side in size)
+    x, kernel, dy = (
+        jnp.asarray(rng.normal(size=shape), dtype)
+        for shape in ((2, *size, channels), (3, 3, channels, 4), (2, *out, 4))
+    )
+
+    @jax.jit
+    def both(x, kernel, dy):
+        y, pullback = jax.vjp(lambda x, k: convolve_3x3(x, k, stride), x, kernel)
+        return y, *pullback(dy)
+
+    wide = (np.asarray(value, np.float64) for value in (x, kernel, dy))
+    # Of the sums' longest, and of the result's own rounding.
+    terms = max(9 * channels, 2 * out[0] * out[1])
+    tolerance = (1e-6 if dtype == jnp.float32 else 2e-2) * np.sqrt(terms) * 4
+    for ours, expected in zip(both(x, kernel, dy), oracle(*wide, stride), strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(np.asarray(ours, np.float64), expected, atol=tolerance)
