@@ -14,6 +14,7 @@ from simple_parsing.wrappers.field_wrapper import DashVariant
 
 from experiments import last_words
 from experiments.config import TrainConfig
+from experiments.presets import PRESETS
 
 Config = TypeVar("Config")
 
@@ -143,16 +144,29 @@ def use_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def train_command(default: TrainConfig, description: str) -> None:
-    """The command of a preset: parse, then train.
+def parse_training(
+    dataset: str, description: str, arguments: Sequence[str] | None = None
+) -> TrainConfig:
+    """A training run's config from the command line of its data set.
 
     Args:
-        default: the preset.
+        dataset: of :data:`experiments.presets.PRESETS`.
+        description: what ``--help`` says first.
+        arguments: the command line; None for ``sys.argv``.
+    """
+    parsed = parse(TrainConfig, dataset, description, arguments, default=PRESETS[dataset])
+    # Not an option: the command decides it.
+    return dataclasses.replace(parsed, dataset=dataset)
+
+
+def train_command(dataset: str, description: str) -> None:
+    """The command of a data set: parse, then train.
+
+    Args:
+        dataset: of :data:`experiments.presets.PRESETS`.
         description: what ``--help`` says first.
     """
-    parsed = parse(TrainConfig, default.dataset, description, default=default)
-    # Not an option: the preset decides it.
-    config = dataclasses.replace(parsed, dataset=default.dataset)
+    config = parse_training(dataset, description)
     use_huge_pages()
 
     leave: Callable[[int], NoReturn] = sys.exit

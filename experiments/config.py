@@ -5,15 +5,20 @@ from typing import Any
 
 from simple_parsing import field, flag
 
-OPTIMIZERS = (
-    *("schedule_free_adamw", "optax_schedule_free_adamw", "schedule_free_sgd"),
-    *("adamw", "adam", "sgd"),
-)
 SCHEDULES = ("constant", "multistep", "plateau")
 PRECISIONS = ("float32", "bfloat16")
 LOOPS = ("auto", "dispatch", "scan")
 ON_DEVICE = ("auto", "yes", "no")
 KERNELS = ("auto", "xla", "pallas", "triton")
+
+# Averages of the weights take the place of a falling learning rate.
+AVERAGING = ("schedule_free_adamw", "optax_schedule_free_adamw", "schedule_free_sgd")
+OPTIMIZERS = (*AVERAGING, "adamw", "adam", "sgd")
+# Schedules that spread over all epochs: another number of them is another run from the start.
+SPREADING = ("multistep",)
+# Of what a run folder's config means. 2: schedule_free_adamw is the published optimizer, and not
+# optax's; multistep counts steps, not whole epochs.
+FORMAT = 2
 
 # What may differ when a run is resumed: where things lie and what is shown, never the numbers.
 NOT_COMPARED = (
@@ -25,6 +30,7 @@ NOT_COMPARED = (
     "workdir",
     "progress",
     "checkpoint_every",
+    "eval_batch_size",
 )
 
 
@@ -66,12 +72,13 @@ class TrainConfig:
     """Rows of the basis of lls_mxm_reduced [default: the model's published number]."""
     feedback_sign: bool = flag(default=False, negative_prefix="--no-")
     """dfa feeds back the sign of the output's error alone."""
-    waveform: str = "square"
-    """Of the periodic basis: square or cosine."""
-    temperature: float = 0.5
-    """Divides the logits of the local losses."""
-    label_smoothing: float = 0.0
-    """Share of a local loss's target that is spread evenly over the classes, in [0, 1)."""
+    waveform: str | None = None
+    """Of the periodic basis: square or cosine [default: the rule's own, square]."""
+    temperature: float | None = None
+    """Divides the logits of the local losses [default: the rule's own; 0.5, contrastive 0.1]."""
+    label_smoothing: float | None = None
+    """Share of a local loss's target that is spread evenly over the classes, in [0, 1) [default:
+    the rule's own, 0]."""
     dropout: float = 0.0
     """Rate of the dropout after each pooling between blocks, in [0, 1)."""
     augmentation: str = "flip"
@@ -176,7 +183,7 @@ class TrainConfig:
             raise ValueError(f"--pipeline and {sharing} do not go together; choose one.")
         if self.stages is not None and self.pipeline is None:
             raise ValueError("--stages is given without --pipeline; give the number of devices.")
-        if self.schedule == "plateau" and self.optimizer.startswith("schedule_free"):
+        if self.schedule == "plateau" and self.optimizer in AVERAGING:
             raise ValueError(
                 f"--schedule plateau does not go with --optimizer {self.optimizer}, which averages "
                 "the weights instead; use --schedule constant, or another optimizer."
@@ -239,3 +246,18 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     if unknown := sorted(set(values) - known):
         raise ValueError(f"unknown fields {', '.join(unknown)}")
     return TrainConfig(**values)
+
+
+def may_go_on(stored: TrainConfig, config: TrainConfig, name: str) -> bool:
+    """Whether a run may go on with another value of an option: what was trained is the same.
+
+    Args:
+        stored: of the run so far.
+        config: of its continuation.
+        name: of a field.
+    """
+    if name in NOT_COMPARED or getattr(stored, name) == getattr(config, name):
+        return True
+    # A run can be extended.
+    is_longer = name == "epochs" and config.epochs > stored.epochs
+    return is_longer and config.schedule not in SPREADING

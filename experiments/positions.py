@@ -15,7 +15,11 @@ from experiments.command_line import UserError
 from experiments.config import TrainConfig
 from experiments.progress import say
 from experiments.setup import Run, Task, example_image
-from lls_jax import checkpoint, training
+from lls_jax import checkpoint, processes, training
+
+
+class DivergedError(UserError):
+    """A loss or a weight is not a finite number; the message names it, and the step."""
 
 
 class Position(NamedTuple):
@@ -43,7 +47,7 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def check_finite(run: Run, position: Position) -> None:
-    """Raise UserError, naming the layer, if a loss or a parameter is not a finite number."""
+    """Raise DivergedError, naming the layer, if a loss or a parameter is not a finite number."""
     step = int(position.state.step)
     *layer_losses, classifier_loss = np.asarray(position.totals.losses)
     advice = (
@@ -51,16 +55,16 @@ def check_finite(run: Run, position: Position) -> None:
     )
     for layer, loss in enumerate(layer_losses):
         if not np.isfinite(loss):
-            raise UserError(
+            raise DivergedError(
                 f"the loss of local layer L{layer + 1} is not finite by step {step}; {advice}"
             )
     if not np.isfinite(classifier_loss):
-        raise UserError(f"the classifier's loss is not finite by step {step}; {advice}")
+        raise DivergedError(f"the classifier's loss is not finite by step {step}; {advice}")
     for name, params in position.state.params.items():
         if not _all_finite(params):
             names = run.task.model.block_names
             where = f"layer L{names.index(name) + 1}" if name in names else "the classifier"
-            raise UserError(f"a weight of {where} is not finite by step {step}; {advice}")
+            raise DivergedError(f"a weight of {where} is not finite by step {step}; {advice}")
 
 
 def keys(config: TrainConfig) -> tuple[jax.Array, jax.Array]:
@@ -80,19 +84,44 @@ def begin(config: TrainConfig, run: Run) -> Position:
 
 
 def resume(manager: Any, folder: pathlib.Path, start: Position) -> Position | None:
-    """The newest checkpoint that can be read; damaged ones are reported and set aside."""
+    """The newest checkpoint that is whole; damaged ones after it are reported and set aside.
+
+    Args:
+        manager: from :func:`lls_jax.checkpoint.open_checkpoints`.
+        folder: of the run.
+        start: the run's start, for the structure of what it trains.
+
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        UserError: every checkpoint is damaged, or one is of another structure; nothing was moved.
+    """
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
         {"state": start.state._asdict(), "totals": start.totals._asdict()},
     )
+    agree = processes.make_agreement()
+    damaged: dict[int, str] = {}
     for step in reversed(checkpoint.list_steps(manager)):
         try:
             restored, meta = checkpoint.restore_training(manager, step, abstract)
-        except checkpoint.CheckpointError as error:
-            aside = checkpoint.set_aside(run_folder.checkpoints(folder), step)
-            manager.reload()
-            say(f"warning: {error}; set aside as {aside}, trying the one before", file=sys.stderr)
+            problem = ""
+        except checkpoint.DamagedError as error:
+            problem = str(error)
+        except checkpoint.StructureError as error:
+            raise UserError(
+                f"{error}: the rule, the model or the optimizer's library has changed since; go on "
+                f"with what {folder} was trained with, or give another --workdir."
+            ) from error
+        # What one process cannot read none may use.
+        if agree(int(bool(problem))):
+            damaged[step] = problem or f"checkpoint {step} is damaged where another process reads"
             continue
+        for bad, reason in damaged.items():
+            aside = checkpoint.set_aside(run_folder.checkpoints(folder), bad)
+            manager.reload()
+            say(f"warning: {reason}; set aside as {aside}, trying the one before", file=sys.stderr)
         return Position(
             training.TrainState(**restored["state"]),
             totals_of.Totals(**restored["totals"]),
@@ -100,7 +129,33 @@ def resume(manager: Any, folder: pathlib.Path, start: Position) -> Position | No
             meta["seconds"],
             meta["epoch_seconds"],
         )
+    if damaged:
+        raise UserError(
+            f"every checkpoint in {run_folder.checkpoints(folder)} is damaged "
+            f"({'; '.join(damaged.values())}); nothing was changed. Bring one back, or give "
+            "another --workdir to train anew."
+        )
     return None
+
+
+def records_until(folder: pathlib.Path, epochs_done: int, resumed: bool) -> list[dict[str, Any]]:
+    """The records of a run that its position has, without those that it is about to repeat.
+
+    Args:
+        folder: of the run.
+        epochs_done: at the position.
+        resumed: whether the position is a checkpoint's, and not the run's start.
+
+    Raises:
+        UserError: the run has more records than one that was killed before its first checkpoint.
+    """
+    records = run_folder.read_metrics(folder)
+    if not resumed and len(records) > 1:
+        raise UserError(
+            f"{folder} has the records of {len(records)} epochs, but no checkpoint to go on from; "
+            "bring one back, or give another --workdir to train anew."
+        )
+    return [record for record in records if record["epoch"] <= epochs_done]
 
 
 def save(

@@ -1,5 +1,6 @@
 """A run's folder: its config, its environment, its metrics, and who may write there."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -9,12 +10,11 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
 from experiments.command_line import UserError
-from experiments.config import NOT_COMPARED, TrainConfig, from_dict, option
+from experiments.config import FORMAT, SPREADING, TrainConfig, from_dict, may_go_on, option
 
 Record = dict[str, Any]
 
@@ -49,16 +49,20 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
-@contextmanager
+@contextlib.contextmanager
 def claim(folder: pathlib.Path) -> Iterator[None]:
     """Make a run's folder and keep other processes from training in it.
+
+    A folder in which nothing was begun when this ends is taken away again.
 
     Raises:
         UserError: it cannot be written, or another process trains in it.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = path.open("w")
     except OSError as error:
         raise UserError(
             f"run folder {folder} cannot be written ({error.strerror}); give another --workdir."
@@ -66,15 +70,27 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one who had it before may have taken it away meanwhile.
+            is_ours = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
         except BlockingIOError:
+            is_ours = False
+        if not is_ours:
             raise UserError(
                 f"another process is training in {folder}; wait for it, or give another --workdir."
-            ) from None
-        yield
+            )
+        try:
+            yield
+        finally:
+            if [child.name for child in folder.iterdir()] == [path.name]:
+                path.unlink()
+                # A parent may hold another run by now.
+                with contextlib.suppress(OSError):
+                    for empty in made:
+                        empty.rmdir()
 
 
-def read_config(folder: pathlib.Path) -> TrainConfig:
-    """The config of a run.
+def _read(folder: pathlib.Path) -> tuple[TrainConfig, int]:
+    """The config of a run, and the format that it was written in.
 
     Raises:
         UserError: there is no run in this folder, or its config cannot be read.
@@ -85,20 +101,41 @@ def read_config(folder: pathlib.Path) -> TrainConfig:
             f"{folder} holds no run (it has no config.json); give the --workdir of a training run."
         )
     try:
-        return from_dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        values = json.loads(path.read_text())
+        written = values.pop("format", 1)
+        if written > FORMAT:
+            raise ValueError(f"it has format {written}, and this version knows {FORMAT}")
+        if written == 1:
+            # These meant the rule's own, which it has whatever it is.
+            own = {"waveform": "square", "temperature": 0.5, "label_smoothing": 0.0}
+            values |= {name: None for name, value in own.items() if values.get(name) == value}
+        return from_dict(values), written
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a config of this version: {error}.") from error
 
 
+def read_config(folder: pathlib.Path) -> TrainConfig:
+    """The config of a run, of this version or an earlier one.
+
+    Raises:
+        UserError: there is no run in this folder, or its config cannot be read.
+    """
+    return _read(folder)[0]
+
+
 def write_config(folder: pathlib.Path, config: TrainConfig) -> None:
-    """Write a new run's config; an old one's stays as it was."""
-    path = folder / "config.json"
-    if not path.exists():
-        write_atomically(path, to_json(dataclasses.asdict(config)))
+    """Write a new run's config; of an old one's only the number of epochs may grow."""
+    if (folder / "config.json").exists():
+        stored = read_config(folder)
+        if config.epochs <= stored.epochs:
+            return
+        config = dataclasses.replace(stored, epochs=config.epochs)
+    text = to_json({"format": FORMAT, **dataclasses.asdict(config)})
+    write_atomically(folder / "config.json", text)
 
 
 def check_config(folder: pathlib.Path, config: TrainConfig, *, must_exist: bool = False) -> None:
-    """Check that a run that lies in a folder already has the same config.
+    """Check that a run that lies in a folder already can go on with a config.
 
     Args:
         folder: of the run.
@@ -107,7 +144,7 @@ def check_config(folder: pathlib.Path, config: TrainConfig, *, must_exist: bool 
 
     Raises:
         UserError: the folder holds a run with another config, and the message names what differs;
-            or it holds none, and must.
+            a run of an earlier version, with another optimizer; or it holds none, and must.
     """
     if not (folder / "config.json").exists():
         if must_exist:
@@ -116,18 +153,25 @@ def check_config(folder: pathlib.Path, config: TrainConfig, *, must_exist: bool 
                 "system that all processes share."
             )
         return
-    stored = read_config(folder)
+    stored, written = _read(folder)
+    if written < FORMAT:
+        raise UserError(
+            f"{folder} was written by an earlier version, whose schedule_free_adamw was optax's "
+            "and not the published optimizer, so that it cannot go on as it was; give another "
+            "--workdir to train anew (evaluate and compare still read this one)."
+        )
     differing = [
         f"{option(field.name)} {getattr(stored, field.name)} there, "
         f"{getattr(config, field.name)} here"
         for field in dataclasses.fields(config)
-        if field.name not in NOT_COMPARED
-        and getattr(stored, field.name) != getattr(config, field.name)
+        if not may_go_on(stored, config, field.name)
     ]
     if differing:
+        spread = stored.epochs != config.epochs and config.schedule in SPREADING
+        because = f"; --schedule {config.schedule} depends on --epochs" if spread else ""
         raise UserError(
-            f"{folder} holds a run with another config ({'; '.join(differing)}); give the same "
-            "options to resume it, or another --workdir for a new run."
+            f"{folder} holds a run with another config ({'; '.join(differing)}{because}); give the "
+            "same options to resume it, or another --workdir for a new run."
         )
 
 
@@ -198,12 +242,9 @@ def append_metrics(folder: pathlib.Path, record: Record) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def keep_metrics(folder: pathlib.Path, epochs: int) -> list[Record]:
-    """Drop the records of epochs that a resumed run is about to repeat; returns the others."""
-    records = read_metrics(folder)
-    kept = [record for record in records if record["epoch"] <= epochs]
-    text = "".join(json.dumps(record) + "\n" for record in kept)
+def keep_metrics(folder: pathlib.Path, records: list[Record]) -> None:
+    """Keep these records of a run, and drop the others, which it is about to repeat."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
     path = folder / "metrics.jsonl"
     if path.exists() and path.read_text() != text:
         write_atomically(path, text)
-    return kept

@@ -19,6 +19,7 @@ from experiments import judging, plots, positions, progress, run_folder
 from experiments import totals as totals_of
 from experiments.config import TrainConfig, option
 from experiments.positions import Position
+from experiments.presets import PRESETS
 from experiments.progress import say
 from experiments.setup import Run, make_run
 from experiments.signals import Signals
@@ -78,15 +79,18 @@ def _record(run: Run, config: TrainConfig, position: Position, test: Any) -> dic
 
 def resume_command(config: TrainConfig) -> str:
     """The command that goes on with a run."""
-    default = TrainConfig(dataset=config.dataset)
+    default = PRESETS[config.dataset]
     arguments = ["python", "-m", f"experiments.{config.dataset}"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in ("dataset", "progress"):
+        is_default = value == getattr(default, field.name) and field.name != "rule"
+        if field.name == "dataset" or is_default:
             continue
-        if value != getattr(default, field.name) or field.name == "rule":
+        if isinstance(value, bool):
+            arguments.append(option(field.name if value else f"no_{field.name}"))
+        else:
             arguments += [option(field.name), str(value)]
-    return shlex.join(arguments) + ("" if config.progress else " --no-progress")
+    return shlex.join(arguments)
 
 
 def train_and_evaluate(config: TrainConfig) -> int:
@@ -131,7 +135,9 @@ def _train(
 ) -> int:
     start = positions.begin(config, run)
     position = positions.resume(manager, folder, start) or start
-    records = run_folder.keep_metrics(folder, position.epochs_done) if processes.is_first() else []
+    records = positions.records_until(folder, position.epochs_done, position is not start)
+    if processes.is_first():
+        run_folder.keep_metrics(folder, records)
     agree = processes.make_agreement()
     device = jax.local_devices()[0]
     say(

@@ -2,8 +2,10 @@
 
 import errno
 import hashlib
+import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +22,29 @@ from lls_jax import processes
 _KEEP_NEWEST = 2
 
 
+# How TensorStore begins its errors where what lies on the disk is not what it wrote there.
+_DAMAGE = re.compile("(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|INVALID_ARGUMENT|FAILED_PRECONDITION): ")
+# And how where the disk, or the memory, is at fault.
+_ENVIRONMENT = re.compile("([A-Z]+(_[A-Z]+)*): ")
+
+
+# A file of a checkpoint is gone; its description is no JSON; or it is, but describes no arrays.
+_DAMAGES = (
+    *(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError),
+    *(LookupError, AttributeError, TypeError),
+)
+
+
 class CheckpointError(Exception):
-    """A checkpoint is missing or damaged; the message says which and what to do."""
+    """A checkpoint is of no use; the message says which and why."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was saved: a digest or the storage format shows it."""
+
+
+class StructureError(CheckpointError):
+    """A checkpoint is whole, but of other arrays than are asked for; the message names one."""
 
 
 class Checkpoint(NamedTuple):
@@ -47,6 +70,31 @@ def _digest(tree: Any) -> str:
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         digest.update(np.ascontiguousarray(jax.random.key_data(leaf) if is_key else leaf).data)
     return digest.hexdigest()
+
+
+def _text_digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _structure(tree: Any) -> dict[str, str]:
+    """Dtype and shape of every array in a tree, by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
+
+
+def _check_structure(step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raise StructureError, naming an array that differs."""
+    differing = {path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path)}
+    if differing:
+        # A parameter rather than the optimiser's arrays of the same shape, which lie deeper.
+        path = min(differing, key=lambda path: (path.count("/"), path))
+        raise StructureError(
+            f"checkpoint {step} has {path} {saved.get(path, 'nowhere')}, but what is to be "
+            f"restored has it {wanted.get(path, 'nowhere')}"
+        )
 
 
 def _for_all(tree: Any) -> Any:
@@ -108,12 +156,20 @@ def save(manager: ocp.CheckpointManager, checkpoint: Checkpoint) -> None:
         "evaluation": _digest(checkpoint.evaluation),
     }
     accuracy = checkpoint.meta.get("accuracy")
+    meta = {
+        **checkpoint.meta,
+        "digests": digests,
+        "structure": {
+            "training": _structure(checkpoint.training),
+            "evaluation": _structure(checkpoint.evaluation),
+        },
+    }
     manager.save(
         checkpoint.step,
         args=ocp.args.Composite(
             training=ocp.args.StandardSave(_for_all(checkpoint.training)),
             evaluation=ocp.args.StandardSave(_for_all(checkpoint.evaluation)),
-            meta=ocp.args.JsonSave({**checkpoint.meta, "digests": digests}),
+            meta=ocp.args.JsonSave({**meta, "digest": _text_digest(meta)}),
         ),
         metrics=None if accuracy is None else {"accuracy": accuracy},
         force=True,
@@ -141,15 +197,62 @@ def _restore_item(
     tree = manager.restore(step, args=arguments)[name]
     if several:
         tree = processes.own(tree)
-    if _digest(tree) != meta["digests"][name]:
-        raise CheckpointError(f"the arrays of {name!r} are not those that were saved")
+    # Without its description a random key comes back as plain numbers.
+    if _digest(tree) != meta["digests"][name] or _structure(tree) != _structure(abstract):
+        raise DamagedError(
+            f"checkpoint {step} is damaged: the arrays of {name!r} are not those that were saved"
+        )
     return tree
 
 
+@contextmanager
+def _reading(step: int) -> Iterator[None]:
+    """Tell damage from what is no fault of the checkpoint: no memory, no permission, no disk.
+
+    Raises:
+        DamagedError: the storage format says that what was saved is not there.
+        OSError: it cannot be read.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while type(cause) is Exception and cause.__cause__ is not None:
+            # So does Orbax wrap what a single array's reading raises.
+            cause = cause.__cause__
+        if isinstance(cause, _DAMAGES):
+            raise _damaged(step, cause) from error
+        # TensorStore raises ValueError for everything, and says what it is in its first word.
+        if isinstance(cause, ValueError) and _DAMAGE.match(str(cause)):
+            raise _damaged(step, cause) from error
+        if isinstance(cause, ValueError) and _ENVIRONMENT.match(str(cause)):
+            raise OSError(errno.EIO, _first_line(cause)) from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _damaged(step: int, error: BaseException) -> DamagedError:
+    return DamagedError(f"checkpoint {step} is damaged: {_first_line(error)}")
+
+
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
-    restored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-    return restored["meta"]
+    """The JSON part of a checkpoint, verified.
+
+    Raises:
+        DamagedError: it is not what was saved.
+    """
+    with _reading(step):
+        arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = manager.restore(step, args=arguments)["meta"]
+        # Checkpoints of earlier versions have neither.
+        if "structure" in meta or "digest" in meta:
+            digest = meta.pop("digest")
+            if digest != _text_digest(meta):
+                raise DamagedError(f"checkpoint {step} is damaged: its description was changed")
+    return meta
 
 
 def restore_training(
@@ -163,9 +266,11 @@ def restore_training(
         abstract: a pytree of the same structure, of arrays or ``jax.ShapeDtypeStruct``.
 
     Raises:
-        CheckpointError: it cannot be read, or is not what was saved.
+        DamagedError: it is not what was saved; a digest or the storage format shows it.
+        StructureError: it holds other arrays than `abstract`.
+        OSError: it cannot be read.
     """
-    return _guarded(manager, step, "training", abstract)
+    return _restore(manager, step, "training", abstract)
 
 
 def restore_evaluation(
@@ -175,19 +280,17 @@ def restore_evaluation(
 
     Args and errors are those of :func:`restore_training`.
     """
-    return _guarded(manager, step, "evaluation", abstract)
+    return _restore(manager, step, "evaluation", abstract)
 
 
-def _guarded(
+def _restore(
     manager: ocp.CheckpointManager, step: int, name: str, abstract: Any
 ) -> tuple[Any, dict[str, Any]]:
-    try:
-        meta = read_meta(manager, step)
+    meta = read_meta(manager, step)
+    if "structure" in meta:
+        _check_structure(step, meta["structure"][name], _structure(abstract))
+    with _reading(step):
         return _restore_item(manager, step, name, abstract, meta), meta
-    except Exception as error:
-        # A damaged file fails wherever its bytes happen to be read.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"checkpoint {step} is damaged: {reason[:200]}") from error
 
 
 def list_steps(manager: ocp.CheckpointManager) -> list[int]:
@@ -201,8 +304,8 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
     for step in list_steps(manager):
         try:
             accuracy = read_meta(manager, step).get("accuracy")
-        except Exception:
-            continue  # Damaged: it cannot be the best one that can be had.
+        except DamagedError:
+            continue  # It cannot be the best one that can be had.
         if accuracy is not None and (best is None or accuracy >= best[0]):
             best = (accuracy, step)
     return None if best is None else best[1]
