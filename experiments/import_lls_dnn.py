@@ -29,8 +29,8 @@ class ImportConfig:
     """Its data set, for the number of classes."""
     basis_rows: int | None = None
     """Rows of the basis of lls_mxm_reduced [default: the model's published number]."""
-    waveform: str = "square"
-    """Of the periodic basis: square or cosine."""
+    waveform: str | None = None
+    """Of the periodic basis: square or cosine [default: the rule's own, square]."""
     data_dir: str | None = None
     """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
 

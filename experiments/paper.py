@@ -1,7 +1,8 @@
 """Run the published experiments as one batch, and write their tables.
 
 A run that is done is skipped, one that was stopped is resumed, one whose data set is not prepared
-is named and left out; the table is written anew after every run.
+is named and left out; one that diverges is recorded as such, and the batch goes on. The table is
+written anew after every run.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import pathlib
 import statistics
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from simple_parsing import field, flag
 
@@ -121,11 +122,14 @@ class PaperConfig:
 
 def train_config(config: PaperConfig, entry: Entry, seed: int) -> TrainConfig:
     """One run."""
+    # Imported late: ``--help`` answers at once.
+    from lls_jax import rules
+
     return TrainConfig(
         dataset=entry.dataset,
         model=entry.model,
         rule=entry.rule,
-        waveform=entry.waveform,
+        waveform=entry.waveform if "waveform" in rules.options_of(entry.rule) else None,
         epochs=config.epochs or entry.epochs,
         augmentation=entry.augmentation,
         seed=seed,
@@ -137,25 +141,52 @@ def train_config(config: PaperConfig, entry: Entry, seed: int) -> TrainConfig:
     )
 
 
-def _accuracy(run_config: TrainConfig) -> tuple[float | None, int]:
-    """Test accuracy of a finished run, else None; and the epochs done."""
+class _State(NamedTuple):
+    """How far a run is.
+
+    Attributes:
+        accuracy: on the test images, in percent; None unless it is finished.
+        epochs: done.
+        diverged: what was not finite, and when; None where nothing was.
+    """
+
+    accuracy: float | None
+    epochs: int
+    diverged: str | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to run."""
+        return self.accuracy is not None or self.diverged is not None
+
+
+_DIVERGED = "diverged.txt"
+
+
+def _state(run_config: TrainConfig) -> _State:
     from experiments import run_folder
 
-    records = run_folder.read_metrics(pathlib.Path(run_config.run_folder()))
+    folder = pathlib.Path(run_config.run_folder())
+    records = run_folder.read_metrics(folder)
     done = records[-1]["epoch"] if records else 0
-    return (records[-1]["test_accuracy"] if done >= run_config.epochs else None), done
+    note = folder / _DIVERGED
+    return _State(
+        accuracy=records[-1]["test_accuracy"] if done >= run_config.epochs else None,
+        epochs=done,
+        diverged=note.read_text().strip() if note.is_file() else None,
+    )
 
 
 def rows(config: PaperConfig, entries: list[Entry]) -> list[dict[str, Any]]:
     """The table: means and deviations over seeds, and what is missing."""
     result = []
     for entry in entries:
-        states = [_accuracy(train_config(config, entry, seed)) for seed in config.seeds]
-        finished = [accuracy for accuracy, _ in states if accuracy is not None]
+        states = [_state(train_config(config, entry, seed)) for seed in config.seeds]
+        finished = [state.accuracy for state in states if state.accuracy is not None]
         missing = [
-            f"seed {seed} ({done} epochs)"
-            for seed, (accuracy, done) in zip(config.seeds, states)
-            if accuracy is None
+            f"seed {seed} ({state.epochs} epochs{', diverged' if state.diverged else ''})"
+            for seed, state in zip(config.seeds, states)
+            if state.accuracy is None
         ]
         result.append(
             {
@@ -203,6 +234,7 @@ def _write(config: PaperConfig, entries: list[Entry]) -> str:
 
 def paper(config: PaperConfig) -> int:
     """Run what is missing, write the table; returns the exit status."""
+    from experiments.positions import DivergedError
     from experiments.train import train_and_evaluate
     from lls_jax.data import DatasetError
 
@@ -218,11 +250,15 @@ def paper(config: PaperConfig) -> int:
     for seed in config.seeds:
         for entry in entries:
             one = train_config(config, entry, seed)
-            if config.dry_run or _accuracy(one)[0] is not None or entry.dataset in unprepared:
+            if config.dry_run or _state(one).is_over or entry.dataset in unprepared:
                 continue
             print(f"--- {entry.name}, seed {seed}", flush=True)
             try:
                 status = train_and_evaluate(one)
+            except DivergedError as error:
+                (pathlib.Path(one.run_folder()) / _DIVERGED).write_text(f"{error}\n")
+                print(f"diverged: {error}", file=sys.stderr)
+                status = 0
             except DatasetError as error:
                 unprepared[entry.dataset] = str(error)
                 print(f"left out: {error}", file=sys.stderr)

@@ -1,7 +1,9 @@
 """From a config to data, model, rule and optimizer: what training and evaluation share."""
 
+import contextlib
+import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ import optax
 from experiments import optimizers
 from experiments import totals as training_totals
 from experiments.command_line import UserError
-from experiments.config import TrainConfig
+from experiments.config import TrainConfig, option
 from lls_jax import data, loop, models, parallel, processes, remat, rules, training
 from lls_jax.data import batches, prepare, storage
 from lls_jax.models import Network
@@ -47,55 +49,92 @@ def make_task(config: TrainConfig) -> Task:
     Raises:
         UserError: an unknown name, an option out of range, images too small for the model.
     """
-    try:
+    with _mendable():
         spec = storage.resolve(data.get_spec(config.dataset), data_folder(config))
-        model = models.make(
-            config.model,
-            num_classes=spec.num_classes,
-            dropout=config.dropout,
-            dtype=jnp.dtype(config.precision),
-        )
-        if (sizes := config.group_sizes()) is not None:
-            model = model.grouped(sizes)
-        made = tuple(_make_rule(config, name, spec, model) for name in config.rule.split(","))
-        rule = made[0]
-        if len(made) > 1:
-            rule = rules.PerBlock(made)  # type: ignore[arg-type]
-            _check_rules(rule, model)
-        model.check_image((1, *spec.input_shape))
-        return Task(spec, model, rule)
+        task = _make_task(config, spec)
+        task.model.check_image((1, *spec.input_shape))
+        return task
+
+
+def check_task(config: TrainConfig) -> None:
+    """What can be said of a config before its data set is there.
+
+    Raises:
+        UserError: an unknown name, or an option out of range.
+    """
+    with _mendable():
+        spec = data.get_spec(config.dataset)
+        if not spec.is_resolved:
+            # Its classes are known when it is prepared; any will do.
+            spec = dataclasses.replace(spec, class_names=("one", "other"))
+        _make_task(config, spec)
+        batches.make_augment(spec, config.augmentation)
+
+
+@contextlib.contextmanager
+def _mendable() -> Iterator[None]:
+    """What is wrong about a config is its owner's to mend."""
+    try:
+        yield
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _implementation(config: TrainConfig) -> str | None:
-    """What computes the local losses; None chooses."""
-    if config.shares_batches:
-        return "xla"
-    return None if config.kernels == "auto" else config.kernels
+def _make_task(config: TrainConfig, spec: data.DatasetSpec) -> Task:
+    model = models.make(
+        config.model,
+        num_classes=spec.num_classes,
+        dropout=config.dropout,
+        dtype=jnp.dtype(config.precision),
+    )
+    if (sizes := config.group_sizes()) is not None:
+        model = model.grouped(sizes)
+    names = config.rule.split(",")
+    given = _rule_options(config, names)
+    made = tuple(_make_rule(name, given, spec, model) for name in names)
+    if len(made) == 1:
+        return Task(spec, model, made[0])
+    rule = rules.PerBlock(made)  # type: ignore[arg-type]
+    _check_rules(rule, model)
+    return Task(spec, model, rule)
+
+
+# Options of rules, by the fields of a config that hold them.
+_RULE_OPTIONS = {
+    "waveform": "waveform",
+    "temperature": "temperature",
+    "label_smoothing": "label_smoothing",
+    "basis_rows": "basis_rows",
+    "kernels": "implementation",
+    "feedback_sign": "sign",
+}
+
+
+def _rule_options(config: TrainConfig, names: list[str]) -> dict[str, Any]:
+    """The options that are given, each of use to one of the rules at least."""
+    useful = frozenset().union(*map(rules.options_of, names))
+    given = {}
+    for field, name in _RULE_OPTIONS.items():
+        value = getattr(config, field)
+        if value is None or value is False or (field == "kernels" and value == "auto"):
+            continue
+        if name not in useful:
+            raise ValueError(
+                f"{option(field)} {value} is of no use to --rule {config.rule}; leave it out."
+            )
+        given[name] = value
+    return given
 
 
 def _make_rule(
-    config: TrainConfig, name: str, spec: data.DatasetSpec, model: Network
+    name: str, given: dict[str, Any], spec: data.DatasetSpec, model: Network
 ) -> rules.Rule:
-    reduced = name == "lls_mxm_reduced"
     # Each of several rules takes the options that it has a use for.
-    several = "," in config.rule
-    basis_rows = config.basis_rows
-    if reduced and basis_rows is None:
-        basis_rows = model.basis_rows
-    if several and not reduced:
-        basis_rows = None
-    return rules.make(
-        name,
-        num_classes=spec.num_classes,
-        waveform=config.waveform,
-        temperature=config.temperature,
-        label_smoothing=config.label_smoothing,
-        basis_rows=basis_rows,
-        implementation=_implementation(config),
-        sign=config.feedback_sign,
-    )
+    takes = rules.options_of(name)
+    options = {option: value for option, value in given.items() if option in takes}
+    if name == "lls_mxm_reduced":
+        options.setdefault("basis_rows", model.basis_rows)
+    return rules.make(name, num_classes=spec.num_classes, **options)
 
 
 def _check_rules(rule: rules.PerBlock, model: Network) -> None:
@@ -139,6 +178,18 @@ def load_split(
     return loaded
 
 
+def _load_splits(config: TrainConfig, spec: data.DatasetSpec) -> list[Any]:
+    """Training and test images; of several processes the first decodes what is not decoded yet."""
+    splits = []
+    for split in ("train", "test"):
+        if processes.is_first():
+            splits.append(load_split(config, spec, split))
+        processes.wait_for_all(f"the {split} images are decoded")
+        if not processes.is_first():
+            splits.append(load_split(config, spec, split))
+    return splits
+
+
 def make_run(config: TrainConfig) -> Run:
     """Everything that training needs.
 
@@ -149,6 +200,8 @@ def make_run(config: TrainConfig) -> Run:
     """
     if config.kernels != "auto":
         local_loss.require(config.kernels)
+    # Before anything is downloaded.
+    check_task(config)
     if processes.is_first():
         prepare_data(config)
     processes.wait_for_all("the data set is prepared")
@@ -162,20 +215,17 @@ def make_run(config: TrainConfig) -> Run:
     steps_per_epoch = available // config.batch_size
     tx = optimizers.make(config, steps_per_epoch)
     execution = _make_execution(config, task, tx)
-    try:
-        read = batches.make_reader(
-            task.spec, config.augmentation, config.batch_size, execution.sharding
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    train = load_split(config, task.spec, "train")
+    read = batches.make_reader(
+        task.spec, config.augmentation, config.batch_size, execution.sharding
+    )
+    train, test = _load_splits(config, task.spec)
     return Run(
         task=task,
         tx=tx,
         execution=execution,
         loop=_make_loop(config, task, tx, train),
         train=train,
-        test=load_split(config, task.spec, "test"),
+        test=test,
         read=read,
         steps_per_epoch=steps_per_epoch,
     )

@@ -14,8 +14,12 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import setup
+from experiments.command_line import UserError
+from experiments.config import TrainConfig
 from lls_jax import models, rules, training
 from lls_jax.blocks import ConvBlock, LocalBlock
+from lls_jax.optimizers import schedule_free_adamw
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLASSES = 5
@@ -46,7 +50,13 @@ def copy(tree):
 # --- Every rule on every model -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_name", models.NAMES)
+@pytest.mark.parametrize(
+    "model_name",
+    [
+        name if name == "small_conv" else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in models.NAMES
+    ],
+)
 def test_every_rule_takes_a_step_on_every_model(model_name):
     """Traced, with every shape checked; `test_training` runs them where they are small."""
     model = models.make(model_name, num_classes=CLASSES)
@@ -216,7 +226,7 @@ def test_a_fixed_matrix_is_neither_trained_nor_decayed(name):
         make_batch(),
         make_rule(name),
     )
-    tx = optax.contrib.schedule_free_adamw(1e-2, weight_decay=0.1)
+    tx = schedule_free_adamw(1e-2, weight_decay=0.1)
     state = training.create_train_state(model, rule, tx, jax.random.key(0), batch["image"])
     step = training.make_train_step(model, rule, tx)
     after = copy(state)
@@ -353,6 +363,79 @@ def test_the_rule_of_the_readme_works_from_python():
     block = LocalBlock(ConvBlock(4), rule=rule, pool_size=2)
     variables = block.init(jax.random.key(0), batch["image"])
     assert variables["params"]["rule"]["prototypes"].shape == (CLASSES, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnRule:
+    num_classes: int
+    temperature: float
+    name: str = "own"
+
+    def init(self, key, latent_dim, hidden_dim=None):
+        return {}
+
+    def loss(self, params, activation, labels, *, pool_size):
+        return jnp.mean(activation) / self.temperature
+
+
+def make_own(num_classes, temperature=0.2):
+    return OwnRule(num_classes, temperature)
+
+
+def make_of_anything(**options):
+    return OwnRule(options["num_classes"], options.get("temperature", 0.3))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "temperature"),
+    [
+        # What is not given is the rule's own.
+        ("test_rules:make_own", {}, 0.2),
+        ("test_rules:make_own", {"temperature": 0.7}, 0.7),
+        ("test_rules:make_of_anything", {}, 0.3),
+        ("test_rules:make_of_anything", {"temperature": 0.7, "waveform": "square"}, 0.7),
+        ("contrastive", {}, 0.1),
+        ("contrastive", {"temperature": 0.7}, 0.7),
+        ("lls_mxm", {}, 0.5),
+    ],
+)
+def test_an_option_that_is_not_given_is_the_rules_own(name, options, temperature):
+    rule = rules.make(name, num_classes=CLASSES, **options)
+    assert rule.temperature == temperature
+    # And from the command line.
+    task = setup.make_task(TrainConfig(dataset="digits", rule=name, **options))
+    assert task.rule.temperature == temperature
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        ("predsim", {"temperature": 0.2}, "--temperature 0.2"),
+        ("decoupled", {"temperature": 0.5}, "--temperature 0.5"),
+        ("contrastive", {"label_smoothing": 0.1}, "--label-smoothing 0.1"),
+        ("lls_random", {"waveform": "square"}, "--waveform square"),
+        ("bp", {"temperature": 0.5}, "--temperature 0.5"),
+        ("lls", {"basis_rows": 20}, "--basis-rows 20"),
+        ("lls", {"feedback_sign": True}, "--feedback-sign True"),
+        ("predsim", {"kernels": "xla"}, "--kernels xla"),
+        ("test_rules:make_own", {"waveform": "square"}, "--waveform square"),
+        ("predsim,bp,dfa,drtp", {"temperature": 0.2}, "--temperature 0.2"),
+    ],
+)
+def test_an_option_of_no_use_is_refused(rule, options, message):
+    with pytest.raises(UserError, match=f"{message} is of no use to --rule {rule}"):
+        setup.make_task(TrainConfig(dataset="digits", rule=rule, **options))
+    if "," not in rule:
+        name = {"feedback_sign": "sign", "kernels": "implementation"}
+        own = {name.get(option, option): value for option, value in options.items()}
+        with pytest.raises(ValueError, match="has no use for it"):
+            rules.make(rule, num_classes=CLASSES, **own)
+
+
+def test_of_several_rules_each_takes_what_it_has_a_use_for():
+    config = TrainConfig(dataset="digits", rule="lls,predsim,lls_mxm,contrastive", temperature=0.2)
+    made = setup.make_task(config).rule.rules
+    assert [made[index].temperature for index in (0, 2, 3)] == [0.2] * 3
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from typing import Any
 from experiments import train
 from experiments.config import TrainConfig
 from experiments.suites import report
+from experiments.suites.training import kernels_of
 
 _COLUMNS = {
     "model": "model",
@@ -75,7 +76,7 @@ def run(config: Any) -> int:
                         epochs=config.epochs,
                         batch_size=batch_size,
                         precision=precision,
-                        kernels=config.kernels,
+                        kernels=kernels_of(rule, config.kernels),
                         remat=config.remat,
                         seed=config.seed,
                         data_dir=config.data_dir,

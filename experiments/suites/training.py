@@ -27,7 +27,7 @@ from experiments import optimizers, totals
 from experiments.config import TrainConfig
 from experiments.setup import Task, example_image, make_task, remat_above
 from experiments.suites import report
-from lls_jax import training
+from lls_jax import rules, training
 from lls_jax.data import batches
 
 _WARM_UP_STEPS = 3
@@ -50,6 +50,11 @@ _COLUMNS = {
     "peak_over_bp": "peak over bp",
     "speed_over_bp": "speed over bp",
 }
+
+
+def kernels_of(rule: str, kernels: str) -> str:
+    """What computes a rule's losses, where that is asked of all: ``"auto"`` if it has none."""
+    return kernels if "implementation" in rules.options_of(rule) else "auto"
 
 
 def make_benchmark_task(config: TrainConfig) -> Task:
@@ -188,25 +193,25 @@ def race(
 
 def run(config: Any) -> int:
     """The suite: models x batch sizes x precisions, the rules racing in each; exit status."""
-    rules = [*dict.fromkeys([*config.rules, "bp"])]
+    names = [*dict.fromkeys([*config.rules, "bp"])]
     entrants = [
         TrainConfig(
             model=model,
             rule=rule,
             batch_size=batch_size,
             precision=precision,
-            kernels=config.kernels,
+            kernels=kernels_of(rule, config.kernels),
             remat=config.remat,
         )
         for model, batch_size, precision in itertools.product(
             config.models, config.batch_sizes, config.precisions
         )
-        for rule in rules
+        for rule in names
     ]
     peaks = allocator_peaks(entrants, config.seed)
     rows: list[report.Row] = []
-    for first in range(0, len(entrants), len(rules)):
-        each = slice(first, first + len(rules))
+    for first in range(0, len(entrants), len(names)):
+        each = slice(first, first + len(names))
         rows += race(entrants[each], config.turns, config.seed, peaks[each])
         best = max(rows[each], key=lambda row: row["speed_over_bp"])
         print(

@@ -7,11 +7,12 @@ from lls_jax.rules.decoupled import DecoupledRule
 from lls_jax.rules.feedback import FeedbackRule
 from lls_jax.rules.periodic import PeriodicRule
 from lls_jax.rules.predsim import PredSimRule
-from lls_jax.rules.protocol import LocalRule, PerBlock, Rule, has_local_losses
-from lls_jax.rules.registry import NAMES, make
+from lls_jax.rules.protocol import LocalRule, PerBlock, Rule, has_local_losses, without_kernels
+from lls_jax.rules.registry import NAMES, OPTIONS, make, options_of
 
 __all__ = [
     "NAMES",
+    "OPTIONS",
     "Backpropagation",
     "ClassifierRule",
     "ContrastiveRule",
@@ -24,4 +25,6 @@ __all__ = [
     "Rule",
     "has_local_losses",
     "make",
+    "options_of",
+    "without_kernels",
 ]

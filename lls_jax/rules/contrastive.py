@@ -69,6 +69,6 @@ class ContrastiveRule:
         itself = jnp.eye(labels.shape[0], dtype=bool)
         log_p = jax.nn.log_softmax(jnp.where(itself, -jnp.inf, logits), axis=1)
         positive = (labels[:, None] == labels[None, :]) & ~itself
-        count = jnp.sum(positive, axis=1)
+        count = jnp.sum(positive, axis=1).astype(jnp.float32)
         per_image = -jnp.sum(jnp.where(positive, log_p, 0.0), axis=1) / jnp.maximum(count, 1)
-        return jnp.sum(per_image) / jnp.maximum(jnp.sum(count > 0), 1)
+        return jnp.sum(per_image) / jnp.maximum(jnp.sum((count > 0).astype(jnp.float32)), 1)

@@ -71,7 +71,7 @@ class DecoupledRule:
         a = activation.astype(jnp.float32)
         hidden, output = params["hidden"], params["output"]
         h = convolve_3x3(a, hidden["kernel"]) if a.ndim == 4 else a @ hidden["kernel"]
-        h = jax.nn.relu(h + hidden["bias"])
-        logits = pool_latents(h, pool_size) @ output["kernel"] + output["bias"]
+        h = jax.nn.relu(h + hidden["bias"].reshape((1,) * (a.ndim - 1) + (-1,)))
+        logits = pool_latents(h, pool_size) @ output["kernel"] + output["bias"][None, :]
         target = optax.smooth_labels(jax.nn.one_hot(labels, self.num_classes), self.label_smoothing)
         return jnp.mean(optax.softmax_cross_entropy(logits, target))

@@ -89,7 +89,7 @@ class PredSimRule:
         else:
             features = a @ params["similarity"]
         difference = similarity(features) - similarity(target)
-        logits = pool_latents(a, pool_size) @ params["kernel"] + params["bias"]
+        logits = pool_latents(a, pool_size) @ params["kernel"] + params["bias"][None, :]
         smoothed = optax.smooth_labels(target, self.label_smoothing)
         prediction = jnp.mean(optax.softmax_cross_entropy(logits, smoothed))
         weight = self.similarity_weight

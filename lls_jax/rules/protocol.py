@@ -6,7 +6,9 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import jax
 
 from lls_jax.rules.backpropagation import Backpropagation
+from lls_jax.rules.classifier import ClassifierRule
 from lls_jax.rules.feedback import FeedbackRule
+from lls_jax.rules.periodic import PeriodicRule
 from pallas_kernels.local_loss import latent_dim
 
 Params = dict[str, Any]
@@ -79,6 +81,24 @@ def for_block(rule: Rule, index: int, num_blocks: int | None = None) -> Any:
             f"{num_blocks} of them."
         )
     return rule.rules[index]
+
+
+def without_kernels(rule: Rule) -> Rule:
+    """The same rule with its losses by XLA, in programs that the compiler cuts into parts.
+
+    Raises:
+        ValueError: the rule names a kernel, which cannot be cut.
+    """
+    if isinstance(rule, PerBlock):
+        return PerBlock(tuple(without_kernels(one) for one in rule.rules))  # type: ignore[misc]
+    if not isinstance(rule, ClassifierRule | PeriodicRule) or rule.implementation == "xla":
+        return rule
+    if rule.implementation is not None:
+        raise ValueError(
+            f"rule {rule.name!r} has the implementation {rule.implementation!r}, a kernel, which "
+            "the compiler cannot cut; use 'xla' or None."
+        )
+    return dataclasses.replace(rule, implementation="xla")
 
 
 def init_params(
