@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+# Tensors may share a storage, as tied weights do; all together may be this many times what the
+# storages hold, and no more: a few bytes that say "again" must not fill the memory.
+_LARGEST_EXPANSION = 4
 # A pickle of names and shapes; no checkpoint of the published models has one of 100 KiB.
 _LARGEST_PICKLE = 16 * 2**20
 _STORAGES: dict[str, Any] = {
@@ -94,6 +97,8 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
         raise TorchFileError("its data.pkl is too large to be a description")
     order = ">" if _archive_text(archive, entries, f"{folder}byteorder") == "big" else "<"
     loaded: dict[str, np.ndarray] = {}
+    storages = [entry for name, entry in entries.items() if name.startswith(f"{folder}data/")]
+    stored = sum(entry.file_size for entry in storages)
 
     def load(storage: _Storage) -> np.ndarray:
         if storage.key not in loaded:
@@ -113,7 +118,7 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
             loaded[storage.key] = array
         return loaded[storage.key]
 
-    return _Machine(archive.read(pickles[0]), load).run()
+    return _Machine(archive.read(pickles[0]), load, _LARGEST_EXPANSION * stored).run()
 
 
 def _archive_text(
@@ -129,9 +134,12 @@ def _archive_text(
 class _Machine:
     """The operations of a pickle that describes tensors; any other is an error."""
 
-    def __init__(self, content: bytes, load: Callable[[_Storage], np.ndarray]) -> None:
+    def __init__(
+        self, content: bytes, load: Callable[[_Storage], np.ndarray], most_bytes: int
+    ) -> None:
         self._content = content
         self._load = load
+        self._bytes_left = most_bytes
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
@@ -269,6 +277,9 @@ class _Machine:
             raise TorchFileError(f"a tensor of shape {shape} reaches beyond its storage")
         if not count:
             return np.empty(shape, array.dtype)
+        self._bytes_left -= count * array.itemsize
+        if self._bytes_left < 0:
+            raise TorchFileError("its tensors together are many times larger than its storages")
         strides = tuple(step * array.itemsize for step in stride)
         return np.lib.stride_tricks.as_strided(array[offset:], shape, strides).copy()
 

@@ -1,13 +1,13 @@
 """Archives, preparation, loading, and batches made on the device."""
 
 import dataclasses
+import fcntl
 import gzip
 import io
 import os
 import pathlib
 import pickle
-import subprocess
-import sys
+import socket
 import tarfile
 import urllib.error
 
@@ -294,18 +294,58 @@ def test_a_failed_preparation_leaves_the_old_set_and_nothing_else(tmp_path, monk
     assert_same_examples({"test": loaded}, {"test": splits["test"]})
 
 
-def test_a_killed_preparation_is_cleared_by_the_next(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    left = tmp_path / "data" / f".lls_jax_preparing-mnist-{ended.pid}-abc"
-    running = tmp_path / "data" / f".lls_jax_preparing-mnist-{os.getpid()}-abc"
-    for folder in (left, running):
-        folder.mkdir(parents=True)
-        (folder / "half").write_text("made")
+def test_only_what_a_killed_preparation_left_here_is_cleared(tmp_path):
+    here = f".lls_jax_preparing-mnist-{socket.gethostname()}-"
+    names = {
+        "killed": here + "one",
+        "running": here + "two",
+        "another machine's": ".lls_jax_preparing-mnist-elsewhere-three",
+        "another set's": f".lls_jax_preparing-cifar10-{socket.gethostname()}-four",
+    }
+    for name in names.values():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / ".lock").touch()
     write_idx(tmp_path / "archive", random_splits(MNIST), True)
-    prepare.prepare(MNIST, tmp_path / "data", tmp_path / "archive", progress=False)
-    assert not left.exists()
-    assert running.exists()
+    with (tmp_path / "data" / names["running"] / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        prepare.prepare(MNIST, tmp_path / "data", tmp_path / "archive", progress=False)
+    left = {path.name for path in (tmp_path / "data").iterdir()}
+    assert left == {"mnist", *names.values()} - {names["killed"]}
+
+
+@pytest.mark.parametrize("killed_at", range(3))
+def test_a_kill_while_a_set_is_replaced_loses_neither(tmp_path, monkeypatch, killed_at):
+    """At every rename; what a kill leaves is read, by others too, and replaced by the next."""
+    splits, other = random_splits(MNIST), random_splits(MNIST, seed=1)
+    write_idx(tmp_path / "archive", splits, True)
+    write_idx(tmp_path / "other", other, True)
+    data = tmp_path / "data"
+    prepare.prepare(MNIST, data, tmp_path / "archive", progress=False)
+    replace, renames = os.replace, iter(range(9))
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(source, target):
+        ours = "preparing" in str(source) or "replaced" in str(target)
+        if ours and next(renames) == killed_at:
+            raise KilledError
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "replace", killed)
+        try:
+            prepare.prepare(MNIST, data, tmp_path / "other", progress=False)
+            expected = other
+        except KilledError:
+            expected = splits
+    assert (killed_at == 2) == (expected is other)
+    assert storage.is_prepared(MNIST, data)
+    loaded = {split: storage.load(MNIST, split, data) for split in splits}
+    assert_same_examples(loaded, expected)
+    prepare.prepare(MNIST, data, tmp_path / "other", progress=False)
+    assert_same_examples({"test": storage.load(MNIST, "test", data)}, {"test": other["test"]})
+    assert [path.name for path in (data / "mnist").iterdir()] == [MNIST.version]
 
 
 def test_no_network_is_reported_with_what_to_do(tmp_path, monkeypatch):
@@ -391,37 +431,61 @@ def test_batches_hold_the_images_that_the_permutation_says(augmentation):
     np.testing.assert_array_equal(image, again["image"])
 
 
-def test_crops_are_windows_of_the_padded_image():
-    rng = np.random.default_rng()
-    images = rng.integers(1, 256, (30, 6, 7, 2)).astype(np.uint8)
-    crops = np.asarray(augment.random_crop(jax.random.key(int(rng.integers(999))), images, 2))
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    offsets = set()
-    for crop, source in zip(crops, padded):
-        matching = [
-            (i, j)
-            for i in range(5)
-            for j in range(5)
-            if (source[i : i + 6, j : j + 7] == crop).all()
-        ]
-        assert matching
-        offsets.add(matching[0])
-    assert len(offsets) > 5
+def draw_keys():
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    return seed, jax.random.key(seed)
 
 
-def test_erasing_zeroes_one_rectangle_of_the_right_size():
-    images = jnp.ones((400, 20, 20, 3))
-    erased = np.asarray(augment.random_erase(jax.random.key(0), images)) == 0
-    assert (erased.all(-1) == erased.any(-1)).all()
-    erased = erased[..., 0]
-    touched = erased.any((1, 2))
-    assert 0.12 < touched.mean() < 0.28
-    for mask in erased[touched]:
-        rows, columns = mask.any(1), mask.any(0)
-        np.testing.assert_array_equal(mask, rows[:, None] & columns[None, :])
-        for span in (rows, columns):
-            assert np.abs(np.diff(span.astype(int))).sum() <= 2
-        assert 0.005 < mask.mean() < 0.4
+def test_crops_equal_an_oracle():
+    """Window by window, cut in NumPy at the offsets that the key gives."""
+    seed, key = draw_keys()
+    images = np.random.default_rng(seed).integers(1, 256, (200, 6, 7, 2)).astype(np.uint8)
+    crops = np.asarray(augment.random_crop(key, images, 2))
+    offsets = np.asarray(jax.random.randint(key, (200, 2), 0, 5))
+    expected = np.zeros_like(images)
+    for image, crop, (top, left) in zip(images, expected, offsets):
+        for row in range(6):
+            for column in range(7):
+                y, x = row + top - 2, column + left - 2
+                if 0 <= y < 6 and 0 <= x < 7:
+                    crop[row, column] = image[y, x]
+    np.testing.assert_array_equal(crops, expected)
+    # Every offset is drawn, and none beyond the padding.
+    assert set(offsets.ravel()) == set(range(5))
+
+
+def test_erasing_equals_an_oracle():
+    """Rectangle by rectangle, in float64 from the same uniform numbers."""
+    seed, key = draw_keys()
+    count, height, width = 400, 20, 14
+    images = np.random.default_rng(seed).uniform(1.0, 2.0, (count, height, width, 3))
+    images = images.astype(np.float32)
+    erased = np.asarray(augment.random_erase(key, jnp.asarray(images)))
+    keys = jax.random.split(key, 5)
+    chosen = np.asarray(jax.random.bernoulli(keys[0], 0.2, (count,)))
+    area, aspect, top, left = (
+        np.asarray(jax.random.uniform(k, (count,)), np.float64) for k in keys[1:]
+    )
+    area = height * width * (0.02 + (0.33 - 0.02) * area)
+    aspect = np.exp(np.log(0.3) + (np.log(3.3) - np.log(0.3)) * aspect)
+    expected, borderline = images.copy(), 0
+    for index in np.flatnonzero(chosen):
+        sides = np.sqrt(area[index] * aspect[index]), np.sqrt(area[index] / aspect[index])
+        spans = []
+        for side, size, start in zip(sides, (height, width), (top[index], left[index])):
+            length = int(np.clip(np.round(side), 1, size))
+            first = start * (size - length + 1)
+            spans.append(slice(int(first), int(first) + length))
+            # Where rounding in float32 may fall to the other side.
+            borderline += abs(side % 1 - 0.5) < 1e-4 or abs(first - np.round(first)) < 1e-4
+        expected[index][tuple(spans)] = 0.0
+    wrong = sum(not np.array_equal(a, b) for a, b in zip(erased, expected))
+    assert wrong <= borderline
+    assert 0.1 < chosen.mean() < 0.3
+    sizes = (expected[chosen] == 0).all(-1).mean((1, 2))
+    # The published range of areas is filled; a thin rectangle is cut off at the border.
+    assert sizes.min() < 0.06 and 0.22 < sizes.max() < 0.36
 
 
 def test_evaluation_batches_weigh_what_fills_up_with_zero():

@@ -1,18 +1,24 @@
 """Folders of photographs: found, prepared, streamed, trained on; and CIFAR-100."""
 
 import dataclasses
+import errno
+import io
 import json
+import pathlib
 import pickle
+import shutil
+import stat
 import tarfile
+import zipfile
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import evaluate, run_folder, train
+from experiments import evaluate, run_folder, setup, train
 from experiments.config import TrainConfig
-from lls_jax.data import batches, get_spec, prepare, storage, streaming
+from lls_jax.data import batches, get_spec, photographs, prepare, storage, streaming
 from lls_jax.data.storage import DatasetError, Split
 
 SIZE = 12
@@ -84,6 +90,112 @@ def test_a_folder_of_classes_is_imported(packed, tmp_path):
     # JPEG moves a flat colour by a little.
     assert (np.abs(red - 80 * data.labels) < 12).all()
     assert len(storage.load(spec, "test", tmp_path / "data", limit=4).labels) == 4
+
+
+def pack(archive, target):
+    """A folder as an archive, with what must not come out of one, and what systems leave in it."""
+    litter = (
+        *("__MACOSX/pictures/train/cat/._0.jpg", "pictures/.DS_Store"),
+        *("pictures/train/.ipynb_checkpoints/0.jpg", "pictures/train/cat/._0.jpg"),
+    )
+    for name in litter:
+        picture(archive.parent / name, (1, 1, 1)) if name.endswith("g") else None
+    (archive / ".DS_Store").write_bytes(b"x")
+    if target.suffix == ".zip":
+        with zipfile.ZipFile(target, "w") as file:
+            for path in archive.parent.rglob("*"):
+                file.write(path, path.relative_to(archive.parent))
+            link = zipfile.ZipInfo("pictures/train/cat/link.jpg")
+            link.external_attr = (stat.S_IFLNK | 0o777) << 16
+            file.writestr(link, "/etc/passwd")
+        return target
+    with tarfile.open(target, "w:gz") as file:
+        for path in sorted(archive.parent.iterdir()):
+            if path != target:
+                file.add(path, path.name)
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            member = tarfile.TarInfo(f"pictures/train/cat/special-{kind.decode()}.jpg")
+            member.type, member.linkname = kind, "../../../../etc/passwd"
+            file.addfile(member)
+    return target
+
+
+@pytest.mark.parametrize("ending", [".tgz", ".zip"])
+def test_only_images_come_out_of_an_archive(ending, tmp_path):
+    archive = class_folder(tmp_path / "pack" / "pictures")
+    packed = pack(archive, tmp_path / f"pictures{ending}")
+    unpacked = photographs._unpack(packed, tmp_path / "unpacked")
+    assert all(path.is_dir() or path.is_file() for path in unpacked.rglob("*"))
+    assert not any(path.is_symlink() for path in unpacked.rglob("*"))
+    assert not list(unpacked.rglob("special*")) and not list(unpacked.rglob("link*"))
+    spec = prepared("image_folder", packed, tmp_path / "data", image_size=SIZE)
+    assert spec.class_names == ("cat", "dog", "owl")
+    assert (spec.train_size, spec.test_size) == (18, 6)
+    # And out of the folder as it lies there.
+    spec = prepared("image_folder", archive, tmp_path / "data", image_size=SIZE)
+    assert (spec.class_names, spec.train_size) == (("cat", "dog", "owl"), 18)
+
+
+@pytest.mark.parametrize("ending", [".tgz", ".zip"])
+def test_an_archive_is_bounded_before_anything_is_written(ending, tmp_path, monkeypatch):
+    archive = class_folder(tmp_path / "pictures")
+    packed = pack(archive, tmp_path / f"pictures{ending}")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3000))
+        with pytest.raises(DatasetError, match=r"unpacks to more .* room for 3000"):
+            photographs._unpack(packed, tmp_path / "unpacked")
+        assert not list((tmp_path / "unpacked").iterdir())
+    for name in ("../outside.jpg", "/outside.jpg"):
+        if ending == ".zip":
+            with zipfile.ZipFile(packed, "w") as file:
+                file.writestr(name, b"x")
+        else:
+            with tarfile.open(packed, "w:gz") as file:
+                file.addfile(tarfile.TarInfo(name), io.BytesIO())
+        shutil.rmtree(tmp_path / "unpacked")
+        with pytest.raises(DatasetError, match="outside of its folder"):
+            photographs._unpack(packed, tmp_path / "unpacked")
+
+
+def test_a_data_folder_may_be_read_only(tmp_path, monkeypatch, capsys):
+    """Decoded images are kept in the user's own cache, and found there again."""
+    spec = prepared(
+        "image_folder", class_folder(tmp_path / "pictures"), tmp_path / "data", image_size=SIZE
+    )
+    expected = storage.load(spec, "train", tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "lls_jax_decoded")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    mkdir = pathlib.Path.mkdir
+
+    def read_only(path, *arguments, **options):
+        if (tmp_path / "data") in path.parents:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", read_only)
+    first = storage.load(spec, "train", tmp_path / "data")
+    assert "decoded images are kept in" in capsys.readouterr().err
+    monkeypatch.setattr(storage, "_records", None)
+    again = storage.load(spec, "train", tmp_path / "data")
+    for data in (first, again):
+        assert isinstance(data.images, np.memmap)
+        np.testing.assert_array_equal(data.images, expected.images)
+        np.testing.assert_array_equal(data.labels, expected.labels)
+    assert not (tmp_path / "data" / "lls_jax_decoded").exists()
+    # Beside the two files nothing is left of the making.
+    assert len([p for p in (tmp_path / "cache").rglob("*") if p.is_file()]) == 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_processes_the_first_decodes(monkeypatch, first):
+    events = []
+    monkeypatch.setattr(setup.processes, "is_first", lambda: first)
+    monkeypatch.setattr(setup.processes, "wait_for_all", lambda name: events.append("all wait"))
+    monkeypatch.setattr(setup, "load_split", lambda config, spec, split: events.append(split))
+    setup._load_splits(TrainConfig(), get_spec("digits"))
+    loads = [["train", "all wait"], ["test", "all wait"]]
+    assert events == [event for pair in loads for event in (pair if first else pair[::-1])]
 
 
 @pytest.mark.parametrize("grouped", [False, True])

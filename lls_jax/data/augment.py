@@ -45,7 +45,7 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int = _CROP_PADDING)
 def random_window(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
     """Cut a random square from each image; ``[batch, height, width, c]``, `size` in pixels."""
     batch, height, width, channels = images.shape
-    room = jnp.array([height - size + 1, width - size + 1])
+    room = jnp.array([[height - size + 1, width - size + 1]])
     offsets = jax.random.randint(key, (batch, 2), 0, room)
     cut = jax.vmap(
         lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (size, size, channels))
@@ -87,7 +87,7 @@ def random_erase(
         """Whether each of `size` positions is inside a random span of `length`."""
         length = jnp.clip(jnp.round(length), 1, size)
         start = jnp.floor(jax.random.uniform(key, (batch,)) * (size - length + 1))
-        position = jnp.arange(size, dtype=jnp.float32)
+        position = jnp.arange(size, dtype=jnp.float32)[None, :]
         return (position >= start[:, None]) & (position < (start + length)[:, None])
 
     rows = span(keys[3], jnp.sqrt(area) * root_aspect, height)

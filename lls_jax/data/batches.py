@@ -46,7 +46,8 @@ def to_device(split: Split) -> DeviceSplit:
 
 def normalize(spec: DatasetSpec, images: jax.Array) -> jax.Array:
     """``(pixel / 255 - mean) / std`` for each channel: uint8 ``[..., channels]`` to float32."""
-    mean, std = jnp.asarray(spec.mean, jnp.float32), jnp.asarray(spec.std, jnp.float32)
+    channels = (1,) * (images.ndim - 1) + (-1,)
+    mean, std = (jnp.asarray(v, jnp.float32).reshape(channels) for v in (spec.mean, spec.std))
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 

@@ -1,10 +1,14 @@
 """Photographs in folders: found, labelled, and brought to one size when they are read."""
 
+import functools
 import json
 import pathlib
+import shutil
+import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,31 +72,97 @@ def find(spec: DatasetSpec, path: pathlib.Path, unpack_to: pathlib.Path) -> Foun
     return found
 
 
+# More files than any data set of photographs has; what has more is none.
+_MOST_FILES = 20_000_000
+
+
+class _Member(NamedTuple):
+    """A regular file of an archive: where it goes, its bytes when unpacked, and how it is read."""
+
+    path: pathlib.PurePosixPath
+    size: int
+    open: Callable[[], Any]
+
+
+def _members(archive: zipfile.ZipFile | tarfile.TarFile) -> Iterator[_Member]:
+    """The regular files of an archive; links, devices and the like are none."""
+    if isinstance(archive, zipfile.ZipFile):
+        for entry in archive.infolist():
+            kind = stat.S_IFMT(entry.external_attr >> 16)
+            if not entry.is_dir() and kind in (0, stat.S_IFREG):
+                read = functools.partial(archive.open, entry)
+                yield _Member(pathlib.PurePosixPath(entry.filename), entry.file_size, read)
+        return
+    for member in archive:
+        if member.isreg():
+            path = pathlib.PurePosixPath(member.name)
+            yield _Member(path, member.size, functools.partial(archive.extractfile, member))
+
+
 def _unpack(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """Write an archive's regular files into a new folder, and nothing outside it.
+
+    Raises:
+        DatasetError: it is damaged, larger than the room on the disk, or leads out of the folder.
+    """
     folder.mkdir(parents=True)
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                archive.extractall(folder)
-        else:
-            with tarfile.open(path, "r:*") as archive:
-                # No links, no devices, nothing outside the folder.
-                archive.extractall(folder, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        opened: Any = zipfile.ZipFile if zipfile.is_zipfile(path) else tarfile.open
+        with opened(path) as archive:
+            members = []
+            size, room = 0, shutil.disk_usage(folder).free
+            for member in _members(archive):
+                size += member.size
+                members.append(member)
+                # Before anything is written: what unpacks to this much is no data set.
+                if size > room or len(members) > _MOST_FILES:
+                    raise DatasetError(
+                        f"archive {path} unpacks to more than {size} bytes in {len(members)} "
+                        f"files, and there is room for {room}; make room, or give the unpacked "
+                        "folder."
+                    )
+                if member.path.is_absolute() or ".." in member.path.parts:
+                    raise DatasetError(f"archive {path} has {member.path}, outside of its folder.")
+            for member in members:
+                _write_member(member, folder / member.path)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise DatasetError(
             f"archive {path} cannot be unpacked ({error}); fetch it again."
         ) from error
     return folder
 
 
+def _write_member(member: _Member, target: pathlib.Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with member.open() as source, target.open("wb") as file:
+        shutil.copyfileobj(source, file)
+
+
+def _is_hidden(path: pathlib.Path) -> bool:
+    """Whether an operating system or an editor has put it there: it is no image and no class."""
+    return path.name.startswith(".") or path.name == "__MACOSX"
+
+
+def _visible(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(child for child in folder.iterdir() if not _is_hidden(child))
+
+
 def _root(folder: pathlib.Path) -> pathlib.Path:
     """The folder itself, or the only one in it, which is how archives are packed."""
-    inside = [child for child in folder.iterdir() if not child.name.startswith(".")]
+    inside = _visible(folder)
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _ENDINGS)
+    if not folder.is_dir():
+        return []
+    found = []
+    for child in _visible(folder):
+        if child.is_dir():
+            found += _images(child)
+        elif child.suffix.lower() in _ENDINGS:
+            found.append(child)
+    return sorted(found)
 
 
 def _by_class(folder: pathlib.Path, names: tuple[str, ...]) -> Photographs:
@@ -105,7 +175,7 @@ def _by_class(folder: pathlib.Path, names: tuple[str, ...]) -> Photographs:
 
 
 def _classes(folder: pathlib.Path) -> tuple[str, ...]:
-    return tuple(sorted(child.name for child in folder.iterdir() if child.is_dir()))
+    return tuple(child.name for child in _visible(folder) if child.is_dir())
 
 
 def _find_classes(folder: pathlib.Path, path: pathlib.Path) -> Found:
@@ -145,7 +215,7 @@ def _find_coco(folder: pathlib.Path, path: pathlib.Path) -> Found:
     """Visual Wake Words: whether a person is in an image of COCO."""
     splits = {}
     for split, name in (("train", "instances_train.json"), ("test", "instances_val.json")):
-        files = sorted(folder.rglob(name))
+        files = sorted(file for file in folder.rglob(name) if not _is_hidden(file.parent))
         if not files:
             raise DatasetError(
                 f"{path} lacks {name}; expected COCO's images and the annotations that the "

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import io
-import os
 import pathlib
 import shutil
+import socket
 import sys
 import tempfile
 import urllib.error
@@ -17,12 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from lls_jax.data import archives, photographs
+from lls_jax.data import archives, photographs, storage
 from lls_jax.data.specs import DatasetSpec, Download
 from lls_jax.data.storage import MAPPED_LAYOUTS, DatasetError, prepared_folder
 
 _CONNECT_SECONDS = 5.0
 _ASIDE = ".lls_jax_preparing-"
+_LOCK = ".lock"
 
 
 def prepare(
@@ -36,8 +39,10 @@ def prepare(
 ) -> pathlib.Path:
     """Import a data set into `data_dir`, from an archive or by downloading it.
 
-    The set is written into a folder aside, which takes its place by one rename: another process
-    sees all of it or nothing. What an earlier, killed attempt left aside is removed.
+    The set is written into a folder aside, which takes its place by a rename: another process
+    sees all of it or nothing, and a set that was there before is not lost at any moment. What an
+    earlier, killed attempt on this machine left aside is removed; attempts of other machines that
+    share the disk are left alone.
 
     Args:
         spec: the data set.
@@ -69,10 +74,13 @@ def prepare(
         spec = dataclasses.replace(spec, image_shape=(image_size, image_size, 3), crop=crop)
     data_dir.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(data_dir, spec)
-    aside = pathlib.Path(
-        tempfile.mkdtemp(prefix=f"{_ASIDE}{spec.name}-{os.getpid()}-", dir=data_dir)
-    )
-    try:
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=_aside_prefix(spec), dir=data_dir))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, aside, ignore_errors=True)
+        # Held while this process lives, which tells others that it does.
+        lock = stack.enter_context((aside / _LOCK).open("w"))
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         source = archive or _download(spec, aside / "download", progress)
         if spec.layout in MAPPED_LAYOUTS:
             spec = _write_photographs(spec, aside, source, skip_corrupt, progress)
@@ -81,30 +89,20 @@ def prepare(
             parts = {name: _Part(len(s.labels), archives.examples(s)) for name, s in splits.items()}
             _write(spec, aside, parts, progress)
         target = prepared_folder(spec, data_dir)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            os.replace(target, aside / "replaced")
-        os.replace(prepared_folder(spec, aside), target)
+        storage.put_in_place(prepared_folder(spec, aside), target)
         return target
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside_prefix(spec: DatasetSpec) -> str:
+    return f"{_ASIDE}{spec.name}-{socket.gethostname()}-"
 
 
 def _remove_abandoned(data_dir: pathlib.Path, spec: DatasetSpec) -> None:
-    for folder in data_dir.glob(f"{_ASIDE}{spec.name}-*"):
-        process = folder.name.removeprefix(f"{_ASIDE}{spec.name}-").split("-")[0]
-        if process.isdigit() and not _is_running(int(process)):
+    for folder in data_dir.glob(f"{glob.escape(_aside_prefix(spec))}*"):
+        with contextlib.suppress(OSError), (folder / _LOCK).open("r+") as lock:
+            # Fails where the one who made it still has it, or where nobody can tell.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _download(spec: DatasetSpec, folder: pathlib.Path, progress: bool) -> pathlib.Path:

@@ -1,9 +1,13 @@
 """Loading data sets: prepared ones through TensorFlow Datasets, `digits` from scikit-learn."""
 
+import contextlib
 import dataclasses
+import errno
+import hashlib
 import io
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -44,9 +48,50 @@ def prepared_folder(spec: DatasetSpec, data_dir: pathlib.Path) -> pathlib.Path:
 
 
 def is_prepared(spec: DatasetSpec, data_dir: pathlib.Path) -> bool:
-    """Whether a set can be loaded from `data_dir`."""
-    embedded = spec.layout == "embedded"
-    return embedded or (prepared_folder(spec, data_dir) / "dataset_info.json").is_file()
+    """Whether a set can be loaded; one whose replacement was cut off is put back first."""
+    if spec.layout == "embedded":
+        return True
+    folder = prepared_folder(spec, data_dir)
+    if not folder.exists() and _replaced(folder).exists():
+        # Where it cannot be written, or somebody else was faster, there is nothing to do.
+        with contextlib.suppress(OSError):
+            os.replace(_replaced(folder), folder)
+    return (folder / "dataset_info.json").is_file()
+
+
+def _replaced(folder: pathlib.Path) -> pathlib.Path:
+    """Where a set lies while another takes its place."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def put_in_place(new: pathlib.Path, target: pathlib.Path) -> None:
+    """Move a set to its place; the one that was there is gone only after that.
+
+    Between the two renames that it takes, the old set lies beside its place, from where
+    :func:`is_prepared` brings it back.
+
+    Args:
+        new: the set, on the same disk.
+        target: its place.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = _replaced(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    for attempt in range(3):
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(new, target)
+            break
+        except OSError as error:
+            # Somebody who looked between the renames has put the old one back.
+            if attempt == 2 or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def resolve(spec: DatasetSpec, data_dir: pathlib.Path) -> DatasetSpec:
@@ -108,7 +153,8 @@ def load(spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | Non
 
     The first whole read decodes every PNG and keeps the pixels in a file beside the sets
     (``lls_jax_decoded``), from which later reads take them. Of photographs that file is mapped into
-    memory, so that a set may be larger than it.
+    memory, so that a set may be larger than it; where `data_dir` cannot be written it lies in the
+    user's cache folder (``$XDG_CACHE_HOME/lls_jax``, by default ``~/.cache/lls_jax``).
 
     Args:
         spec: the data set.
@@ -192,34 +238,55 @@ def _load_prepared(
     return decoded
 
 
+def _own_cache(cache: pathlib.Path) -> pathlib.Path:
+    """Where the user keeps what cannot be kept beside the sets."""
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    place = hashlib.sha256(str(cache.parent.absolute()).encode()).hexdigest()[:16]
+    return home / "lls_jax" / "decoded" / place / cache.name
+
+
 def _load_mapped(
     spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | None, cache: pathlib.Path
 ) -> Split:
     """Pixels in a `.npy` file that is mapped into memory, labels beside it."""
-    pixels, labels = cache.with_suffix(".npy"), cache.with_suffix(".labels.npy")
-    if labels.is_file() and pixels.is_file():
-        return Split(np.load(pixels, mmap_mode="r"), np.load(labels))
+    for place in (cache, _own_cache(cache)):
+        pixels, labels = place.with_suffix(".npy"), place.with_suffix(".labels.npy")
+        if labels.is_file() and pixels.is_file():
+            return Split(np.load(pixels, mmap_mode="r"), np.load(labels))
     if limit is not None:
         return _decode(spec, split, data_dir, limit)
+    try:
+        return _decode_to(spec, split, data_dir, cache)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        own = _own_cache(cache)
+        print(f"note: decoded images are kept in {own.parent} ({error}).", file=sys.stderr)
+        return _decode_to(spec, split, data_dir, own)
+
+
+def _decode_to(spec: DatasetSpec, split: str, data_dir: pathlib.Path, cache: pathlib.Path) -> Split:
+    """Decode a split into a file that is mapped into memory.
+
+    Raises:
+        OSError: the file's folder cannot be written.
+    """
+    pixels, labels = cache.with_suffix(".npy"), cache.with_suffix(".labels.npy")
     size = {"train": spec.train_size, "test": spec.test_size}[split]
     cache.parent.mkdir(parents=True, exist_ok=True)
-    aside = pixels.with_name(f".{os.getpid()}-{pixels.name}")
-    try:
+    # Names of their own: several machines may share this disk.
+    with tempfile.TemporaryDirectory(prefix=".decoding-", dir=cache.parent) as aside:
         images = np.lib.format.open_memmap(
-            aside, mode="w+", dtype=np.uint8, shape=(size, *spec.image_shape)
+            f"{aside}/pixels.npy", mode="w+", dtype=np.uint8, shape=(size, *spec.image_shape)
         )
         decoded = np.empty(size, np.int32)
         for index, (image, label) in enumerate(_records(spec, split, data_dir, None)):
             images[index], decoded[index] = image, label
         images.flush()
-        os.replace(aside, pixels)
-        with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as file:
-            np.save(file, decoded)
-        os.chmod(file.name, 0o644)
+        np.save(f"{aside}/labels.npy", decoded)
+        os.replace(f"{aside}/pixels.npy", pixels)
         # Last: the labels say that the pixels are whole.
-        os.replace(file.name, labels)
-    finally:
-        aside.unlink(missing_ok=True)
+        os.replace(f"{aside}/labels.npy", labels)
     return Split(np.load(pixels, mmap_mode="r"), decoded)
 
 
