@@ -20,7 +20,7 @@ class Judgement(NamedTuple):
         accuracy: share of images whose best class is right, in percent.
         top5: share of images whose five best classes hold the right one, in percent; None where
             there are five classes or fewer.
-        confusion: counts ``[true class, predicted class]``.
+        confusion: counts ``[true class, predicted class]``, without images with a NaN logit.
     """
 
     loss: float
@@ -30,9 +30,20 @@ class Judgement(NamedTuple):
 
 
 def correct_within(logits: jax.Array, labels: jax.Array, best: int) -> jax.Array:
-    """Whether the label is among the `best` largest logits; bool ``[batch]``."""
+    """Whether the label is among the `best` largest logits; bool ``[batch]``.
+
+    Of equal logits the first counts as the largest, as with ``argmax``. Where one is NaN the label
+    is not among them.
+
+    Args:
+        logits: ``[batch, classes]``.
+        labels: integers ``[batch]``.
+        best: how many.
+    """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    return jnp.sum(logits > own, axis=1) < best
+    before = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
+    ahead = (logits > own) | ((logits == own) & before)
+    return (jnp.sum(ahead, axis=1) < best) & ~jnp.isnan(logits).any(axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -41,9 +52,11 @@ def _judge_batch(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     logits, _ = model.apply(variables["params"], variables["batch_stats"], image)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    top5 = jnp.sum(weight * correct_within(logits, label, 5))
+    top5 = jnp.sum(weight * correct_within(logits, label, 5).astype(weight.dtype))
     confusion = jnp.zeros((model.num_classes, model.num_classes), jnp.int32)
-    confusion = confusion.at[label, jnp.argmax(logits, axis=1)].add(weight.astype(jnp.int32))
+    # Where a logit is NaN nothing is predicted.
+    counted = jnp.where(jnp.isnan(logits).any(axis=1), 0, weight.astype(jnp.int32))
+    confusion = confusion.at[label, jnp.argmax(logits, axis=1)].add(counted)
     return jnp.sum(weight * losses), top5, confusion
 
 

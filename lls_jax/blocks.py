@@ -1,7 +1,8 @@
 """Flax Linen blocks, and the wrapper that gives a block its local loss."""
 
 import functools
-from typing import Any, ClassVar
+import inspect
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -92,7 +93,7 @@ class Classifier(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[batch, inputs] -> [batch, features]``, float32 logits."""
         logits, bias = Linear(self.features, self.dtype, name="linear")(x)
-        return logits.astype(jnp.float32) + bias
+        return logits.astype(jnp.float32) + bias[None, :]
 
 
 class NormalizeActivate(nn.Module):
@@ -154,8 +155,6 @@ class ConvBlock(nn.Module):
     features: int
     dtype: Any = jnp.float32
     stride: int = 1
-
-    pools: ClassVar[bool] = True
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False, pool_size: int | None = None) -> Any:
@@ -221,8 +220,6 @@ class DepthwiseSeparableBlock(nn.Module):
     dtype: Any = jnp.float32
     stride: int = 1
 
-    pools: ClassVar[bool] = True
-
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False, pool_size: int | None = None) -> Any:
         """``[batch, height, width, channels] -> [batch, height', width', features]``.
@@ -256,6 +253,46 @@ class DenseBlock(nn.Module):
         return NormalizeActivate(name="norm")(x, bias, train=train)
 
 
+# Modules that give the pooled activation too, from the pass that normalises.
+_POOLING = ConvBlock | DepthwiseSeparableBlock
+
+
+def call_options(module: nn.Module, train: bool) -> dict[str, Any]:
+    """How a block is told whether it is trained: ``train=...``, if its `__call__` has that.
+
+    Args:
+        module: any Flax module of one input; ``nn.Conv`` is one without.
+        train: whether BatchNorm uses, and averages, this batch's statistics.
+    """
+    takes_train = "train" in inspect.signature(type(module).__call__).parameters
+    return {"train": train} if takes_train else {}
+
+
+def apply_module(
+    module: nn.Module,
+    params: Any,
+    batch_stats: Any,
+    x: jax.Array,
+    *,
+    train: bool,
+    rngs: dict[str, jax.Array] | None = None,
+) -> tuple[jax.Array, Any]:
+    """A block's activation, and its new statistics; ``{}`` where it has none.
+
+    Args:
+        module: the block.
+        params: its parameters.
+        batch_stats: its statistics.
+        x: its input, ``[batch, ...]``.
+        train: whether BatchNorm uses, and averages, this batch's statistics.
+        rngs: random keys by name.
+    """
+    variables = {"params": params, "batch_stats": batch_stats}
+    options = call_options(module, train)
+    activation, updates = module.apply(variables, x, mutable=["batch_stats"], rngs=rngs, **options)
+    return activation, updates.get("batch_stats", {})
+
+
 class LocalBlock(nn.Module):
     """A block that learns from its own loss: the unit to drop into other Flax code.
 
@@ -264,7 +301,7 @@ class LocalBlock(nn.Module):
     parameter.
 
     Attributes:
-        block: a Flax module, called ``block(x, train=...)``.
+        block: a Flax module, called ``block(x, train=...)``, or ``block(x)`` if it has no `train`.
         rule: a local rule, from :func:`lls_jax.rules.make` or your own.
         pool_size: size to which the activation is pooled before the projection.
         hidden_dim: width of the feedback matrix, for rules that have one.
@@ -303,10 +340,10 @@ class LocalBlock(nn.Module):
         wants_pooled = getattr(self.rule, "works_on_latents", False) and not getattr(
             self.rule, "pools_itself", False
         )
-        if labels is not None and train and wants_pooled and getattr(self.block, "pools", False):
+        if labels is not None and train and wants_pooled and isinstance(self.block, _POOLING):
             activation, pooled = self.block(x, train=train, pool_size=self.pool_size)
         else:
-            activation = self.block(x, train=train)
+            activation = self.block(x, **call_options(self.block, train))
         rule_params = self._rule_params(activation.shape[1:])
         if labels is None:
             return activation

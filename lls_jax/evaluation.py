@@ -23,30 +23,17 @@ def _schedule_free_states(opt_state: Any) -> list[Any]:
     return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
-def _average(opt_state: Any, params: Any) -> Any:
-    """The average of what the optimiser knows; the rest, which no training changes, as it is."""
-    trained = _restricted(params, opt_state.z)
-    return _merged(params, _average_trained(opt_state, trained))
-
-
 @jax.jit
-def _average_trained(opt_state: Any, trained: Any) -> Any:
-    return optax.contrib.schedule_free_eval_params(opt_state, trained)
-
-
-def _restricted(params: Any, like: Any) -> Any:
-    if not isinstance(params, dict):
-        return params
-    return {name: _restricted(params[name], like[name]) for name in like}
-
-
-def _merged(params: Any, changed: Any) -> Any:
-    if not isinstance(params, dict):
-        return changed
-    return {
-        name: _merged(value, changed[name]) if name in changed else value
-        for name, value in params.items()
-    }
+def _average(opt_state: Any, params: Any) -> Any:
+    """``x = y + (1 - 1 / b1) (z - y)`` wherever the optimiser has a `z`; the rest as it is."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    averaged = dict(paths)
+    for state in _schedule_free_states(opt_state):
+        # Of masked and fixed parameters there is none.
+        for path, z in jax.tree_util.tree_flatten_with_path(state.z)[0]:
+            beyond = (1.0 - 1.0 / state.b1).astype(z.dtype)
+            averaged[path] = averaged[path] + beyond * (z - averaged[path])
+    return jax.tree.unflatten(structure, averaged.values())
 
 
 def averaged_params(state: TrainState) -> dict[str, Any]:
@@ -61,16 +48,42 @@ def averaged_params(state: TrainState) -> dict[str, Any]:
     if not is_schedule_free(state.opt_state):
         return state.params
     if isinstance(state.opt_state, dict):
+        # One a block; bp has one in all.
         return {
-            name: _average(_schedule_free_states(state.opt_state[name])[0], block)
-            for name, block in state.params.items()
+            name: _average(state.opt_state[name], block) for name, block in state.params.items()
         }
-    return _average(_schedule_free_states(state.opt_state)[0], state.params)
+    return _average(state.opt_state, state.params)
+
+
+def _is_float(leaf: jax.Array) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward_stats(model: Network, params: Any, batch_stats: Any, image: jax.Array) -> Any:
-    return model.apply(params, batch_stats, image, train=True)[1]
+def _new_and_kept(
+    model: Network, params: Any, batch_stats: Any, image: jax.Array
+) -> tuple[Any, Any]:
+    """A batch's share of the running statistics, and the share of the old ones in the new ones.
+
+    Whatever a block's momentum is: ``running = kept * old + new``, at zero and by its derivative.
+    Both have the structure of `batch_stats`; where that is no float they mean nothing.
+    """
+    leaves, structure = jax.tree.flatten(batch_stats)
+    floats = [leaf for leaf in leaves if _is_float(leaf)]
+
+    def whole(floats: list[jax.Array]) -> Any:
+        left = iter(floats)
+        return jax.tree.unflatten(
+            structure, [next(left) if _is_float(leaf) else leaf for leaf in leaves]
+        )
+
+    def run(floats: list[jax.Array]) -> list[jax.Array]:
+        _, new = model.apply(params, whole(floats), image, train=True)
+        return [leaf for leaf in jax.tree.leaves(new) if _is_float(leaf)]
+
+    zeros, ones = ([fill(leaf) for leaf in floats] for fill in (jnp.zeros_like, jnp.ones_like))
+    new, kept = jax.jvp(run, (zeros,), (ones,))
+    return whole(new), whole(kept)
 
 
 def estimate_batch_stats(
@@ -85,17 +98,23 @@ def estimate_batch_stats(
         images: batches of training images, normalised ``[batch, height, width, channels]``.
 
     Returns:
-        The mean of the batches' own means and variances.
+        The mean of the batches' own means and variances. A block may average its running statistics
+        with any momentum, but linearly; integers and what no batch changes stay as they are.
     """
-    total, count = jax.tree.map(jnp.zeros_like, batch_stats), 0
-    zeros = total
+    total: Any = None
+    count = 0
     for image in images:
-        # BatchNorm returns 0.9 * old + 0.1 * batch; from zero that is a tenth of the batch's.
-        total = jax.tree.map(jnp.add, total, _forward_stats(model, params, zeros, image))
         count += 1
-    if not count:
+        new, kept = _new_and_kept(model, params, batch_stats, image)
+        total = new if total is None else jax.tree.map(jnp.add, total, new)
+    if total is None:
         return batch_stats
-    return jax.tree.map(lambda leaf: leaf / (0.1 * count), total)
+    return jax.tree.map(
+        lambda old, total, kept: (
+            jnp.where(kept < 1, total / count / (1 - kept), old) if _is_float(old) else old
+        ),
+        *(batch_stats, total, kept),
+    )
 
 
 def evaluation_state(model: Network, state: TrainState, images: Iterable[jax.Array]) -> TrainState:

@@ -140,7 +140,7 @@ def from_lls_dnn(
     channels = 3 if kernel is None or kernel.ndim != 4 else kernel.shape[1]
     # Only its shapes are used. Every architecture ends in a fixed-size pooling before its first
     # dense block, so any image that is large enough gives the right ones.
-    side = max(32, model.smallest_image)
+    side = max(32, model.smallest_image or 1)
     expected_params, expected_stats = jax.eval_shape(
         lambda key: model.init(rule, key, jnp.zeros((1, side, side, channels))), jax.random.key(0)
     )

@@ -16,6 +16,11 @@ EPSILON = 1e-5
 NEGATIVE_SLOPE = 0.01
 
 
+def _along(values: jax.Array, x: jax.Array) -> jax.Array:
+    """``[channels]`` with as many axes as `x`, whose last one are the channels."""
+    return values.reshape((1,) * (x.ndim - 1) + values.shape)
+
+
 def leaky_relu(x: jax.Array) -> jax.Array:
     """``x`` where it is not negative, a hundredth of it elsewhere."""
     return jnp.where(x >= 0, x, NEGATIVE_SLOPE * x)
@@ -33,7 +38,7 @@ def apply_statistics(
     x: jax.Array, mean: jax.Array, variance: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> jax.Array:
     """Normalise with given statistics, then activate; ``[..., channels]``, in the dtype of `x`."""
-    slope, offset = _affine(mean, variance, scale, bias)
+    slope, offset = (_along(v, x) for v in _affine(mean, variance, scale, bias))
     return leaky_relu(x.astype(jnp.float32) * slope + offset).astype(x.dtype)
 
 
@@ -79,13 +84,15 @@ def _backward(residuals: tuple, cotangents: tuple) -> tuple:
     wide = x.astype(jnp.float32)
     slope, offset = _affine(mean, variance, scale, bias)
     dy = cotangents[0].astype(jnp.float32)
-    dy = jnp.where(wide * slope + offset >= 0, dy, NEGATIVE_SLOPE * dy)
+    dy = jnp.where(wide * _along(slope, x) + _along(offset, x) >= 0, dy, NEGATIVE_SLOPE * dy)
     inverse_std = jax.lax.rsqrt(variance + EPSILON)
     d_bias = jnp.sum(dy, axes)
     # The sum of dy * (x - mean), without writing x - mean to memory.
     d_scale = (jnp.sum(dy * wide, axes) - mean * d_bias) * inverse_std
     per_deviation = slope * inverse_std * d_scale / count
-    dx = slope * (dy - d_bias / count) - (wide - mean) * per_deviation
+    # slope * (dy - d_bias / count) - (x - mean) * per_deviation
+    constant = mean * per_deviation - slope * d_bias / count
+    dx = _along(slope, x) * dy - wide * _along(per_deviation, x) + _along(constant, x)
     return dx.astype(x.dtype), d_scale, d_bias
 
 
@@ -160,14 +167,15 @@ def window_sums(x: jax.Array, statistics: Statistics, pool_size: int) -> tuple[A
     """
     slope, offset = _affine(*statistics)
     windows = _windows(x.astype(jnp.float32), pool_size)
+    slope, offset = _along(slope, windows), _along(offset, windows)
     m = jnp.where(windows * slope + offset >= 0, 1.0, NEGATIVE_SLOPE)
     return jnp.sum(m, (2, 4)), jnp.sum(m * windows, (2, 4))
 
 
 def pool_from_sums(sums: Sequence[jax.Array], statistics: Statistics, window: int) -> jax.Array:
     """Means over windows of `window` elements each, from :func:`window_sums`."""
-    slope, offset = _affine(*statistics)
     sum_m, sum_mx = sums
+    slope, offset = (_along(v, sum_m) for v in _affine(*statistics))
     return (slope * sum_mx + offset * sum_m) / window
 
 
@@ -220,9 +228,11 @@ def input_gradient(
     inverse_std = jax.lax.rsqrt(statistics.variance + EPSILON)
     per_deviation = slope * inverse_std * gradients.scale / count
     wide = x.astype(jnp.float32)
-    m = jnp.where(wide * slope + offset >= 0, 1.0, NEGATIVE_SLOPE)
+    m = jnp.where(wide * _along(slope, x) + _along(offset, x) >= 0, 1.0, NEGATIVE_SLOPE)
     dy = m * _spread(gradients.window, x.shape)
-    dx = slope * (dy - gradients.bias / count) - (wide - statistics.mean) * per_deviation
+    # slope * (dy - d_bias / count) - (x - mean) * per_deviation
+    constant = statistics.mean * per_deviation - slope * gradients.bias / count
+    dx = _along(slope, x) * dy - wide * _along(per_deviation, x) + _along(constant, x)
     return dx.astype(x.dtype)
 
 

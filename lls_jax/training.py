@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lls_jax import remat
-from lls_jax.blocks import LocalBlock
+from lls_jax.blocks import LocalBlock, apply_module
 from lls_jax.models import BlockSpec, Network
 from lls_jax.ordering import token_of, wait_for
 from lls_jax.rules import Backpropagation, FeedbackRule, Rule, has_local_losses
@@ -64,10 +64,16 @@ def create_train_state(
     Raises:
         ValueError: the image is too small for the model.
     """
-    key = _typed_key(key)
-    init_key, run_key = jax.random.split(key)
-    params, batch_stats = model.init(rule, init_key, jnp.asarray(example_image))
-    return state_from_variables(rule, tx, run_key, params, batch_stats)
+    image = jnp.asarray(example_image)
+
+    # One program: each array's zeros, copies and draws would be compiled by themselves.
+    @jax.jit
+    def draw(key: jax.Array) -> TrainState:
+        init_key, run_key = jax.random.split(key)
+        params, batch_stats = model.init(rule, init_key, image)
+        return state_from_variables(rule, tx, run_key, params, batch_stats)
+
+    return draw(_typed_key(key))
 
 
 def state_from_variables(
@@ -106,9 +112,13 @@ def num_local_losses(model: Network, rule: Rule) -> int:
 
 
 def classifier_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Plain softmax cross-entropy, the mean over the batch; ``[batch, classes], [batch] -> []``."""
+    """Plain softmax cross-entropy, the mean over the batch; ``[batch, classes], [batch] -> []``.
+
+    NaN if a label is no class.
+    """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-    return jnp.mean(losses)
+    # Optax takes -1 for the last class.
+    return jnp.mean(jnp.where((labels >= 0) & (labels < logits.shape[1]), losses, jnp.nan))
 
 
 class BlockState(NamedTuple):
@@ -149,7 +159,10 @@ def _updated(
     loss: jax.Array,
 ) -> tuple[Any, Any]:
     """New values of the trained parameters, and of the optimiser's state."""
-    updates, opt_state = tx.update(grads, state.opt_state, trained, value=loss)
+    # Optax's own transformations mix dtypes (adam raises a float to an integer), which a program
+    # that asks JAX for strict promotion need not do without.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = tx.update(grads, state.opt_state, trained, value=loss)
     return optax.apply_updates(trained, updates), opt_state
 
 
@@ -187,7 +200,8 @@ def update_block(
         (activation, loss), updates = block.apply(
             variables, x, labels, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key}
         )
-        return loss, (spec.downsample(activation), updates["batch_stats"])
+        stats = {"block": {}, **updates.get("batch_stats", {})}
+        return loss, (spec.downsample(activation), stats)
 
     def sliced_loss(plan: remat.Plan, params: Any) -> tuple[jax.Array, Any]:
         downsampled, pooled, stats = remat.apply_block(
@@ -239,16 +253,16 @@ def update_joined(
 
     def logits_loss(params: Any) -> tuple[jax.Array, Any]:
         own, classifier_params = params
-        variables = {"params": own["block"], "batch_stats": block.batch_stats["block"]}
-        activation, updates = spec.module.apply(
-            variables,
+        activation, stats = apply_module(
+            spec.module,
+            own["block"],
+            block.batch_stats["block"],
             jax.lax.stop_gradient(x),
             train=True,
-            mutable=["batch_stats"],
             rngs={"dropout": dropout_key},
         )
         logits = model.classify(classifier_params, spec.transition(activation, dropout_key))
-        return classifier_loss(logits, labels), (logits, {"block": updates["batch_stats"]})
+        return classifier_loss(logits, labels), (logits, {"block": stats})
 
     own = {"block": block.params["block"]}
     (loss, (logits, stats)), grads = jax.value_and_grad(logits_loss, has_aux=True)(
@@ -319,12 +333,11 @@ def _feedback_step(
     for i, (name, spec) in enumerate(zip(model.block_names, model.specs)):
 
         def run(params: Any, x: jax.Array = x, name: str = name, spec: Any = spec) -> Any:
-            variables = {"params": params, "batch_stats": state.batch_stats[name]["block"]}
-            x = jax.lax.stop_gradient(x)
-            return spec.module.apply(variables, x, train=True, mutable=["batch_stats"])
+            stats = state.batch_stats[name]["block"]
+            return apply_module(spec.module, params, stats, jax.lax.stop_gradient(x), train=True)
 
-        activation, pullback, updates = jax.vjp(run, state.params[name]["block"], has_aux=True)
-        batch_stats[name] = {"block": updates["batch_stats"]}
+        activation, pullback, stats = jax.vjp(run, state.params[name]["block"], has_aux=True)
+        batch_stats[name] = {"block": stats}
         activations.append(activation)
         pullbacks.append(pullback)
         x = spec.transition(activation, jax.random.fold_in(dropout_key, i))
@@ -362,8 +375,8 @@ def _backpropagation_step(
         return classifier_loss(logits, labels), (logits, batch_stats)
 
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
-    params = optax.apply_updates(state.params, updates)
+    own = BlockState(state.params, batch_stats, state.opt_state)
+    params, opt_state = _updated(tx, own, state.params, grads, loss)
     metrics = {"layer_loss": jnp.zeros((0,), jnp.float32), "loss": loss, "logits": logits}
     return TrainState(state.step + 1, params, batch_stats, opt_state, state.key), metrics
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lls_jax.blocks import Classifier, LocalBlock
+from lls_jax.blocks import Classifier, LocalBlock, apply_module, call_options
 from lls_jax.rules.protocol import Rule, for_block
 from pallas_kernels.local_loss import adaptive_average_pool
 
@@ -35,7 +35,8 @@ class BlockSpec:
     """One local block of a network, and what follows it.
 
     Attributes:
-        module: the Flax module, called ``module(x, train=...)``.
+        module: the Flax module, called ``module(x, train=...)``, or ``module(x)`` if it takes no
+            `train`.
         pool_size: size to which its local loss pools the activation.
         hidden_dim: width of the feedback matrix, for rules that have one.
         max_pool: whether 2x2 max-pooling follows.
@@ -94,7 +95,7 @@ class Group(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """From the first block's input to the last one's activation."""
         for i, (block, spec) in enumerate(zip(self.blocks, self.specs)):
-            x = block(x, train=train)
+            x = block(x, **call_options(block, train))
             if i + 1 < len(self.specs):
                 key = self.make_rng("dropout") if self.has_rng("dropout") and train else None
                 x = spec.transition(x, key)
@@ -111,7 +112,7 @@ class Network:
         specs: the blocks, in order.
         dtype: of the activations, float32 or bfloat16.
         basis_rows: rows that the published runs give a reduced basis.
-        smallest_image: least height and width, in pixels.
+        smallest_image: least height and width, in pixels; None: any, and feature vectors too.
         joined: whether the last block has no loss of its own, and learns from the classifier's.
     """
 
@@ -120,7 +121,7 @@ class Network:
     specs: tuple[BlockSpec, ...]
     dtype: Any = jnp.float32
     basis_rows: int = 20
-    smallest_image: int = 1
+    smallest_image: int | None = None
     joined: bool = False
 
     @property
@@ -186,7 +187,14 @@ class Network:
         )
 
     def check_image(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError unless `shape` is that of a batch of large enough images."""
+        """Raise ValueError unless `shape` is that of a batch that this model takes."""
+        if self.smallest_image is None:
+            if len(shape) not in (2, 4):
+                raise ValueError(
+                    f"a batch of shape {shape}; expected [batch, height, width, channels] or "
+                    "[batch, features]."
+                )
+            return
         if len(shape) != 4:
             raise ValueError(
                 f"an image batch of shape {shape}; expected [batch, height, width, channels]."
@@ -203,7 +211,7 @@ class Network:
         Args:
             rule: gives each block its rule's parameters.
             key: random key.
-            image: a batch or one image; only its shape counts.
+            image: a batch or one image, or feature vectors; only its shape counts.
 
         Returns:
             ``(params, batch_stats)``, both keyed by block name; `params` has ``classifier`` too.
@@ -211,18 +219,25 @@ class Network:
         Raises:
             ValueError: the image is too small for this model.
         """
-        shape = (1, *image.shape) if image.ndim == 3 else image.shape
+        shape = (1, *image.shape) if image.ndim in (1, 3) else image.shape
         self.check_image(shape)
+        # One program: block by block, every draw of every block would be compiled by itself.
+        return jax.jit(functools.partial(self._draw, rule, (1, *shape[1:])))(key)
+
+    def _draw(
+        self, rule: Rule, shape: tuple[int, ...], key: jax.Array
+    ) -> tuple[Variables, Variables]:
         # Shapes alone travel from block to block: nothing is computed on the image.
-        x = jax.ShapeDtypeStruct((1, *shape[1:]), self.dtype)
+        x = jax.ShapeDtypeStruct(shape, self.dtype)
         params: Variables = {}
         batch_stats: Variables = {}
         keys = jax.random.split(key, len(self.specs) + 1)
         named = zip(self.block_names, self.local_blocks(rule), self.specs, keys)
         for name, block, spec, block_key in named:
-            variables = jax.jit(block.init)(block_key, jnp.zeros(x.shape, x.dtype))
-            params[name] = variables["params"]
-            batch_stats[name] = variables["batch_stats"]
+            variables = block.init(block_key, jnp.zeros(x.shape, x.dtype))
+            # A block may have no parameters, or no statistics, of its own.
+            params[name] = {"block": {}, **variables.get("params", {})}
+            batch_stats[name] = {"block": {}, **variables.get("batch_stats", {})}
             run = functools.partial(block.apply, variables)
             x = jax.eval_shape(lambda x, run=run, spec=spec: spec.transition(run(x), None), x)
         classifier = Classifier(self.num_classes, self.dtype)
@@ -253,16 +268,11 @@ class Network:
         x = image.astype(self.dtype)
         new_stats: Variables = {}
         for i, (name, spec) in enumerate(zip(self.block_names, self.specs)):
-            variables = {
-                "params": params[name]["block"],
-                "batch_stats": batch_stats[name]["block"],
-            }
             block_key = fold_in(dropout_key, i)
             rngs = {} if block_key is None else {"dropout": block_key}
-            x, updates = spec.module.apply(
-                variables, x, train=train, mutable=["batch_stats"], rngs=rngs
-            )
-            new_stats[name] = {"block": updates["batch_stats"]}
+            own, stats = params[name]["block"], batch_stats[name]["block"]
+            x, stats = apply_module(spec.module, own, stats, x, train=train, rngs=rngs)
+            new_stats[name] = {"block": stats}
             x = spec.transition(x, block_key)
         return self.classify(params["classifier"], x), new_stats
 

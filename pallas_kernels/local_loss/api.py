@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.local_loss import reference
 from pallas_kernels.local_loss.availability import (
@@ -152,7 +153,9 @@ def _check(
     classes = rows if modulation is None else modulation.shape[-1]
     # Inside a compiled function their values are not known yet.
     if not isinstance(labels, jax.core.Tracer):
-        least, most = int(jnp.min(labels)), int(jnp.max(labels))
+        # NumPy's, because JAX's give no values while another function is traced.
+        values = np.asarray(labels)
+        least, most = int(values.min()), int(values.max())
         if least < 0 or most >= classes:
             raise ValueError(
                 f"`labels` holds {least if least < 0 else most}; expected indices of {classes} "
@@ -190,7 +193,9 @@ def local_loss(
         activation: ``[batch, height, width, channels]`` or ``[batch, features]``, any float dtype.
         projection: ``W``, ``[rows, latents]``; ``latents`` is ``channels * p * p``, or ``p``.
         modulation: None, ``m`` ``[rows]`` or ``M`` ``[rows, classes]``.
-        labels: integers ``[batch]``; an index of a class each.
+        labels: integers ``[batch]``; an index of a class each. Inside a compiled function, where
+            their values are not known yet, the loss of a label that is no class is NaN, and so is
+            its gradient.
         pool_size: ``p``; bins along each spatial axis, or along the features.
         temperature: divides the logits; positive, dimensionless.
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
@@ -226,10 +231,14 @@ def local_loss(
     device = current_device()
     name = implementation or choose_implementation(device, problem).implementation
     statics = Statics(pool_size, temperature, label_smoothing, normalize)
+    classes = problem.classes
+    one = jnp.where((labels >= 0) & (labels < classes), jnp.float32(1.0), jnp.float32(jnp.nan))
+    labels = jnp.clip(labels, 0, classes - 1)
     if name == "xla":
-        return reference.local_loss(activation, projection, modulation, labels, **statics._asdict())
+        loss = reference.local_loss(activation, projection, modulation, labels, **statics._asdict())
+        return one * loss
     stopped = shape_obstacle(problem) if interpret else obstacle(name, device, problem)
     if stopped is not None:
         raise KernelUnavailableError(f"implementation {name!r} cannot run here: {stopped}.")
-    loss = differentiable(_launcher(name, config, interpret), statics)
-    return loss(activation, projection, modulation, labels)
+    fused = differentiable(_launcher(name, config, interpret), statics)
+    return one * fused(activation, projection, modulation, labels)

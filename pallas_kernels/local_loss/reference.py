@@ -38,7 +38,7 @@ def local_logits(
     if modulation is None:
         return scores
     if modulation.ndim == 1:
-        return scores * modulation
+        return scores * modulation[None, :]
     return jnp.matmul(scores, modulation, precision="highest")
 
 

@@ -1,0 +1,141 @@
+"""What is judged: statistics of anybody's blocks, and what counts as a right answer."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import judging
+from lls_jax import checkpoint, evaluation, rules, training
+from lls_jax.blocks import DenseBlock, LocalBlock
+from lls_jax.models import BlockSpec, Network
+from lls_jax.optimizers import schedule_free_adamw
+
+CLASSES = 4
+
+
+class OwnBlock(nn.Module):
+    """A dense layer and Flax's own BatchNorm, with its default momentum or another."""
+
+    momentum: float
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Dense(6)(x)
+        count = self.variable("batch_stats", "count", lambda: jnp.int32(0))
+        if train and not self.is_initializing():
+            count.value = count.value + 1
+        return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=self.momentum)(x))
+
+
+class Untrained(nn.Module):
+    """No parameters, no statistics, no `train`."""
+
+    def __call__(self, x):
+        return jnp.tanh(x)
+
+
+def learn(model, image, steps=3):
+    """A trained state, and the rule it was trained with."""
+    rule, tx = rules.make("lls", num_classes=CLASSES), schedule_free_adamw(1e-2)
+    state = training.create_train_state(model, rule, tx, jax.random.key(0), image)
+    step = training.make_train_step(model, rule, tx)
+    first = None
+    for _ in range(steps):
+        state, metrics = step(state, {"image": image, "label": jnp.arange(len(image)) % CLASSES})
+        first = metrics["loss"] if first is None else first
+    assert metrics["loss"] < first
+    return state
+
+
+@pytest.mark.parametrize("momentum", [0.99, 0.5])
+def test_statistics_are_estimated_whatever_the_momentum(momentum):
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    model = Network("own", CLASSES, (BlockSpec(OwnBlock(momentum), pool_size=6),))
+    images = [jnp.asarray(rng.normal(3.0, 2.0, (16, 5)), jnp.float32) for _ in range(3)]
+    state = learn(model, images[0])
+    judged = evaluation.evaluation_state(model, state, images)
+    dense = judged.params["block_0"]["block"]["Dense_0"]
+    outputs = [np.asarray(x @ dense["kernel"] + dense["bias"][None]) for x in images]
+    stats = judged.batch_stats["block_0"]["block"]
+    norm = stats["BatchNorm_0"]
+    np.testing.assert_allclose(norm["mean"], np.mean([x.mean(0) for x in outputs], 0), atol=1e-4)
+    np.testing.assert_allclose(norm["var"], np.mean([x.var(0) for x in outputs], 0), rtol=1e-3)
+    # What is no average stays.
+    assert stats["count"] == 3
+
+
+def test_blocks_need_no_statistics_no_parameters_and_no_train(tmp_path):
+    """Flax's own convolution, a block without parameters, and one with BatchNorm."""
+    specs = (
+        BlockSpec(nn.Conv(4, (3, 3)), pool_size=2),
+        BlockSpec(Untrained(), pool_size=2, average_pool=2, flatten=True),
+        BlockSpec(DenseBlock(6), pool_size=6),
+    )
+    model = Network("plain", CLASSES, specs)
+    image = jax.random.normal(jax.random.key(1), (8, 6, 6, 2))
+    state = learn(model, image)
+    assert state.batch_stats["block_0"] == {"block": {}} == state.params["block_1"]
+    judged = evaluation.evaluation_state(model, state, [image])
+    assert np.isfinite(training.predict(model, judged, image)).all()
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        tree = {"state": state._asdict()}
+        variables = {"params": judged.params, "batch_stats": judged.batch_stats}
+        checkpoint.save(manager, checkpoint.Checkpoint(3, tree, variables, {}))
+        restored, _ = checkpoint.restore_training(manager, 3, tree)
+    assert jax.tree.structure(restored) == jax.tree.structure(tree)
+    for name, tx in (("bp", optax.sgd(0.1)), ("dfa", optax.sgd(0.1))):
+        rule = rules.make(name, num_classes=CLASSES)
+        other = training.create_train_state(model, rule, tx, jax.random.key(0), image)
+        batch = {"image": image, "label": jnp.arange(8) % CLASSES}
+        _, metrics = training.make_train_step(model, rule, tx)(other, batch)
+        assert np.isfinite(metrics["loss"])
+
+
+def test_a_convolution_of_flax_is_a_local_block():
+    block = LocalBlock(nn.Conv(4, (3, 3)), rules.make("lls_mxm", num_classes=CLASSES), pool_size=2)
+    x, labels = jnp.ones((2, 6, 6, 3)), jnp.array([0, 1])
+    variables = block.init(jax.random.key(0), x)
+    activation, loss = block.apply(variables, x, labels, train=True)
+    assert activation.shape == (2, 6, 6, 4) and np.isfinite(loss)
+
+
+def test_networks_of_ones_own_take_images_and_feature_vectors():
+    model = Network("own", CLASSES, (BlockSpec(DenseBlock(6), pool_size=6),))
+    state = learn(model, jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32))
+    assert training.predict(model, state, jnp.ones((3, 5))).shape == (3, CLASSES)
+    with pytest.raises(ValueError, match=r"shape \(3, 5, 1\); expected .* or \[batch, features\]"):
+        training.predict(model, state, jnp.ones((3, 5, 1)))
+    fixed = dataclasses.replace(model, smallest_image=4)
+    with pytest.raises(ValueError, match=r"expected \[batch, height, width, channels\]"):
+        training.predict(fixed, state, jnp.ones((3, 5)))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("logits", "label", "ranks"),
+    [
+        ([3.0, 1.0, 2.0, 0.0], 2, 1),
+        ([3.0, 1.0, 2.0, 0.0], 0, 0),
+        # Equal logits are no right answer: the first of them is what is predicted.
+        ([0.0, 0.0, 0.0, 0.0], 0, 0),
+        ([0.0, 0.0, 0.0, 0.0], 3, 3),
+        ([1.0, 2.0, 2.0, 2.0], 2, 1),
+        ([NAN, NAN, NAN, NAN], 0, 4),
+        ([0.0, NAN, 0.0, 0.0], 1, 4),
+        ([0.0, NAN, 5.0, 0.0], 2, 4),
+        ([-INF, -INF, 1.0, INF], 3, 0),
+    ],
+)
+def test_a_label_has_a_rank(logits, label, ranks):
+    for best in range(1, 5):
+        correct = judging.correct_within(jnp.asarray([logits]), jnp.asarray([label]), best)
+        assert bool(correct[0]) == (ranks < best)
