@@ -8,6 +8,7 @@ that it takes in sequential training too.
 
 import collections
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import optax
 
 from lls_jax import processes
 from lls_jax.models import Network
-from lls_jax.rules import Rule, has_local_losses
+from lls_jax.rules import Rule, has_local_losses, without_kernels
 from lls_jax.training import (
     CLASSIFIER,
     Batch,
@@ -309,6 +310,33 @@ def measure_units(
 # --- Shards of the batch on several devices ------------------------------------------------------
 
 
+# Threads that a device made of a CPU needs: with fewer, each of them may wait in another of the
+# sums over all devices that are ready at the same time, for devices that have no thread left.
+_THREADS_A_DEVICE = 3
+
+
+def _cpu_threads() -> int:
+    """How many threads XLA's CPU client has: as its `DefaultThreadPoolSize` finds it."""
+    for name in ("PJRT_NPROC", "NPROC"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return len(os.sched_getaffinity(0))
+
+
+def _check_threads(devices: Sequence[Any]) -> None:
+    """Raise ValueError where sums over devices made of a CPU could wait for each other forever."""
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    if len(devices) == 1 or devices[0].platform != "cpu":
+        return
+    needed, have = _THREADS_A_DEVICE * len(here), _cpu_threads()
+    if have < needed:
+        raise ValueError(
+            f"{len(here)} devices made of one CPU need {needed} threads to sum over {len(devices)} "
+            f"devices without waiting for each other forever, and XLA has {have}; start this with "
+            f"NPROC={needed} in the environment."
+        )
+
+
 def data_parallel(
     model: Network, rule: Rule, tx: optax.GradientTransformation, devices: Sequence[Any]
 ) -> Execution:
@@ -323,10 +351,15 @@ def data_parallel(
 
     Args:
         model: the network.
-        rule: any rule.
+        rule: any rule; its losses are computed by XLA, since the compiler cannot cut a kernel.
         tx: any optax transformation.
         devices: shards go to these; they divide the batch size.
+
+    Raises:
+        ValueError: the rule names a kernel, or the devices are made of a CPU with too few threads.
     """
+    rule = without_kernels(rule)
+    _check_threads(devices)
     mesh = jax.sharding.Mesh(list(devices), ("data",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
