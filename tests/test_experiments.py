@@ -22,18 +22,19 @@ from experiments import (
     benchmark,
     command_line,
     compare,
-    digits,
     evaluate,
     import_lls_dnn,
     judging,
     paper,
+    positions,
     prepare_data,
+    setup,
     totals,
     train,
 )
 from experiments import run_folder as folders
 from experiments.command_line import UserError
-from experiments.config import OPTIMIZERS, TrainConfig
+from experiments.config import AVERAGING, OPTIMIZERS, TrainConfig
 from experiments.suites import training as suites_training
 from lls_jax import data, models, rules
 from lls_jax.data import augment, batches
@@ -100,7 +101,17 @@ def reference(tmp_path_factory):
 # --- training and what it leaves ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", rules.NAMES)
+# One of each kind: latents and a modulation, the activation itself, a fixed matrix, no local loss.
+KINDS = ("lls_mxm", "predsim", "dfa", "bp")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        name if name in KINDS else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in rules.NAMES
+    ],
+)
 def test_every_rule_trains_and_reloads(tmp_path, capsys, rule):
     config = tiny(tmp_path, rule=rule, epochs=1)
     assert train.train_and_evaluate(config) == 0
@@ -129,8 +140,8 @@ def test_every_rule_trains_and_reloads(tmp_path, capsys, rule):
 @pytest.mark.parametrize("schedule", ["multistep", "plateau"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_and_schedule_trains(tmp_path, optimizer, schedule):
-    if schedule == "plateau" and optimizer.startswith("schedule_free"):
-        with pytest.raises(ValueError, match="--schedule plateau does not go with --optimizer sch"):
+    if schedule == "plateau" and optimizer in AVERAGING:
+        with pytest.raises(ValueError, match="--schedule plateau does not go with --optimizer"):
             tiny(tmp_path, optimizer=optimizer, schedule=schedule)
         return
     config = tiny(
@@ -175,8 +186,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
     command = printed.strip().splitlines()[-1].split()
     assert command[:3] == ["python", "-m", "experiments.digits"]
     # What it says to type is this run.
-    parsed = command_line.parse(TrainConfig, "digits", "", command[3:], default=digits.PRESET)
-    assert dataclasses.replace(parsed, dataset="digits") == tiny(tmp_path)
+    assert command_line.parse_training("digits", "", command[3:]) == tiny(tmp_path)
     monkeypatch.undo()
     assert train.train_and_evaluate(tiny(tmp_path)) == 0
     assert f"resumed at step {at_step}" in capsys.readouterr().out
@@ -435,9 +445,9 @@ def test_the_papers_batch_runs_resumes_and_tells_what_is_missing(tmp_path, capsy
         paper.Entry("digits", "small_conv", "bp", "square", 100, "none"),
         paper.Entry("image_folder", "small_conv", "lls", "square", 100, "none"),
     ]
-    monkeypatch.setitem(paper.TABLES, 2, lambda: iter(entries))
+    monkeypatch.setitem(paper.TABLES, "2", lambda: iter(entries))
     config = paper.PaperConfig(
-        table=2, workdir=str(tmp_path), epochs=1, seeds=[0, 1], train_examples=256,
+        table="2", workdir=str(tmp_path), epochs=1, seeds=[0, 1], train_examples=256,
         eval_examples=40, data_dir=str(tmp_path), progress=False,
     )  # fmt: skip
     assert paper.paper(dataclasses.replace(config, dry_run=True)) == 0
@@ -461,6 +471,35 @@ def test_the_papers_batch_runs_resumes_and_tells_what_is_missing(tmp_path, capsy
         paper.paper(dataclasses.replace(config, only=["vgg9"]))
 
 
+def test_a_run_that_diverges_is_recorded_and_the_papers_batch_goes_on(
+    tmp_path, capsys, monkeypatch
+):
+    entries = [
+        paper.Entry("digits", "small_conv", rule, "square", 1, "none") for rule in ("lls", "bp")
+    ]
+    monkeypatch.setitem(paper.TABLES, "2", lambda: iter(entries))
+    ran = []
+
+    def fake(config):
+        ran.append(config.rule)
+        folder = pathlib.Path(config.workdir)
+        folder.mkdir(parents=True)
+        if config.rule == "lls":
+            raise positions.DivergedError("the loss of local layer L2 is not finite by step 7")
+        folders.append_metrics(folder, {"epoch": 1, "test_accuracy": 50.0})
+        return 0
+
+    monkeypatch.setattr(train, "train_and_evaluate", fake)
+    config = paper.PaperConfig(table="2", workdir=str(tmp_path), progress=False)
+    for _ in range(2):  # The second time there is nothing left to run.
+        assert paper.paper(config) == 0
+        assert ran == ["lls", "bp"]
+        table = json.loads((tmp_path / "table-2.json").read_text())
+        assert table[0]["missing"] == "seed 0 (0 epochs, diverged)"
+        assert (table[0]["accuracy"], table[1]["accuracy"]) == (None, 50.0)
+    assert "diverged: the loss of local layer L2" in capsys.readouterr().err
+
+
 def test_the_papers_tables_name_what_exists():
     for table, make in paper.TABLES.items():
         entries = list(make())
@@ -468,6 +507,7 @@ def test_the_papers_tables_name_what_exists():
         for entry in entries:
             config = paper.train_config(paper.PaperConfig(table, "x"), entry, 0)
             assert config.epochs in (100, 300)
+            setup.check_task(config)
             assert entry.rule in rules.NAMES
             assert entry.model in models.NAMES
             assert entry.augmentation in augment.AUGMENTATIONS
@@ -488,11 +528,11 @@ def command(monkeypatch, capsys, main, *arguments):
 
 
 def run_digits():
-    command_line.train_command(digits.PRESET, "")
+    command_line.train_command("digits", "")
 
 
 def run_cifar10():
-    command_line.train_command(TrainConfig(dataset="cifar10"), "")
+    command_line.train_command("cifar10", "")
 
 
 def run_evaluate():
@@ -562,7 +602,7 @@ def run_import():
         (run_digits, "--rule no_such.module:rule", ["no_such.module", "cannot be imported"]),
         (run_digits, "--model vgg11", ["8x8 pixels are too small", "16x16"]),
         (run_digits, "--data-on-device maybe", ["'maybe'", "auto, yes, no"]),
-        (run_paper, "--table 4 --workdir x", ["--table is 4", "1, 2, 3"]),
+        (run_paper, "--table 4 --workdir x", ["--table is 4", "1, 2, 3, rules"]),
         (run_prepare, "tiny_imagenet", ["cannot be downloaded by itself", "--archive"]),
         (run_digits, "--lerning-rate 1", ["--lerning-rate", "--help"]),
         (run_digits, "--epoch 1", ["--epoch", "--help"]),

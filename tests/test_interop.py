@@ -206,6 +206,17 @@ def tensor(shape, stride, count=4, key="0", offset=0, kind=b"FloatStorage"):
     )
 
 
+def many_tensors(count):
+    """A tuple of tensors, all of the same storage."""
+    return b"\x80\x02(" + count * tensor((4,), (1,))[2:-1] + b"t."
+
+
+def test_tensors_may_share_a_storage(tmp_path):
+    (tmp_path / "x.tar").write_bytes(packed(many_tensors(2), [b"\0" * 16]))
+    one, other = torch_files.read(tmp_path / "x.tar")
+    assert one.shape == other.shape == (4,)
+
+
 def nested_tuples():
     """A key whose hash takes 2**60 steps."""
     return b"\x80\x02})" + b"".join(b"q\x00h\x00\x86" for _ in range(60)) + b"Ns."
@@ -227,6 +238,8 @@ def nested_tuples():
         (lambda path: tensor((4,), (2,)), "reaches beyond"),
         (lambda path: tensor((2,), (1,), offset=3), "reaches beyond"),
         (lambda path: tensor((2,), (1, 1)), "shape"),
+        # Each is as large as the storage, and no larger.
+        (lambda path: many_tensors(5), "together are many times larger"),
         (lambda path: tensor((4,), (1,), count=2**40), "bytes; expected"),
         (lambda path: tensor((4,), (1,), key="9"), "missing"),
         (lambda path: tensor((4,), (1,), kind=b"EvilStorage"), "storage of kind"),

@@ -20,22 +20,7 @@ from pallas_kernels.local_loss import config, fused, pallas_triton, shapes
 
 STATICS = fused.Statics(pool_size=0, temperature=0.5, label_smoothing=0.1, normalize=True)
 MAX_SHARED = 99 * 1024
-EVERY_ARCHITECTURE = os.environ.get("LLS_JAX_ALL_ARCHITECTURES")
-ARCHITECTURES = [
-    90,
-    *(
-        pytest.param(
-            capability,
-            marks=[
-                pytest.mark.all_architectures,
-                pytest.mark.skipif(
-                    not EVERY_ARCHITECTURE, reason="LLS_JAX_ALL_ARCHITECTURES is not set"
-                ),
-            ],
-        )
-        for capability in (80, 100)
-    ),
-]
+ARCHITECTURES = [90, *(pytest.param(number, marks=pytest.mark.exhaustive) for number in (80, 100))]
 # Beside the published layers: many classes, reduced bases, half precision, odd sizes.
 ODD = [
     config.Problem(
@@ -53,7 +38,12 @@ ODD = [
         (0, 33, 2100, 2, 2, "vector", "float32"),
     ]
 ]  # fmt: skip
-PROBLEMS = [*shapes.problems(tuple(shapes.LAYERS), shapes.MODULATIONS, 10, ("float32",)), *ODD]
+EVERY_PROBLEM = [*shapes.problems(tuple(shapes.LAYERS), shapes.MODULATIONS, 10, ("float32",)), *ODD]
+
+
+# One of each modulation and layout, and the largest.
+SOME_PROBLEMS = [*EVERY_PROBLEM[:3], EVERY_PROBLEM[-1], *ODD[:1], *ODD[2:3], *ODD[6:7]]
+PROBLEMS = EVERY_PROBLEM if os.environ.get("LLS_JAX_EXHAUSTIVE") else SOME_PROBLEMS
 
 
 def example(model_name="small_conv", batch=4, side=32):
@@ -85,6 +75,10 @@ def test_the_training_step_has_one_kernel_a_layer_and_no_projection(name, produc
     _, plain = lower_step(name, "xla")
     assert cuda.triton_kernels(plain) == []
     assert plain.as_text().count("stablehlo.dot_general") > products
+    # Where threads read what others have stored: the scores before a matrix, what is back from it,
+    # and the latents.
+    barriers = {"lls": 1, "lls_m": 1, "lls_mxm": 3}[name]
+    assert [kernel.ttir.count("gpu.barrier") for kernel in kernels] == [barriers] * len(kernels)
 
 
 def abstract(problem, batch=128):

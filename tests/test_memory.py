@@ -35,32 +35,43 @@ def train(model, rule, batch, remat_above):
 
 
 @pytest.mark.parametrize(
-    ("rule_name", "model_name", "side", "batch_size", "again"),
+    ("names", "side", "batch_size"),
     [
         # With 20 KiB a slice: batches that slices do not divide, and one example a slice.
-        ("lls_mxm", "small_conv", 8, 7, True),
-        ("lls", "small_conv", 12, 6, True),
-        ("lls_m_random", "small_conv", 8, 10, True),
-        ("local_classifier", "small_conv", 8, 10, True),
-        ("contrastive", "small_conv", 8, 10, True),
-        # These see the activation itself, or have no local loss.
-        ("predsim", "small_conv", 8, 7, False),
-        ("bp", "small_conv", 8, 7, False),
-        ("drtp", "small_conv", 8, 7, False),
+        (("lls_mxm", "contrastive", "lls_m_random", "lls"), 8, 7),
+        (("local_classifier", "lls", "lls_mxm", "lls_m"), 12, 6),
     ],
 )
-def test_computing_again_is_training_as_before(rule_name, model_name, side, batch_size, again):
-    model = models.make(model_name, num_classes=CLASSES, dropout=0.2)
-    rule = rules.make(rule_name, num_classes=CLASSES)
+def test_computing_again_is_training_as_before(names, side, batch_size):
+    model = models.make("small_conv", num_classes=CLASSES, dropout=0.2)
+    rule = rules.PerBlock(tuple(rules.make(name, num_classes=CLASSES) for name in names))
     batch = make_batch(batch_size, side)
     kept, ours = (train(model, rule, batch, above) for above in (None, 20 * 1024))
-    differs = False
+    differing = 0
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(ours), strict=True):
         scale = np.abs(np.asarray(a, np.float64)).max(initial=0)
         # Sums over batch and pixels in another order, through two steps.
         np.testing.assert_allclose(a, b, atol=1e-4 * scale, rtol=0)
-        differs |= not np.array_equal(a, b)
-    assert differs == again
+        differing += not np.array_equal(a, b)
+    assert differing, "nothing was computed again"
+
+
+@pytest.mark.parametrize("name", ["predsim", "decoupled", "bp", "drtp"])
+def test_what_sees_the_activation_itself_is_computed_once(name):
+    """Or has no local loss: the program is the same."""
+    model, rule = (
+        models.make("small_conv", num_classes=CLASSES),
+        rules.make(name, num_classes=CLASSES),
+    )
+    tx, batch = optax.sgd(0.05), make_batch(7, 8)
+    state = jax.eval_shape(
+        lambda: training.create_train_state(model, rule, tx, jax.random.key(0), batch["image"])
+    )
+    kept, ours = (
+        training.make_train_step(model, rule, tx, remat_above=above).lower(state, batch).as_text()
+        for above in (None, 20 * 1024)
+    )
+    assert kept == ours
 
 
 def test_a_slice_is_as_large_as_allowed():
@@ -98,10 +109,11 @@ def test_temporaries_do_not_grow_with_depth(above):
     shallow, deep = (
         temporaries(straight(depth), "lls_mxm", 32, 64, remat_above=above) for depth in (3, 6)
     )
-    # Twice the blocks: less than a tenth more, for what is left of each.
-    assert deep < 1.1 * shallow
+    activation = 64 * 32 * 32 * 16 * 4
+    # Three more blocks: at most an activation more, by how the compiler happens to order them.
+    assert deep - shallow < 1.05 * activation
     shallow, deep = (temporaries(straight(depth), "bp", 32, 64) for depth in (3, 6))
-    assert deep > 1.5 * shallow
+    assert deep - shallow > 2 * 3 * 0.95 * activation
 
 
 @on_cpu

@@ -1,0 +1,159 @@
+"""The published optimizer: against its own figures, and a float64 form of its recurrence."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import optimizers
+from experiments.config import TrainConfig
+from lls_jax import evaluation, training
+from lls_jax.optimizers import schedule_free_adamw
+
+REFERENCE = pathlib.Path(__file__).parent / "reference"
+
+
+def run(tx, initial, gradients):
+    """The parameters, and their average, after every step."""
+    update = jax.jit(tx.update)
+    params, state = initial, tx.init(initial)
+    history = []
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        history.append((params, optax.contrib.schedule_free_eval_params(state, params)))
+    return history
+
+
+@pytest.mark.parametrize("case", ["plain", "decay"])
+def test_equals_the_published_figures(case):
+    with np.load(REFERENCE / "schedule_free_adamw.npz") as store:
+        data = {k.split("/")[1]: store[k] for k in store.files if k.split("/")[0] == case}
+    tx = schedule_free_adamw(float(data["learning_rate"]), weight_decay=float(data["weight_decay"]))
+    history = run(tx, jnp.asarray(data["initial"]), jnp.asarray(data["gradients"]))
+    assert len(data["steps"]) == 5
+    for index, step in enumerate(data["steps"]):
+        for ours, name in zip(history[step - 1], ("trained", "averaged")):
+            reference = data[name][index]
+            moved = np.linalg.norm(reference - data["initial"])
+            assert np.linalg.norm(ours - reference) < 2e-5 * moved, (step, name)
+
+
+def test_equals_its_recurrence_under_a_schedule():
+    """In float64 NumPy, with rates that rise, fall and are zero at first."""
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    rates = np.array([0.0, 0.02, 0.05, 0.05, 0.01, 0.03])
+    gradients, y = rng.normal(size=(6, 7)), rng.normal(size=7)
+    b1, b2, eps, decay = 0.8, 0.95, 1e-3, 0.1
+    tx = schedule_free_adamw(
+        lambda count: jnp.asarray(rates, jnp.float32)[count], b1, b2, eps, decay
+    )
+    history = run(tx, jnp.asarray(y, jnp.float32), jnp.asarray(gradients, jnp.float32))
+    z, v, total, largest = y.copy(), np.zeros(7), 0.0, 0.0
+    for k, (rate, g) in enumerate(zip(rates, gradients), 1):
+        rate = rate * np.sqrt(1 - b2**k)
+        v = b2 * v + (1 - b2) * g**2
+        direction = g / (np.sqrt(v) + eps) + decay * y
+        largest = max(largest, rate)
+        total += largest**2
+        c = largest**2 / total if total else 0.0
+        y = (1 - c) * y + c * z + rate * (b1 * (1 - c) - 1) * direction
+        z = z - rate * direction
+        for ours, expected in zip(history[k - 1], (y, y + (1 - 1 / b1) * (z - y))):
+            np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def grads_and_params():
+    params = {"a": jnp.arange(3.0), "b": {"c": jnp.ones((2, 2))}}
+    return jax.tree.map(lambda p: 0.1 * p + 0.3, params), params
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: tx,
+        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+        lambda tx: optax.inject_hyperparams(
+            lambda learning_rate: schedule_free_adamw(learning_rate)
+        )(learning_rate=0.1),
+        lambda tx: optax.masked(tx, {"a": True, "b": False}),
+        lambda tx: optax.multi_transform(
+            {"one": tx, "other": schedule_free_adamw(0.1)}, {"a": "one", "b": "other"}
+        ),
+    ],
+    ids=["plain", "chain", "inject_hyperparams", "masked", "multi_transform"],
+)
+def test_its_average_is_found_at_any_depth(wrap, request):
+    tx = wrap(schedule_free_adamw(0.1))
+    grads, params = grads_and_params()
+    state = tx.init(params)
+    for _ in range(3):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    whole = training.TrainState(jnp.int32(3), params, {}, state, jax.random.key(0))
+    averaged = evaluation.averaged_params(whole)
+    plain = schedule_free_adamw(0.1)
+    clipped = grads
+    if "chain" in request.node.name:
+        clipped, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+    for name in ("a", "b"):
+        own, own_grads = grads_and_params()[1][name], clipped[name]
+        if name == "b" and "masked" in request.node.name:
+            # Not its own: the gradient passes, and nothing is averaged.
+            np.testing.assert_array_equal(averaged["b"]["c"], params["b"]["c"])
+            continue
+        own_state = plain.init(own)
+        for _ in range(3):
+            updates, own_state = plain.update(own_grads, own_state, own)
+            own = optax.apply_updates(own, updates)
+        expected = optax.contrib.schedule_free_eval_params(own_state, own)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), averaged[name], expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"b1": 1.0}, "`b1` is 1.0"),
+        ({"b1": 0.0}, "`b1` is 0.0"),
+        ({"b2": -0.1}, "`b2` is -0.1"),
+        ({"weight_decay": -1}, "`weight_decay` is -1"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_free_adamw(**options)
+    tx = schedule_free_adamw()
+    with pytest.raises(ValueError, match="`params` is None"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps_per_epoch", "rates"),
+    [
+        (1, 1, [1]),
+        (1, 2, [1, 0.1]),
+        (1, 4, [1, 1, 0.1, 0.01]),
+        (2, 4, [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]),
+        (3, 2, [1, 1, 1, 0.1, 0.1, 0.01]),
+    ],
+)
+def test_multistep_drops_at_half_and_at_three_quarters(epochs, steps_per_epoch, rates):
+    config = TrainConfig(
+        optimizer="sgd", momentum=0.0, learning_rate=1.0, schedule="multistep", epochs=epochs
+    )
+    tx = optimizers.make(config, steps_per_epoch)
+    params = jnp.ones(1)
+    state, taken = tx.init(params), []
+    for _ in range(epochs * steps_per_epoch):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(jnp.ones(1), state, params)
+        taken.append(-float(updates[0]))
+    np.testing.assert_allclose(taken, rates, rtol=1e-6)
