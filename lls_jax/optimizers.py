@@ -55,8 +55,8 @@ def schedule_free_adamw(
     >>> tx = schedule_free_adamw(learning_rate=0.1)
     >>> params = jnp.array([1.0, -1.0])
     >>> updates, state = tx.update(jnp.array([0.5, 2.0]), tx.init(params), params)
-    >>> optax.apply_updates(params, updates)
-    Array([ 0.9, -1.1], dtype=float32)
+    >>> [f"{value:.3f}" for value in optax.apply_updates(params, updates)]
+    ['0.900', '-1.100']
     """
     if not 0 < b1 < 1:
         raise ValueError(f"`b1` is {b1}; it must lie in (0, 1).")
