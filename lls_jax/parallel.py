@@ -9,6 +9,7 @@ that it takes in sequential training too.
 import collections
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -320,7 +321,7 @@ def _cpu_threads() -> int:
     for name in ("PJRT_NPROC", "NPROC"):
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _check_threads(devices: Sequence[Any]) -> None:
