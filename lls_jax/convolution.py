@@ -6,23 +6,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from lls_jax.ordering import slice_after, token_of
-
-# Input channels up to which a form is the fastest on a CPU. Measured on two AVX2 cores, jax 0.10.2
-# and 0.12.0.1, in ms:
-#
-#   images, size, channels    XLA   three   nine products    (weight gradient)
-#   128, 32x32,   3 to  32     37       8      16
-#   128, 16x16,  32 to  64     64      26      32
-#   128,   8x8,  64 to 128     21      14      13
-#    16, 32x32, 128 to 256    352     106     102
-#    32, 16x16, 256 to 256    245      99      91
-#
-# With very few channels XLA's convolution cannot fill its vectors forward either: gathering the
-# windows and multiplying matrices is 3 to 5 times faster (3 to 32 channels, 32x32, 128 images).
-_FORWARD_BY_MATMUL = 4
-_GRADIENT_BY_ROWS = 64
-
+from lls_jax import winograd
+from lls_jax.ordering import slice_after, token_of, wait_for
 
 def _by_convolution(
     x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1
@@ -65,14 +50,72 @@ def _by_matmul(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return out.reshape(*windows.shape[:3], -1)
 
 
-def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
+# Outputs of a row that one row of the product below gives. More are more zeros in its matrix, and
+# fewer bytes to gather: 18 of 54 elements, against 27 for each output, at four of three channels.
+_PACKED = 4
+
+
+def _packed_windows(x: jax.Array) -> jax.Array:
+    """The inputs of every four outputs of a row: ``[batch, height, width / 4, 3 * 6 * channels]``.
+
+    The last columns reach into zeros where four do not divide the width.
+    """
+    batch, height, width, channels = x.shape
+    groups = -(-width // _PACKED)
+    right = (groups + 1) * _PACKED - width - 1
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, right), (0, 0)))
+    blocks = padded.reshape(batch, height + 2, groups + 1, _PACKED * channels)
+    six = jnp.concatenate([blocks[:, :, :-1], blocks[:, :, 1:, : 2 * channels]], axis=-1)
+    # The barrier keeps XLA from fusing the gather into the product, which would take the product
+    # out of the matrix library.
+    return jax.lax.optimization_barrier(
+        jnp.concatenate([six[:, i : i + height] for i in range(3)], axis=-1)
+    )
+
+
+def _packed_kernel(kernel: jax.Array) -> jax.Array:
+    """``[3 * 6 * channels, 4 * features]``: the kernel four times, each a column further."""
+    shifted = [
+        jnp.pad(kernel, ((0, 0), (i, _PACKED - 1 - i), (0, 0), (0, 0))) for i in range(_PACKED)
+    ]
+    return jnp.stack(shifted, axis=3).reshape(-1, _PACKED * kernel.shape[-1])
+
+
+def _by_packed_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    windows = _packed_windows(x)
+    out = windows.reshape(-1, windows.shape[-1]) @ _packed_kernel(kernel)
+    batch, height, groups, _ = windows.shape
+    return out.reshape(batch, height, groups * _PACKED, -1)[:, :, : x.shape[2]]
+
+
+def _gradient_by_packed_rows(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """``[3, 3, channels, features]``, float32."""
+    windows = _packed_windows(wait_for(token_of(dy), x))
+    channels, features = x.shape[-1], dy.shape[-1]
+    right = windows.shape[2] * _PACKED - dy.shape[2]
+    dy = jax.lax.optimization_barrier(jnp.pad(dy, ((0, 0), (0, 0), (0, right), (0, 0))))
+    over_windows = (((0,), (0,)), ((), ()))
+    product = jax.lax.dot_general(
+        windows.reshape(-1, windows.shape[-1]),
+        dy.reshape(-1, _PACKED * features),
+        over_windows,
+        preferred_element_type=jnp.float32,
+    ).reshape(3, 2 + _PACKED, channels, _PACKED, features)
+    return functools.reduce(
+        jnp.add, [product[:, i : i + 3, :, i] for i in range(_PACKED)]
+    )
+
+
+def _gradient_by_products(
+    x: jax.Array, dy: jax.Array, stride: int, *, a_row: bool
+) -> jax.Array:
     """``[3, 3, channels, features]`` as matrix products: one a row of the kernel, or one a tap."""
     # Zeros that are not known before `dy`: else XLA copies the input in the forward pass already,
     # and keeps what it has copied.
     zero = jnp.where(jnp.isnan(token_of(dy)), 1, 0).astype(x.dtype)
     padded = jax.lax.pad(x, zero, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
     columns = [_every(padded, 2, j, dy.shape[2], stride) for j in range(3)]
-    if x.shape[-1] <= _GRADIENT_BY_ROWS:
+    if a_row:
         columns = [jax.lax.optimization_barrier(jnp.concatenate(columns, axis=-1))]
     over_examples = (((0, 1, 2), (0, 1, 2)), ((), ()))
     span = (dy.shape[1] - 1) * stride + 1
@@ -88,21 +131,79 @@ def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
     return jnp.stack(products).reshape(3, 3, x.shape[-1], dy.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    if x.shape[-1] <= _FORWARD_BY_MATMUL:
+# Forms on a CPU, of which the first that fits is taken. Measured on two AVX2 cores (AMD EPYC),
+# jax 0.10.2 / 0.12.0.1, milliseconds, medians of seven:
+#
+#                               XLA        gathered    rows        taps       Winograd
+#   forward
+#   128, 16x16,  32 to  64    20 /  12    14 /  18      -           -         10 /  10
+#   128,   8x8,  64 to 128    18 /  11    13 /  12      -           -          8 /   8
+#    32, 32x32, 128 to 256   127 / 170   154 / 229      -           -         82 /  83
+#    32, 16x16, 256 to 256   118 /  90    92 / 103      -           -         48 /  48
+#    32,   8x8, 256 to 512    44 /  54    35 /  46      -           -         29 /  29
+#    32,   4x4, 512 to 512    26 /  29    19 /  18      -           -         25 /  37
+#   gradient of the kernel
+#   128, 32x32,   3 to  32    29 /  21      -          7 /   8    16 /  16    20 /  24
+#   128, 16x16,  32 to  64    56 /  36      -         22 /  22    25 /  31    25 /  25
+#   128,   8x8,  64 to 128    19 /  31      -         13 /  13    13 /  13    10 /  10
+#    32, 32x32, 128 to 256  1873 /1784      -        176 / 224   176 / 187   107 / 153
+#    32, 16x16, 256 to 256   172 / 172      -         91 /  82    82 /  70    49 /  44
+#    32,   8x8, 256 to 512    46 /  68      -         39 /  33    42 /  36    24 /  23
+#    32,   4x4, 512 to 512    30 /  33      -         21 /  20    18 /  20    32 /  26
+#
+# (PyTorch 2.14 gets through 3x3 convolutions at 100 to 120 GFLOP/s on such cores; 82 ms of the
+# third line are 235.)
+_FEW_CHANNELS = 4
+_WINOGRAD_FROM = 16
+_GRADIENT_BY_WINOGRAD_FROM = 64
+_SMALL_MAP = 16
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    channels, features = kernel.shape[2:]
+    small = x.shape[1] * x.shape[2] <= _SMALL_MAP
+    if channels <= _FEW_CHANNELS and stride == 1:
+        return _by_packed_rows(x, kernel)
+    if channels <= _FEW_CHANNELS or (small and channels >= _WINOGRAD_FROM):
         return _by_matmul(x, kernel, stride)
+    if stride == 1 and min(channels, features) >= _WINOGRAD_FROM:
+        return winograd.convolve(x, kernel)
     return _by_convolution(x, kernel, stride, 1)
 
 
+def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
+    channels = x.shape[-1]
+    if channels <= _FEW_CHANNELS and stride == 1:
+        return _gradient_by_packed_rows(x, dy)
+    if channels < _GRADIENT_BY_WINOGRAD_FROM:
+        return _gradient_by_products(x, dy, stride, a_row=True)
+    if stride == 1 and dy.shape[1] * dy.shape[2] > _SMALL_MAP:
+        return winograd.weight_gradient(x, dy)
+    return _gradient_by_products(x, dy, stride, a_row=False)
+
+
+def _input_gradient(kernel: jax.Array, dy: jax.Array, stride: int, shape: tuple) -> jax.Array:
+    if stride == 1:
+        # A convolution of the output's gradient with the kernel turned about.
+        return _convolve(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), 1)
+    x = jax.ShapeDtypeStruct(shape, dy.dtype)
+    transpose = jax.linear_transpose(lambda x: _by_convolution(x, kernel, stride, 1), x)
+    return transpose(dy)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return _convolve(x, kernel, stride)
+
+
 def _convolve_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple:
-    return _convolve_on_cpu(x, kernel, stride), (x, kernel)
+    return _convolve(x, kernel, stride), (x, kernel)
 
 
 def _convolve_backward(stride: int, residuals: tuple, dy: jax.Array) -> tuple:
     x, kernel = residuals
-    _, transpose = jax.vjp(lambda x: _by_convolution(x, kernel, stride, 1), x)
-    return *transpose(dy), _weight_gradient(x, dy, stride).astype(kernel.dtype)
+    dx = _input_gradient(kernel, dy, stride, x.shape)
+    return dx, _weight_gradient(x, dy, stride).astype(kernel.dtype)
 
 
 _convolve_on_cpu.defvjp(_convolve_forward, _convolve_backward)

@@ -11,7 +11,6 @@ threads: so the slices are written one after another, and each waits for the one
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from lls_jax.normalization import (
     pool_from_sums,
     window_sums,
 )
-from lls_jax.ordering import slice_after, token_of
+from lls_jax.ordering import batch_slices, slice_after, token_of
 
 Downsample = Callable[[jax.Array], jax.Array]
 
@@ -81,12 +80,6 @@ def choose_bytes(backend: str) -> int | None:
     return _CPU_BYTES if backend == "cpu" else None
 
 
-def _bounds(batch: int, slices: int) -> list[tuple[int, int]]:
-    """Start and size of each slice; the sizes differ by one at most."""
-    edges = [batch * i // slices for i in range(slices + 1)]
-    return [(start, stop - start) for start, stop in itertools.pairwise(edges)]
-
-
 def _put(wholes: Any, parts: Any, start: int, batch: int) -> Any:
     """Arrays ``[batch, ...]`` with `parts` from `start` on; zeros are made where there are none."""
     if wholes is None:
@@ -126,7 +119,7 @@ def _forward(
     total = jnp.zeros(kernel.shape[-1])
     square, token = total, jnp.float32(0.0)
     count = 0
-    for start, size in _bounds(batch, plan.slices):
+    for start, size in batch_slices(batch, plan.slices):
         y = convolve_3x3(slice_after(token, x, start, size), narrow, plan.stride)
         count += y.size // y.shape[-1]
         wide = y.astype(jnp.float32)
@@ -137,7 +130,7 @@ def _forward(
     variance = jnp.maximum(square / count - jnp.square(mean), 0.0)
     statistics = Statistics(mean, variance, scale, bias)
     results: Any = None
-    for start, size in _bounds(batch, plan.slices):
+    for start, size in batch_slices(batch, plan.slices):
         y = convolve_3x3(slice_after(token, x, start, size), narrow, plan.stride)
         own = window_sums(y, statistics, plan.pool_size)
         part = plan.downsample(apply_statistics(y, *statistics))
@@ -156,7 +149,7 @@ def _backward(plan: Plan, residuals: tuple, cotangents: tuple) -> tuple:
     count = batch * window * plan.pool_size**2
     d_kernel = jnp.zeros_like(kernel)
     token = token_of(gradients)
-    for start, size in _bounds(batch, plan.slices):
+    for start, size in batch_slices(batch, plan.slices):
         part = slice_after(token, x, start, size)
         y, pullback = jax.vjp(lambda k, part=part: convolve_3x3(part, k, plan.stride), narrow)
         own = PooledGradients(

@@ -25,9 +25,10 @@ def oracle(x, kernel, dy, stride):
     return y, d_padded[:, 1:-1, 1:-1], d_kernel
 
 
-# On a CPU: gathered windows and a product, a product for each row of the kernel, one for each tap.
-@pytest.mark.parametrize("channels", [3, 8, 70])
-@pytest.mark.parametrize(("stride", "size"), [(1, (5, 6)), (2, (6, 5))])
+# On a CPU: gathered windows and a product, a product for each row of the kernel, one for each tap,
+# Winograd's form forward and back, of sizes that its tiles of two by two do not divide.
+@pytest.mark.parametrize("channels", [3, 8, 20, 70])
+@pytest.mark.parametrize(("stride", "size"), [(1, (5, 6)), (1, (4, 3)), (2, (6, 5))])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_equals_loops_over_taps(channels, stride, size, dtype):
     seed = int(np.random.default_rng().integers(2**31))
@@ -36,7 +37,7 @@ def test_equals_loops_over_taps(channels, stride, size, dtype):
     out = tuple(-(-side // stride) for side in size)
     x, kernel, dy = (
         jnp.asarray(rng.normal(size=shape), dtype)
-        for shape in ((2, *size, channels), (3, 3, channels, 4), (2, *out, 4))
+        for shape in ((2, *size, channels), (3, 3, channels, 20), (2, *out, 20))
     )
 
     @jax.jit
