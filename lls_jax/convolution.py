@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,21 @@ def _every(x: jax.Array, axis: int, start: int, count: int, stride: int) -> jax.
     return jax.lax.slice_in_dim(x, start, start + (count - 1) * stride + 1, stride, axis)
 
 
-def _windows(x: jax.Array, stride: int, padding: int) -> list[jax.Array]:
+def _padded_after(token: jax.Array, x: jax.Array, padding: int) -> jax.Array:
+    """:func:`_padded`, by zeros that are not known before `token` is.
+
+    Else XLA finds that the forward pass has cut the same windows, and keeps them all meanwhile.
+    """
+    zero = jnp.where(jnp.isnan(token), 1, 0).astype(x.dtype)
+    sides = (padding, padding, 0)
+    return jax.lax.pad(x, zero, ((0, 0, 0), sides, sides, (0, 0, 0)))
+
+
+def _windows(
+    x: jax.Array, stride: int, padding: int, token: jax.Array | None = None
+) -> list[jax.Array]:
     """The nine inputs of every output, ``[batch, out height, out width, channels]`` each."""
-    padded = _padded(x, padding)
+    padded = _padded(x, padding) if token is None else _padded_after(token, x, padding)
     rows, columns = ((size + 2 * padding - 3) // stride + 1 for size in x.shape[1:3])
     return [
         _every(_every(padded, 1, i, rows, stride), 2, j, columns, stride)
@@ -110,10 +123,7 @@ def _gradient_by_products(
     x: jax.Array, dy: jax.Array, stride: int, *, a_row: bool
 ) -> jax.Array:
     """``[3, 3, channels, features]`` as matrix products: one a row of the kernel, or one a tap."""
-    # Zeros that are not known before `dy`: else XLA copies the input in the forward pass already,
-    # and keeps what it has copied.
-    zero = jnp.where(jnp.isnan(token_of(dy)), 1, 0).astype(x.dtype)
-    padded = jax.lax.pad(x, zero, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
+    padded = _padded_after(token_of(dy), x, 1)
     columns = [_every(padded, 2, j, dy.shape[2], stride) for j in range(3)]
     if a_row:
         columns = [jax.lax.optimization_barrier(jnp.concatenate(columns, axis=-1))]
@@ -250,8 +260,23 @@ def _depthwise_backward(stride: int, padding: int, residuals: tuple, dy: jax.Arr
     # Summed window by window, in float32: what automatic differentiation makes of the forward pass
     # keeps nine products in memory, and takes twice as long.
     wide = dy.astype(jnp.float32)
-    sums = [jnp.sum(window * wide, (0, 1, 2)) for window in _windows(x, stride, padding)]
+    windows = _windows(x, stride, padding, token_of(dy))
+    sums = [_sum_of_products(window, wide) for window in windows]
     return *transpose(dy), jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _sum_of_products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``sum x y`` over all axes but the last, float32."""
+    # Parts of the batch are added up first: XLA's CPU backend writes down what it is to reduce
+    # (32 images of 33x33 pixels and 128 channels, nine windows, jax 0.12.0.1: 36 ms, so 17).
+    together = math.gcd(x.shape[0], 8)
+    size = x.shape[0] // together
+    products = [
+        x[start : start + size] * y[start : start + size]
+        for start in range(0, x.shape[0], size)
+    ]
+    total = jax.lax.optimization_barrier(functools.reduce(jnp.add, products))
+    return jnp.sum(total, tuple(range(x.ndim - 1)))
 
 
 _depthwise_on_cpu.defvjp(_depthwise_forward, _depthwise_backward)
