@@ -1,6 +1,7 @@
 """Measure speed and memory: whole training steps, or the kernels of the local loss.
 
---suite training races rules against backpropagation, step by step; --suite epochs trains whole runs
+--suite training races rules against backpropagation, step by step, and with --against torch each
+of them against a PyTorch loop of the same network and rule; --suite epochs trains whole runs
 (the published 25 epochs of CIFAR-10); --suite kernels measures the local loss by
 each implementation, on a GPU; --suite pipeline puts the blocks on several devices.
 """
@@ -15,6 +16,9 @@ from experiments.command_line import parse, run, use_huge_pages
 from experiments.config import KERNELS, PRECISIONS, option
 
 SUITES = ("training", "epochs", "kernels", "pipeline")
+AGAINST = ("torch",)
+# That the PyTorch loop has.
+_TORCH_RULES = ("lls", "lls_m", "lls_mxm", "bp")
 # What a suite measures unless told otherwise.
 _DEFAULTS: dict[str, dict[str, list[Any]]] = {
     "training": {"models": ["small_conv"], "batch_sizes": [128], "precisions": ["float32"]},
@@ -47,6 +51,11 @@ class BenchmarkConfig:
     """Of --suite training and epochs, what computes the local losses: auto, xla, pallas, triton."""
     remat: int | None = None
     """Of --suite training, epochs and pipeline: as of a training run."""
+    against: str | None = None
+    """Of --suite training: torch, a plain PyTorch loop of the same network and rule, which takes
+    turns with the library; both then train with adamw."""
+    torch_python: str | None = None
+    """Of --against torch: the Python that has PyTorch [default: the one that runs this]."""
     dataset: str = "cifar10"
     """Of --suite epochs: the data set."""
     data_dir: str | None = None
@@ -84,6 +93,31 @@ class BenchmarkConfig:
             if unknown := sorted(set(values) - set(known)):
                 raise ValueError(
                     f"{option(name)} is {unknown[0]!r}; expected one of {', '.join(known)}."
+                )
+        self._check_against()
+
+    def _check_against(self) -> None:
+        """Raise ValueError where there is no race of the library against another."""
+        if self.against is None:
+            if self.torch_python is not None:
+                raise ValueError("--torch-python is of --against torch; give that too.")
+            return
+        if self.against not in AGAINST:
+            raise ValueError(
+                f"--against is {self.against!r}; expected one of {', '.join(AGAINST)}."
+            )
+        if self.suite != "training":
+            raise ValueError(
+                f"--against {self.against} is of --suite training, not {self.suite}; leave it out."
+            )
+        for name, values, known in (
+            ("rules", self.rules, _TORCH_RULES),
+            ("precisions", self.precisions, ("float32",)),
+        ):
+            if unknown := sorted(set(values) - set(known)):
+                raise ValueError(
+                    f"{option(name)} {unknown[0]} does not go with --against {self.against}, "
+                    f"which races {', '.join(known)}."
                 )
 
 

@@ -114,12 +114,13 @@ def run(config: Any) -> int:
             print(f"out of time: no training steps of {model}")
             continue
         entrants = [
-            TrainConfig(model=model, rule=rule, kernels=kernels)
+            training.Entrant(TrainConfig(model=model, rule=rule, kernels=kernels))
             for kernels in names
             for rule in config.rules
             if rule != "bp"
         ]
-        steps += training.race([*entrants, TrainConfig(model=model, rule="bp")], 5, config.seed)
+        bp = training.Entrant(TrainConfig(model=model, rule="bp"))
+        steps += training.race([*entrants, bp], 5, config.seed)
     text = f"{report.device_line()}, copies {bandwidth / 1e9:.0f} GB/s\n\n"
     text += report.markdown(_LAYER_COLUMNS, layers)
     for name in names:

@@ -1,6 +1,8 @@
 """Whole training steps: images/s, ms a step, compile time, memory, and the ratio to bp.
 
 Rules take turns, a few steps each, so that whatever else the machine does meets all of them alike.
+So do backpropagation with checkpoints and with micro-batches, as a user would save its memory, and
+with ``--against torch`` a PyTorch loop of each rule.
 A step here is all that training does for a batch: drawing, augmenting and normalising it, the
 update, and the running totals.
 
@@ -10,28 +12,34 @@ compiler allots to the step.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import pathlib
 import statistics
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments import optimizers, totals
 from experiments.config import TrainConfig
 from experiments.setup import Task, example_image, make_task, remat_above
-from experiments.suites import report
+from experiments.suites import against_torch, baselines, report
 from lls_jax import rules, training
 from lls_jax.data import batches
+from lls_jax.models import Network
 
 _WARM_UP_STEPS = 3
 _STEPS_A_TURN = 5
+# Micro-batches that gradients are accumulated over.
+_PARTS = 4
 # Pixels along a side of the random images; the published runs of MobileNet have no smaller ones.
 _SIDES = {"mobilenet_v1": 128, "mobilenet_v1_small": 128}
 _COLUMNS = {
@@ -64,22 +72,55 @@ def make_benchmark_task(config: TrainConfig) -> Task:
     return task._replace(spec=dataclasses.replace(task.spec, image_shape=(side, side, 3)))
 
 
+# Ways to save memory with bp, by name.
+_BASELINES: dict[str, Callable[[Network, optax.GradientTransformation], training.TrainStep]] = {
+    "checkpointed": baselines.make_checkpointed_step,
+    "accumulated": functools.partial(baselines.make_accumulating_step, parts=_PARTS),
+}
+
+
+class Entrant(NamedTuple):
+    """What takes part in a race.
+
+    Attributes:
+        config: model, rule, batch size, precision and kernels count.
+        baseline: of rule ``bp``: ``"checkpointed"``, ``"accumulated"``, or None for the plain step.
+    """
+
+    config: TrainConfig
+    baseline: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The rule, and what is done about its memory."""
+        if self.baseline == "accumulated":
+            return f"{self.config.rule}, {_PARTS} x {self.config.batch_size // _PARTS}"
+        return f"{self.config.rule}, {self.baseline}" if self.baseline else self.config.rule
+
+
+def with_baselines(config: TrainConfig) -> list[Entrant]:
+    """A config of rule ``bp``, and the ways to save its memory that its batch size allows."""
+    names = [name for name in _BASELINES if name != "accumulated" or not config.batch_size % _PARTS]
+    return [Entrant(config), *(Entrant(config, name) for name in names)]
+
+
 class Contestant:
-    """One rule's training loop, advanced a few steps at a time.
+    """One entrant's training loop, advanced a few steps at a time.
 
     Args:
-        config: model, rule, batch size, precision and kernels count.
+        entrant: what takes part.
         seed: of the random images and weights.
     """
 
-    def __init__(self, config: TrainConfig, seed: int) -> None:
+    def __init__(self, entrant: Entrant, seed: int) -> None:
+        config = entrant.config
         task = make_benchmark_task(config)
         tx = optimizers.make(config, steps_per_epoch=1000)
         generator = np.random.default_rng(seed)
         count = config.batch_size * 4
         images = generator.integers(0, 256, (count, *task.spec.image_shape), np.uint8)
         labels = generator.integers(0, task.spec.num_classes, count).astype(np.int32)
-        self.config = config
+        self.entrant = entrant
         self.times: list[float] = []
         self._index = 0
         self._data = batches.DeviceSplit(jnp.asarray(images), jnp.asarray(labels))
@@ -90,9 +131,12 @@ class Contestant:
             task.model, task.rule, tx, self._key, example_image(task.spec)
         )
         self._totals = totals.empty(task.model, task.rule)
-        self._step = training.make_train_step(
-            task.model, task.rule, tx, remat_above=remat_above(config)
-        )
+        if entrant.baseline is None:
+            self._step = training.make_train_step(
+                task.model, task.rule, tx, remat_above=remat_above(config)
+            )
+        else:
+            self._step = _BASELINES[entrant.baseline](task.model, tx)
         batch = self._sample(self._data, self._permutation, 0, self._key)
         start = time.perf_counter()
         compiled = self._step.lower(self._state, batch).compile()  # type: ignore[attr-defined]
@@ -122,57 +166,76 @@ def _allocator() -> dict[str, int] | None:
     return jax.local_devices()[0].memory_stats()
 
 
-def allocator_peak(config: TrainConfig, seed: int) -> int | None:
+def allocator_peak(entrant: Entrant, seed: int) -> int | None:
     """Bytes that this process had on the device at most, after a few steps; None on a CPU."""
     if _allocator() is None:
         return None
-    Contestant(config, seed).advance(_WARM_UP_STEPS, keep=False)
+    Contestant(entrant, seed).advance(_WARM_UP_STEPS, keep=False)
     return (_allocator() or {})["peak_bytes_in_use"]
 
 
-def allocator_peaks(configs: Sequence[TrainConfig], seed: int) -> list[int | None]:
-    """:func:`allocator_peak` of each config, each in a new process; to be asked before the device
+def allocator_peaks(entrants: Sequence[Entrant], seed: int) -> list[int | None]:
+    """:func:`allocator_peak` of each entrant, each in a new process; to be asked before the device
     is touched, of which JAX takes most for a process."""
     with concurrent.futures.ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
         if pool.submit(_allocator).result() is None:
-            return [None] * len(configs)
-        return [pool.submit(allocator_peak, config, seed).result() for config in configs]
+            return [None] * len(entrants)
+        return [pool.submit(allocator_peak, entrant, seed).result() for entrant in entrants]
 
 
 def race(
-    configs: Sequence[TrainConfig],
+    entrants: Sequence[Entrant],
     turns: int,
     seed: int,
     peaks: Sequence[int | None] | None = None,
+    rivals: Sequence[against_torch.Rival | None] | None = None,
 ) -> list[report.Row]:
-    """Measure some configs in turns; the one of rule ``bp`` is what the others are compared to.
+    """Measure some entrants in turns; plain ``bp`` is what the others are compared to.
 
     Args:
-        configs: of one model and batch size.
+        entrants: of one model and batch size.
         turns: that each takes.
         seed: of the random images and weights.
         peaks: from :func:`allocator_peaks`.
+        rivals: of each entrant, whose turn is right after the entrant's; None for no one.
     """
-    contestants = [Contestant(config, seed) for config in configs]
-    for contestant in contestants:
-        contestant.advance(_WARM_UP_STEPS, keep=False)
+    contestants = [Contestant(entrant, seed) for entrant in entrants]
+    rivals = rivals or [None] * len(entrants)
+
+    def advance(steps: int, *, keep: bool) -> None:
+        for contestant, rival in zip(contestants, rivals):
+            contestant.advance(steps, keep=keep)
+            if rival is not None:
+                rival.advance(steps, keep=keep)
+
+    advance(_WARM_UP_STEPS, keep=False)
     for _ in range(turns):
-        for contestant in contestants:
-            contestant.advance(_STEPS_A_TURN, keep=True)
+        advance(_STEPS_A_TURN, keep=True)
     seconds = [statistics.median(contestant.times) for contestant in contestants]
     peak_bytes = [
         contestant.peak_bytes if peak is None else peak
-        for contestant, peak in zip(contestants, peaks or [None] * len(configs))
+        for contestant, peak in zip(contestants, peaks or [None] * len(entrants))
     ]
-    (bp,) = (index for index, config in enumerate(configs) if config.rule == "bp")
+    (bp,) = (
+        index
+        for index, (config, baseline) in enumerate(entrants)
+        if config.rule == "bp" and baseline is None
+    )
 
-    def row(contestant: Contestant, step: float, peak: int) -> report.Row:
-        config, used = contestant.config, contestant.temporary_bytes
+    def row(
+        contestant: Contestant, step: float, peak: int, rival: against_torch.Rival | None
+    ) -> report.Row:
+        config, used = contestant.entrant.config, contestant.temporary_bytes
+        against: report.Row = {}
+        if rival is not None:
+            against = against_torch.compare(
+                contestant.times, rival, _STEPS_A_TURN, config.batch_size
+            )
         return {
             "model": config.model,
-            "rule": config.rule,
+            "rule": contestant.entrant.label,
             "batch_size": config.batch_size,
             "precision": config.precision,
             "kernels": config.kernels,
@@ -186,39 +249,69 @@ def race(
             "peak_over_bp": peak / peak_bytes[bp],
             "speed_over_bp": seconds[bp] / step,
             "all_step_ms": [1e3 * value for value in contestant.times],
+            **against,
         }
 
-    return list(map(row, contestants, seconds, peak_bytes))
+    return list(map(row, contestants, seconds, peak_bytes, rivals))
+
+
+@contextlib.contextmanager
+def _rivals(config: Any, entrants: Sequence[Entrant]) -> Iterator[list[against_torch.Rival | None]]:
+    """The PyTorch loops of some entrants, where they are wanted; ended afterwards."""
+    with contextlib.ExitStack() as stack:
+        rivals: list[against_torch.Rival | None] = []
+        for entrant in entrants:
+            if config.against is None or entrant.baseline is not None:
+                rivals.append(None)
+                continue
+            description = against_torch.describe(
+                make_benchmark_task(entrant.config), entrant.config, config.seed
+            )
+            command = against_torch.command(config.torch_python)
+            rivals.append(stack.enter_context(against_torch.Rival(command, description)))
+        yield rivals
 
 
 def run(config: Any) -> int:
     """The suite: models x batch sizes x precisions, the rules racing in each; exit status."""
     names = [*dict.fromkeys([*config.rules, "bp"])]
-    entrants = [
-        TrainConfig(
-            model=model,
-            rule=rule,
-            batch_size=batch_size,
-            precision=precision,
-            kernels=kernels_of(rule, config.kernels),
-            remat=config.remat,
-        )
-        for model, batch_size, precision in itertools.product(
-            config.models, config.batch_sizes, config.precisions
-        )
-        for rule in names
-    ]
-    peaks = allocator_peaks(entrants, config.seed)
+    # Both sides step alike: PyTorch has no schedule-free optimizer of its own.
+    optimizer = {} if config.against is None else {"optimizer": "adamw"}
+    groups: list[list[Entrant]] = []
+    for model, batch_size, precision in itertools.product(
+        config.models, config.batch_sizes, config.precisions
+    ):
+        group: list[Entrant] = []
+        for rule in names:
+            entrant = TrainConfig(
+                model=model,
+                rule=rule,
+                batch_size=batch_size,
+                precision=precision,
+                kernels=kernels_of(rule, config.kernels),
+                remat=config.remat,
+                **optimizer,
+            )
+            group += with_baselines(entrant) if rule == "bp" else [Entrant(entrant)]
+        groups.append(group)
+    peaks = iter(allocator_peaks([entrant for group in groups for entrant in group], config.seed))
     rows: list[report.Row] = []
-    for first in range(0, len(entrants), len(names)):
-        each = slice(first, first + len(names))
-        rows += race(entrants[each], config.turns, config.seed, peaks[each])
-        best = max(rows[each], key=lambda row: row["speed_over_bp"])
+    for group in groups:
+        with _rivals(config, group) as rivals:
+            own_peaks = list(itertools.islice(peaks, len(group)))
+            new = race(group, config.turns, config.seed, own_peaks, rivals)
+        rows += new
+        best = max(new, key=lambda row: row["speed_over_bp"])
         print(
             f"{best['model']}, batch {best['batch_size']}, {best['precision']}: {best['rule']} "
             f"{best['speed_over_bp']:.2f} times the speed of bp",
             flush=True,
         )
-    head = f"{report.device_line()}; medians of {_STEPS_A_TURN * config.turns} steps\n\n"
-    report.write(pathlib.Path(config.out), config, rows, head + report.markdown(_COLUMNS, rows))
+    head, columns = f"{report.device_line()}", _COLUMNS
+    if config.against is not None:
+        raced = next(row for row in rows if "torch" in row)
+        head += f", torch {raced['torch']} ({raced['torch_threads']} threads), both with adamw"
+        columns = {**_COLUMNS, **against_torch.COLUMNS}
+    head += f"; medians of {_STEPS_A_TURN * config.turns} steps\n\n"
+    report.write(pathlib.Path(config.out), config, rows, head + report.markdown(columns, rows))
     return 0

@@ -1,0 +1,136 @@
+"""Backpropagation as a user would save its memory: blocks computed again, and micro-batches."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lls_jax import training
+from lls_jax.blocks import apply_module
+from lls_jax.models import BlockSpec, Network
+from lls_jax.models.network import fold_in
+from lls_jax.ordering import batch_slices, token_of, wait_for
+
+
+def _updated(
+    tx: optax.GradientTransformationExtraArgs,
+    state: training.TrainState,
+    batch_stats: Any,
+    grads: Any,
+    loss: jax.Array,
+    logits: jax.Array,
+) -> tuple[training.TrainState, training.Metrics]:
+    """The state after one update, and a step's metrics."""
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"layer_loss": jnp.zeros((0,), jnp.float32), "loss": loss, "logits": logits}
+    return training.TrainState(state.step + 1, params, batch_stats, opt_state, state.key), metrics
+
+
+def _run_block(
+    spec: BlockSpec, params: Any, batch_stats: Any, x: jax.Array, key: jax.Array
+) -> tuple[jax.Array, Any]:
+    """A block and what follows it: the next block's input, and the new statistics."""
+    activation, batch_stats = apply_module(
+        spec.module, params, batch_stats, x, train=True, rngs={"dropout": key}
+    )
+    return spec.transition(activation, key), batch_stats
+
+
+def _checkpointed_step(
+    model: Network,
+    tx: optax.GradientTransformationExtraArgs,
+    state: training.TrainState,
+    batch: training.Batch,
+) -> tuple[training.TrainState, training.Metrics]:
+    dropout_key = jax.random.fold_in(state.key, state.step)
+
+    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+        x = batch["image"].astype(model.dtype)
+        batch_stats = {}
+        for i, (name, spec) in enumerate(zip(model.block_names, model.specs)):
+            run = jax.checkpoint(functools.partial(_run_block, spec))
+            own, stats = params[name]["block"], state.batch_stats[name]["block"]
+            x, stats = run(own, stats, x, jax.random.fold_in(dropout_key, i))
+            batch_stats[name] = {"block": stats}
+        logits = model.classify(params[training.CLASSIFIER], x)
+        return training.classifier_loss(logits, batch["label"]), (logits, batch_stats)
+
+    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return _updated(tx, state, batch_stats, grads, loss, logits)
+
+
+def _accumulating_step(
+    model: Network,
+    parts: int,
+    tx: optax.GradientTransformationExtraArgs,
+    state: training.TrainState,
+    batch: training.Batch,
+) -> tuple[training.TrainState, training.Metrics]:
+    count = batch["label"].shape[0]
+    if count % parts:
+        raise ValueError(f"a batch of {count} has no {parts} equal parts.")
+    dropout_key = jax.random.fold_in(state.key, state.step)
+
+    def loss_fn(params: Any, batch_stats: Any, part: training.Batch, key: Any) -> Any:
+        logits, batch_stats = model.apply(
+            params, batch_stats, part["image"], train=True, dropout_key=key
+        )
+        return training.classifier_loss(logits, part["label"]), (logits, batch_stats)
+
+    grads: Any = jax.tree.map(jnp.zeros_like, state.params)
+    batch_stats, losses, all_logits = state.batch_stats, [], []
+    for i, (start, size) in enumerate(batch_slices(count, parts)):
+        part = {name: array[start : start + size] for name, array in batch.items()}
+        if i:
+            # The part before has its gradient, and what it was taken from is free again.
+            part["image"] = wait_for(token_of(grads), part["image"])
+        (loss, (logits, batch_stats)), own = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, batch_stats, part, fold_in(dropout_key, i)
+        )
+        grads = jax.tree.map(jnp.add, grads, own)
+        losses.append(loss)
+        all_logits.append(logits)
+    grads = jax.tree.map(lambda leaf: leaf / parts, grads)
+    loss = jnp.mean(jnp.stack(losses))
+    return _updated(tx, state, batch_stats, grads, loss, jnp.concatenate(all_logits))
+
+
+def _compiled(step: Any, tx: optax.GradientTransformation) -> training.TrainStep:
+    return jax.jit(functools.partial(step, optax.with_extra_args_support(tx)), donate_argnums=0)
+
+
+def make_checkpointed_step(model: Network, tx: optax.GradientTransformation) -> training.TrainStep:
+    """The step of ``bp`` that keeps each block's input alone, and computes the rest again.
+
+    Args:
+        model: from :func:`lls_jax.models.make`.
+        tx: the optax transformation that the state was created with, for rule ``bp``.
+
+    Returns:
+        ``step(state, batch) -> (state, metrics)`` as of :func:`lls_jax.training.make_train_step`,
+        with the same numbers; jit-compiled, it donates its state.
+    """
+    return _compiled(functools.partial(_checkpointed_step, model), tx)
+
+
+def make_accumulating_step(
+    model: Network, tx: optax.GradientTransformation, parts: int
+) -> training.TrainStep:
+    """The step of ``bp`` from the mean of its micro-batches' gradients, one after the other.
+
+    BatchNorm's statistics are those of each micro-batch.
+
+    Args:
+        model: from :func:`lls_jax.models.make`.
+        tx: the optax transformation that the state was created with, for rule ``bp``.
+        parts: micro-batches a batch, of equal size.
+
+    Returns:
+        ``step(state, batch) -> (state, metrics)`` as of :func:`lls_jax.training.make_train_step`;
+        jit-compiled, it donates its state.
+    """
+    return _compiled(functools.partial(_accumulating_step, model, parts), tx)
