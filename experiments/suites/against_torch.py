@@ -2,11 +2,17 @@
 
 PyTorch's threads and XLA's in one process would be in each other's way; here one side sleeps while
 the other has its turn. The rival inherits this process's environment, its GLIBC_TUNABLES too.
+
+The ratio means something on a quiet machine alone: PyTorch's threads wait for each other in a spin,
+and where another program has one of their cores, each of its hundreds of small parallel loops costs
+a time slice, 10 times the step in all. ``OMP_WAIT_POLICY=PASSIVE`` lets them sleep. What the
+load and that policy were is part of the results.
 """
 
 import contextlib
 import json
 import math
+import os
 import pathlib
 import statistics
 import subprocess
@@ -130,6 +136,7 @@ class Rival:
 
     def __init__(self, command: Sequence[str], description: dict[str, Any]) -> None:
         self.times: list[float] = []
+        self.load = os.getloadavg()[0]
         # Not a pipe: nobody reads it meanwhile, and a full one would stop the program.
         self._open = contextlib.ExitStack()
         self._errors = self._open.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
@@ -230,4 +237,6 @@ def compare(
         "torch_step_ms": [1e3 * value for value in rival.times],
         "torch": rival.environment["torch"],
         "torch_threads": rival.environment["threads"],
+        "load_before": rival.load,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }

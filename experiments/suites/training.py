@@ -311,6 +311,8 @@ def run(config: Any) -> int:
     if config.against is not None:
         raced = next(row for row in rows if "torch" in row)
         head += f", torch {raced['torch']} ({raced['torch_threads']} threads), both with adamw"
+        head += f", load {raced['load_before']:.1f} before, OMP_WAIT_POLICY "
+        head += raced["omp_wait_policy"] or "not set"
         columns = {**_COLUMNS, **against_torch.COLUMNS}
     head += f"; medians of {_STEPS_A_TURN * config.turns} steps\n\n"
     report.write(pathlib.Path(config.out), config, rows, head + report.markdown(columns, rows))
