@@ -276,7 +276,7 @@ def run(config: Any) -> int:
     """The suite: models x batch sizes x precisions, the rules racing in each; exit status."""
     names = [*dict.fromkeys([*config.rules, "bp"])]
     # Both sides step alike: PyTorch has no schedule-free optimizer of its own.
-    optimizer = {} if config.against is None else {"optimizer": "adamw"}
+    optimizer = TrainConfig.optimizer if config.against is None else "adamw"
     groups: list[list[Entrant]] = []
     for model, batch_size, precision in itertools.product(
         config.models, config.batch_sizes, config.precisions
@@ -290,7 +290,7 @@ def run(config: Any) -> int:
                 precision=precision,
                 kernels=kernels_of(rule, config.kernels),
                 remat=config.remat,
-                **optimizer,
+                optimizer=optimizer,
             )
             group += with_baselines(entrant) if rule == "bp" else [Entrant(entrant)]
         groups.append(group)
