@@ -12,7 +12,8 @@ from typing import Any
 
 from simple_parsing import field
 
-from experiments.command_line import parse, run, use_huge_pages
+from experiments import startup
+from experiments.command_line import parse, run
 from experiments.config import KERNELS, PRECISIONS, option
 
 SUITES = ("training", "epochs", "kernels", "pipeline")
@@ -128,5 +129,5 @@ def benchmark(config: BenchmarkConfig) -> int:
 
 if __name__ == "__main__":
     config = parse(BenchmarkConfig, "benchmark", __doc__ or "")
-    use_huge_pages()
+    startup.prepare()
     run(lambda: benchmark(config))

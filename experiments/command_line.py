@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 from simple_parsing import ArgumentParser, SimpleHelpFormatter
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
-from experiments import last_words
+from experiments import last_words, startup
 from experiments.config import TrainConfig
 from experiments.presets import PRESETS
 
@@ -129,21 +129,6 @@ def _user_message(error: Exception) -> str | None:
     return None
 
 
-def use_huge_pages() -> None:
-    """Start this process again with memory in huge pages, where glibc can be told to.
-
-    XLA's CPU backend takes a step's temporaries from malloc, which gets them from the kernel anew
-    each time, in pages of 4 KiB: a third of a step can go into page faults. glibc reads the
-    setting when a process starts, and only then. Where GLIBC_TUNABLES is set, its owner decides.
-    """
-    if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
-        return
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 def parse_training(
     dataset: str, description: str, arguments: Sequence[str] | None = None
 ) -> TrainConfig:
@@ -167,7 +152,7 @@ def train_command(dataset: str, description: str) -> None:
         description: what ``--help`` says first.
     """
     config = parse_training(dataset, description)
-    use_huge_pages()
+    startup.prepare()
 
     leave: Callable[[int], NoReturn] = sys.exit
     if config.coordinator is not None:

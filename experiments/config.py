@@ -94,8 +94,7 @@ class TrainConfig:
     scan on GPUs and TPUs, dispatch on CPUs, whose loops run convolutions on one thread."""
     remat: int | None = None
     """Do not keep a convolution's output of more than N MiB: compute it again, in slices of the
-    batch; 0 keeps all; a local rule on its pooled activation only [default: 8 on CPUs, where it is
-    faster too; 0 elsewhere]."""
+    batch; 0 keeps all; a local rule on its pooled activation only [default: 0]."""
     pipeline: int | None = None
     """Put consecutive blocks on N devices, which learn at the same time; a local rule only."""
     stages: str | None = None

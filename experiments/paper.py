@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from simple_parsing import field, flag
 
-from experiments.command_line import UserError, parse, run, use_huge_pages
+from experiments import startup
+from experiments.command_line import UserError, parse, run
 from experiments.config import TrainConfig
 
 RULES = (
@@ -274,5 +275,5 @@ def paper(config: PaperConfig) -> int:
 
 if __name__ == "__main__":
     config = parse(PaperConfig, "paper", __doc__ or "")
-    use_huge_pages()
+    startup.prepare()
     run(lambda: paper(config))

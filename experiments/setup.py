@@ -14,7 +14,7 @@ from experiments import optimizers
 from experiments import totals as training_totals
 from experiments.command_line import UserError
 from experiments.config import TrainConfig, option
-from lls_jax import data, loop, models, parallel, processes, remat, rules, training
+from lls_jax import data, loop, models, parallel, processes, rules, training
 from lls_jax.data import batches, prepare, storage
 from lls_jax.models import Network
 from pallas_kernels import local_loss
@@ -233,9 +233,7 @@ def make_run(config: TrainConfig) -> Run:
 
 def remat_above(config: TrainConfig) -> int | None:
     """Bytes above which a convolution's output is computed again; None for never."""
-    if config.remat is None:
-        return remat.choose_bytes(jax.default_backend())
-    return config.remat * 2**20 or None
+    return (config.remat or 0) * 2**20 or None
 
 
 def _make_execution(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lls_jax import winograd
 from lls_jax.ordering import slice_after, token_of, wait_for
 
+
 def _by_convolution(
     x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1
 ) -> jax.Array:
@@ -114,14 +115,10 @@ def _gradient_by_packed_rows(x: jax.Array, dy: jax.Array) -> jax.Array:
         over_windows,
         preferred_element_type=jnp.float32,
     ).reshape(3, 2 + _PACKED, channels, _PACKED, features)
-    return functools.reduce(
-        jnp.add, [product[:, i : i + 3, :, i] for i in range(_PACKED)]
-    )
+    return functools.reduce(jnp.add, [product[:, i : i + 3, :, i] for i in range(_PACKED)])
 
 
-def _gradient_by_products(
-    x: jax.Array, dy: jax.Array, stride: int, *, a_row: bool
-) -> jax.Array:
+def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bool) -> jax.Array:
     """``[3, 3, channels, features]`` as matrix products: one a row of the kernel, or one a tap."""
     padded = _padded_after(token_of(dy), x, 1)
     columns = [_every(padded, 2, j, dy.shape[2], stride) for j in range(3)]
@@ -169,57 +166,61 @@ _GRADIENT_BY_WINOGRAD_FROM = 64
 _SMALL_MAP = 16
 
 
-def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int, compact: bool) -> jax.Array:
     channels, features = kernel.shape[2:]
     small = x.shape[1] * x.shape[2] <= _SMALL_MAP
     if channels <= _FEW_CHANNELS and stride == 1:
         return _by_packed_rows(x, kernel)
     if channels <= _FEW_CHANNELS or (small and channels >= _WINOGRAD_FROM):
         return _by_matmul(x, kernel, stride)
-    if stride == 1 and min(channels, features) >= _WINOGRAD_FROM:
+    if stride == 1 and min(channels, features) >= _WINOGRAD_FROM and not compact:
         return winograd.convolve(x, kernel)
     return _by_convolution(x, kernel, stride, 1)
 
 
-def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
+def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int, compact: bool) -> jax.Array:
     channels = x.shape[-1]
     if channels <= _FEW_CHANNELS and stride == 1:
         return _gradient_by_packed_rows(x, dy)
     if channels < _GRADIENT_BY_WINOGRAD_FROM:
         return _gradient_by_products(x, dy, stride, a_row=True)
-    if stride == 1 and dy.shape[1] * dy.shape[2] > _SMALL_MAP:
+    if stride == 1 and dy.shape[1] * dy.shape[2] > _SMALL_MAP and not compact:
         return winograd.weight_gradient(x, dy)
     return _gradient_by_products(x, dy, stride, a_row=False)
 
 
-def _input_gradient(kernel: jax.Array, dy: jax.Array, stride: int, shape: tuple) -> jax.Array:
+def _input_gradient(
+    kernel: jax.Array, dy: jax.Array, stride: int, compact: bool, shape: tuple[int, ...]
+) -> jax.Array:
     if stride == 1:
         # A convolution of the output's gradient with the kernel turned about.
-        return _convolve(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), 1)
+        return _convolve(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), 1, compact)
     x = jax.ShapeDtypeStruct(shape, dy.dtype)
     transpose = jax.linear_transpose(lambda x: _by_convolution(x, kernel, stride, 1), x)
     return transpose(dy)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return _convolve(x, kernel, stride)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int, compact: bool) -> jax.Array:
+    return _convolve(x, kernel, stride, compact)
 
 
-def _convolve_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple:
-    return _convolve(x, kernel, stride), (x, kernel)
+def _convolve_forward(x: jax.Array, kernel: jax.Array, stride: int, compact: bool) -> tuple:
+    return _convolve(x, kernel, stride, compact), (x, kernel)
 
 
-def _convolve_backward(stride: int, residuals: tuple, dy: jax.Array) -> tuple:
+def _convolve_backward(stride: int, compact: bool, residuals: tuple, dy: jax.Array) -> tuple:
     x, kernel = residuals
-    dx = _input_gradient(kernel, dy, stride, x.shape)
-    return dx, _weight_gradient(x, dy, stride).astype(kernel.dtype)
+    dx = _input_gradient(kernel, dy, stride, compact, x.shape)
+    return dx, _weight_gradient(x, dy, stride, compact).astype(kernel.dtype)
 
 
 _convolve_on_cpu.defvjp(_convolve_forward, _convolve_backward)
 
 
-def convolve_3x3(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+def convolve_3x3(
+    x: jax.Array, kernel: jax.Array, stride: int = 1, *, compact: bool = False
+) -> jax.Array:
     """A 3x3 convolution, zero-padded by one pixel on every side.
 
     Differentiable in reverse.
@@ -228,13 +229,15 @@ def convolve_3x3(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
         x: ``[batch, height, width, channels]``.
         kernel: ``[3, 3, channels, features]``, in the dtype of `x`.
         stride: pixels from one output to the next.
+        compact: whether to use forms of few operations only: for a program that holds many
+            convolutions, and would take long to compile.
 
     Returns:
         ``[batch, ceil(height / stride), ceil(width / stride), features]``.
     """
     return jax.lax.platform_dependent(
         *(x, kernel),
-        cpu=functools.partial(_convolve_on_cpu, stride=stride),
+        cpu=functools.partial(_convolve_on_cpu, stride=stride, compact=compact),
         default=functools.partial(_by_convolution, stride=stride, padding=1),
     )
 
@@ -272,8 +275,7 @@ def _sum_of_products(x: jax.Array, y: jax.Array) -> jax.Array:
     together = math.gcd(x.shape[0], 8)
     size = x.shape[0] // together
     products = [
-        x[start : start + size] * y[start : start + size]
-        for start in range(0, x.shape[0], size)
+        x[start : start + size] * y[start : start + size] for start in range(0, x.shape[0], size)
     ]
     total = jax.lax.optimization_barrier(functools.reduce(jnp.add, products))
     return jnp.sum(total, tuple(range(x.ndim - 1)))

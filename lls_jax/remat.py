@@ -64,22 +64,6 @@ def count_slices(shape: tuple[int, ...], dtype: Any, remat_above: int) -> int:
     return min(shape[0], math.ceil(size / remat_above))
 
 
-# Above this a convolution's output is out of a CPU's caches by the time it is used.
-_CPU_BYTES = 8 * 2**20
-
-
-def choose_bytes(backend: str) -> int | None:
-    """From which size on it pays to compute a convolution again: on CPUs from 8 MiB, else never.
-
-    Computing again, a slice that fits into the caches at a time, was faster on two cores than
-    writing and reading what is kept; other backends were not measured.
-
-    >>> choose_bytes("cpu")
-    8388608
-    """
-    return _CPU_BYTES if backend == "cpu" else None
-
-
 def _put(wholes: Any, parts: Any, start: int, batch: int) -> Any:
     """Arrays ``[batch, ...]`` with `parts` from `start` on; zeros are made where there are none."""
     if wholes is None:
@@ -120,7 +104,7 @@ def _forward(
     square, token = total, jnp.float32(0.0)
     count = 0
     for start, size in batch_slices(batch, plan.slices):
-        y = convolve_3x3(slice_after(token, x, start, size), narrow, plan.stride)
+        y = convolve_3x3(slice_after(token, x, start, size), narrow, plan.stride, compact=True)
         count += y.size // y.shape[-1]
         wide = y.astype(jnp.float32)
         total = total + jnp.sum(wide, (0, 1, 2))
@@ -131,7 +115,7 @@ def _forward(
     statistics = Statistics(mean, variance, scale, bias)
     results: Any = None
     for start, size in batch_slices(batch, plan.slices):
-        y = convolve_3x3(slice_after(token, x, start, size), narrow, plan.stride)
+        y = convolve_3x3(slice_after(token, x, start, size), narrow, plan.stride, compact=True)
         own = window_sums(y, statistics, plan.pool_size)
         part = plan.downsample(apply_statistics(y, *statistics))
         results = _put(results, (part, *own), start, batch)
@@ -151,7 +135,9 @@ def _backward(plan: Plan, residuals: tuple, cotangents: tuple) -> tuple:
     token = token_of(gradients)
     for start, size in batch_slices(batch, plan.slices):
         part = slice_after(token, x, start, size)
-        y, pullback = jax.vjp(lambda k, part=part: convolve_3x3(part, k, plan.stride), narrow)
+        y, pullback = jax.vjp(
+            lambda k, part=part: convolve_3x3(part, k, plan.stride, compact=True), narrow
+        )
         own = PooledGradients(
             jax.lax.dynamic_slice_in_dim(gradients.window, start, size),
             gradients.scale,

@@ -34,6 +34,8 @@ _OF_OUTPUT: Matrix = ((1, 1, 1, 0), (0, 1, -1, -1))
 # What a slice of the batch takes in between: half of a CPU's last cache or so. Sixteen elements for
 # four are four arrays of the size of the input, and four of the output's.
 _SLICE_BYTES = 16 * 2**20
+# Each slice is written out, seventy operations or so: more take long to compile.
+_MOST_SLICES = 8
 
 
 def _transposed(matrix: Matrix) -> Matrix:
@@ -75,15 +77,13 @@ def _input_tiles(x: jax.Array) -> list[jax.Array]:
     padded = jnp.pad(
         x.astype(jnp.float32), ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0))
     )
-    grid = [
-        [padded[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)
-    ]
+    grid = [[padded[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)]
     return _as_rows(_sandwich(_OF_INPUT, grid))
 
 
 def _output_tiles(dy: jax.Array) -> list[jax.Array]:
-    # Padded even where the tiles fit: up to jaxlib 0.10 XLA fuses all that `dy` comes from into each
-    # of the sixteen, barrier or not; padding it does once.
+    # Padded even where the tiles fit: up to jaxlib 0.10 XLA fuses all that `dy` comes from into
+    # each of the sixteen, barrier or not; padding it does once.
     padded = jnp.pad(dy.astype(jnp.float32), ((0, 0), (0, 1), (0, 1), (0, 0)))
     rows, columns = (-(-size // 2) for size in dy.shape[1:3])
     grid = [
@@ -104,7 +104,7 @@ def _interleaved(grid: Sequence[Sequence[jax.Array]], shape: tuple[int, ...]) ->
 
 def _count_slices(x: jax.Array, features: int) -> int:
     between = 4 * 4 * (x.size + x.size // x.shape[-1] * features)
-    return min(x.shape[0], -(-between // _SLICE_BYTES))
+    return min(x.shape[0], _MOST_SLICES, -(-between // _SLICE_BYTES))
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -117,10 +117,10 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
         ``[batch, height, width, features]``, in the dtype of `x`; the arithmetic is float32.
     """
-    grid = kernel.astype(jnp.float32)
+    taps = [list(row) for row in kernel.astype(jnp.float32)]
     kernels = [
         jax.lax.optimization_barrier(array)
-        for line in _sandwich(_OF_KERNEL, [list(row) for row in grid])
+        for line in _sandwich(_OF_KERNEL, taps)
         for array in line
     ]
     features = kernel.shape[-1]

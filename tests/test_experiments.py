@@ -29,6 +29,7 @@ from experiments import (
     positions,
     prepare_data,
     setup,
+    startup,
     totals,
     train,
 )
@@ -527,6 +528,32 @@ def command(monkeypatch, capsys, main, *arguments):
     with pytest.raises(SystemExit) as ended:
         main()
     return ended.value.code, capsys.readouterr().err
+
+
+def test_commands_keep_what_jax_compiles(monkeypatch, tmp_path):
+    names = ("DIR", "MAX_SIZE")
+
+    def kept():
+        startup.keep_compiled()
+        return [os.environ.get(f"JAX_COMPILATION_CACHE_{name}") for name in names]
+
+    def forget():
+        for name in names:
+            monkeypatch.delenv(f"JAX_COMPILATION_CACHE_{name}", raising=False)
+
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    forget()
+    folder, size = kept()
+    assert pathlib.Path(folder).is_relative_to(tmp_path / "cache" / "lls_jax")
+    assert pathlib.Path(folder).is_dir() and int(size) == 2**30
+    forget()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    assert kept() == ["elsewhere", None]
+    forget()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert kept() == [None, None]
 
 
 def run_digits():
