@@ -539,7 +539,9 @@ def test_commands_keep_what_jax_compiles(monkeypatch, tmp_path):
 
     def forget():
         for name in names:
-            monkeypatch.delenv(f"JAX_COMPILATION_CACHE_{name}", raising=False)
+            # Set first, so that what the command sets is taken back too when the test ends.
+            monkeypatch.setenv(f"JAX_COMPILATION_CACHE_{name}", "")
+            monkeypatch.delenv(f"JAX_COMPILATION_CACHE_{name}")
 
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

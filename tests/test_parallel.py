@@ -265,12 +265,13 @@ def test_sums_of_gradients_need_not_be_awaited(in_order):
         ]
 
     inside = r"/jvp\(LocalBlock\)/block/conv/"
-    convolution = rf'op_name="[^"(]*\([^"(]*\){inside}[^"(]*conv_general_dilated"'
-    for kernel, output in (((3, 3, 3, 32), (5, 4, 4, 64)), ((3, 3, 32, 64), (5, 2, 2, 128))):
-        # The gradient comes in a piece for each row of the kernel.
-        summed = made(("all-reduce", "all-reduce-start"), "", kernel[1:])
+    product = rf'op_name="[^"(]*\([^"(]*\){inside}[^"(]*dot_general"'
+    # The first gradient comes as one product for four outputs of a row, the second in a piece for
+    # each row of the kernel; maps as small as those above are convolved by one product.
+    for piece, output in (((54, 4 * 32), (5, 4, 4, 64)), ((3, 32, 64), (5, 2, 2, 128))):
+        summed = made(("all-reduce", "all-reduce-start"), "", piece)
         assert summed
-        above = made(("convolution", "fusion", "custom-call", "call"), convolution, output)
+        above = made(("dot", "fusion", "custom-call", "call"), product, output)
         assert bool(needed(above[0]) & set(summed)) == in_order
 
 
