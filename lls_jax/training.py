@@ -375,9 +375,33 @@ def _backpropagation_step(
         return classifier_loss(logits, labels), (logits, batch_stats)
 
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return update_whole(tx, state, batch_stats, grads, loss, logits)
+
+
+def update_whole(
+    tx: optax.GradientTransformationExtraArgs,
+    state: TrainState,
+    batch_stats: Any,
+    grads: Any,
+    loss: jax.Array,
+    logits: jax.Array,
+) -> tuple[TrainState, Metrics]:
+    """Backpropagation's update of everything with one optimiser.
+
+    Args:
+        tx: the optimiser.
+        state: before the step, of rule ``bp``.
+        batch_stats: the new statistics.
+        grads: as ``state.params``.
+        loss: the classifier's, a scalar.
+        logits: ``[batch, classes]``.
+
+    Returns:
+        The state after the step, and the step's metrics.
+    """
     own = BlockState(state.params, batch_stats, state.opt_state)
     params, opt_state = _updated(tx, own, state.params, grads, loss)
-    metrics = {"layer_loss": jnp.zeros((0,), jnp.float32), "loss": loss, "logits": logits}
+    metrics = {"layer_loss": _stacked([]), "loss": loss, "logits": logits}
     return TrainState(state.step + 1, params, batch_stats, opt_state, state.key), metrics
 
 

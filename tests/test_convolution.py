@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lls_jax.convolution import convolve_3x3
+from lls_jax import winograd
+from lls_jax.convolution import convolve_3x3, depthwise_3x3
 
 
 def oracle(x, kernel, dy, stride):
@@ -52,3 +53,67 @@ def test_equals_loops_over_taps(channels, stride, size, dtype):
     for ours, expected in zip(both(x, kernel, dy), oracle(*wide, stride), strict=True):
         assert ours.dtype == dtype
         np.testing.assert_allclose(np.asarray(ours, np.float64), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_winograd_in_slices_equals_loops_over_taps(monkeypatch, slices):
+    """Slices of unequal size, which a batch of tiny images is never cut into otherwise."""
+    batch, size, channels, features = 5, (6, 5), 16, 18
+    monkeypatch.setattr(winograd, "_MOST_SLICES", slices)
+    monkeypatch.setattr(winograd, "_SLICE_BYTES", 1)
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    x, kernel, dy = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in (
+            (batch, *size, channels),
+            (3, 3, channels, features),
+            (batch, *size, features),
+        )
+    )
+    y, _, d_kernel = oracle(*(np.asarray(value, np.float64) for value in (x, kernel, dy)), 1)
+    tolerance = 4e-6 * np.sqrt(max(9 * channels, batch * size[0] * size[1]))
+    # Not compiled before with another number of slices.
+    ours = jax.jit(lambda x, kernel: winograd.convolve(x, kernel))(x, kernel)
+    np.testing.assert_allclose(ours, y, atol=tolerance)
+    gradient = jax.jit(lambda x, dy: winograd.weight_gradient(x, dy))(x, dy)
+    np.testing.assert_allclose(gradient, d_kernel, atol=tolerance)
+
+
+# Batches that are added up in eight parts, in two, and one after the other.
+@pytest.mark.parametrize(("batch", "stride"), [(16, 1), (2, 2), (3, 2)])
+def test_depthwise_equals_loops_over_taps(batch, stride):
+    height, width, channels = 6, 5, 4
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    rows, columns = ((side + 2 * stride - 3) // stride + 1 for side in (height, width))
+    x, kernel, dy = (
+        rng.normal(size=shape)
+        for shape in (
+            (batch, height, width, channels),
+            (3, 3, 1, channels),
+            (batch, rows, columns, channels),
+        )
+    )
+    padded = np.pad(x, ((0, 0), (stride, stride), (stride, stride), (0, 0)))
+    y, d_padded, d_kernel = np.zeros(dy.shape), np.zeros(padded.shape), np.zeros(kernel.shape)
+    for i, j in itertools.product(range(3), range(3)):
+        at = np.s_[
+            :, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride
+        ]
+        y += padded[at] * kernel[i, j, 0]
+        d_padded[at] += dy * kernel[i, j, 0]
+        d_kernel[i, j, 0] = np.sum(padded[at] * dy, (0, 1, 2))
+    d_x = d_padded[:, stride:-stride, stride:-stride]
+
+    @jax.jit
+    def both(x, kernel, dy):
+        y, pullback = jax.vjp(lambda x, k: depthwise_3x3(x, k, stride), x, kernel)
+        return y, *pullback(dy)
+
+    tolerance = 4e-6 * np.sqrt(max(9, batch * rows * columns))
+    narrow = (jnp.asarray(value, jnp.float32) for value in (x, kernel, dy))
+    for ours, expected in zip(both(*narrow), (y, d_x, d_kernel), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=tolerance)

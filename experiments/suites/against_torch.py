@@ -90,7 +90,7 @@ def describe(task: Task, config: TrainConfig, seed: int) -> dict[str, Any]:
                 "kind": _KINDS[type(module)],
                 "inputs": inputs,
                 "features": module.features,
-                "stride": getattr(module, "stride", 1),
+                "stride": 1 if isinstance(module, DenseBlock) else module.stride,
                 "pool_size": spec.pool_size,
                 "max_pool": spec.max_pool,
                 "average_pool": spec.average_pool,

@@ -10,24 +10,7 @@ import optax
 from lls_jax import training
 from lls_jax.blocks import apply_module
 from lls_jax.models import BlockSpec, Network
-from lls_jax.models.network import fold_in
 from lls_jax.ordering import batch_slices, token_of, wait_for
-
-
-def _updated(
-    tx: optax.GradientTransformationExtraArgs,
-    state: training.TrainState,
-    batch_stats: Any,
-    grads: Any,
-    loss: jax.Array,
-    logits: jax.Array,
-) -> tuple[training.TrainState, training.Metrics]:
-    """The state after one update, and a step's metrics."""
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {"layer_loss": jnp.zeros((0,), jnp.float32), "loss": loss, "logits": logits}
-    return training.TrainState(state.step + 1, params, batch_stats, opt_state, state.key), metrics
 
 
 def _run_block(
@@ -60,7 +43,7 @@ def _checkpointed_step(
         return training.classifier_loss(logits, batch["label"]), (logits, batch_stats)
 
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    return _updated(tx, state, batch_stats, grads, loss, logits)
+    return training.update_whole(tx, state, batch_stats, grads, loss, logits)
 
 
 def _accumulating_step(
@@ -89,14 +72,14 @@ def _accumulating_step(
             # The part before has its gradient, and what it was taken from is free again.
             part["image"] = wait_for(token_of(grads), part["image"])
         (loss, (logits, batch_stats)), own = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, batch_stats, part, fold_in(dropout_key, i)
+            state.params, batch_stats, part, jax.random.fold_in(dropout_key, i)
         )
         grads = jax.tree.map(jnp.add, grads, own)
         losses.append(loss)
         all_logits.append(logits)
     grads = jax.tree.map(lambda leaf: leaf / parts, grads)
     loss = jnp.mean(jnp.stack(losses))
-    return _updated(tx, state, batch_stats, grads, loss, jnp.concatenate(all_logits))
+    return training.update_whole(tx, state, batch_stats, grads, loss, jnp.concatenate(all_logits))
 
 
 def _compiled(step: Any, tx: optax.GradientTransformation) -> training.TrainStep:
