@@ -543,7 +543,8 @@ def test_commands_keep_what_jax_compiles(monkeypatch, tmp_path):
             monkeypatch.setenv(f"JAX_COMPILATION_CACHE_{name}", "")
             monkeypatch.delenv(f"JAX_COMPILATION_CACHE_{name}")
 
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    for name in ("MIN_COMPILE_TIME_SECS", "MIN_ENTRY_SIZE_BYTES"):
+        monkeypatch.setenv(f"JAX_PERSISTENT_CACHE_{name}", "0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     forget()
     folder, size = kept()
