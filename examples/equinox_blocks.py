@@ -21,7 +21,7 @@ class Block(eqx.Module):
     def __init__(self, *, key):
         layer_key, rule_key = jax.random.split(key)
         self.linear = eqx.nn.Linear(WIDTH, WIDTH, key=layer_key)
-        self.rule = RULE.init(rule_key, WIDTH)
+        self.rule = RULE.init(rule_key, (WIDTH,), WIDTH)
 
     def __call__(self, x):
         return jax.nn.relu(jax.vmap(self.linear)(jax.lax.stop_gradient(x)))

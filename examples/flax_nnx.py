@@ -16,7 +16,7 @@ class Block(nnx.Module):
 
     def __init__(self, rngs):
         self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-        self.rule = nnx.Param(RULE.init(rngs.params(), WIDTH)["modulation"])
+        self.rule = nnx.Param(RULE.init(rngs.params(), (WIDTH,), WIDTH)["modulation"])
 
     def __call__(self, x):
         return nnx.relu(self.linear(jax.lax.stop_gradient(x)))

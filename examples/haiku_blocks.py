@@ -40,7 +40,7 @@ def train(x, labels, steps):
     stack = []
     for key in jax.random.split(jax.random.key(0), LAYERS):
         block_key, rule_key = jax.random.split(key)
-        params = {"block": block.init(block_key, x), "rule": RULE.init(rule_key, WIDTH)}
+        params = {"block": block.init(block_key, x), "rule": RULE.init(rule_key, (WIDTH,), WIDTH)}
         stack.append((params, OPTIMIZER.init(params)))
     history = []
     for _ in range(steps):

@@ -17,7 +17,7 @@ def init(key):
     for layer_key in jax.random.split(key, LAYERS):
         weight_key, rule_key = jax.random.split(layer_key)
         weight = jax.random.normal(weight_key, (WIDTH, WIDTH)) / WIDTH**0.5
-        params = {"weight": weight, "rule": RULE.init(rule_key, WIDTH)}
+        params = {"weight": weight, "rule": RULE.init(rule_key, (WIDTH,), WIDTH)}
         layers.append((params, OPTIMIZER.init(params)))
     return layers
 

@@ -9,8 +9,9 @@ import json
 
 from simple_parsing import field, flag
 
-from experiments.command_line import UserError, parse, run
+from experiments.command_line import parse, run
 from experiments.config import TrainConfig
+from lls_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,17 +12,15 @@ from typing import NoReturn, TypeVar
 from simple_parsing import ArgumentParser, SimpleHelpFormatter
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
-from experiments import last_words, startup
+from experiments import abort_message, startup
 from experiments.config import TrainConfig
 from experiments.presets import PRESETS
+from lls_jax.errors import UserError
+from pallas_kernels.errors import KernelUnavailableError
 
 Config = TypeVar("Config")
 
 _BAD_INPUT = 2
-
-
-class UserError(Exception):
-    """Something that the person at the command line can mend; the message says how."""
 
 
 class _Parser(ArgumentParser):
@@ -104,7 +102,7 @@ def run(command: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit)
 
 def _user_message(error: Exception) -> str | None:
     """What to tell the person; None where the error is ours."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | KernelUnavailableError):
         return str(error)
     if "No space left on device" in str(error):
         where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
@@ -115,17 +113,6 @@ def _user_message(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; check the path and its permissions."
-    # Typed errors of the library; it is imported by now if one of them was raised.
-    typed = (
-        ("lls_jax.data.storage", "DatasetError"),
-        ("lls_jax.checkpoint", "CheckpointError"),
-        ("lls_jax.processes", "ProcessesError"),
-        ("pallas_kernels.local_loss.availability", "KernelUnavailableError"),
-    )
-    for module, name in typed:
-        kind = getattr(sys.modules.get(module), name, None)
-        if kind is not None and isinstance(error, kind):
-            return str(error)
     return None
 
 
@@ -156,9 +143,10 @@ def train_command(dataset: str, description: str) -> None:
 
     leave: Callable[[int], NoReturn] = sys.exit
     if config.coordinator is not None:
-        leave = last_words.prepare(
-            f"error: this process of the run was ended: it did not meet the others at coordinator "
-            f"{config.coordinator}, one of them was killed, or the network between them failed; "
+        leave = abort_message.prepare(
+            "error: this process of the run was ended: it did not connect to the others at "
+            f"coordinator {config.coordinator}, one of them was killed, or the network between them "
+            "failed; "
             "see what the others say. Start the same run again, with any number of processes, to "
             "resume it from its newest checkpoint."
         )

@@ -6,7 +6,8 @@ from typing import Any
 
 from simple_parsing import field
 
-from experiments.command_line import UserError, parse, run
+from experiments.command_line import parse, run
+from lls_jax.errors import UserError
 
 _COLUMNS = (
     ("run", "run"),
@@ -37,9 +38,9 @@ def _row(name: str, folder: pathlib.Path, records: list[dict[str, Any]]) -> dict
     import json
     import statistics
 
-    from experiments import run_folder
+    from experiments.run_config import read_config
 
-    config = run_folder.read_config(folder)
+    config = read_config(folder)
     environment = json.loads((folder / "environment.json").read_text())
     return {
         "run": name,
@@ -70,13 +71,15 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
 
 def compare(config: CompareConfig) -> int:
     """Write table and picture; returns the exit status."""
-    from experiments import plots, run_folder
+    from experiments import plots
+    from experiments.run_config import read_config
+    from lls_jax.runs import folder as folders
 
     rows, curves = [], {}
     for name in dict.fromkeys(config.runs):
         folder = pathlib.Path(name)
-        run_folder.read_config(folder)
-        records = run_folder.read_metrics(folder)
+        read_config(folder)
+        records = folders.read_metrics(folder)
         if not records:
             raise UserError(f"run {folder} has no finished epoch yet; train it first.")
         rows.append(_row(name, folder, records))
@@ -84,8 +87,8 @@ def compare(config: CompareConfig) -> int:
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     table = _markdown(rows)
-    run_folder.write_atomically(out / "comparison.md", table)
-    run_folder.write_atomically(out / "comparison.json", run_folder.to_json(rows))
+    folders.write_atomically(out / "comparison.md", table)
+    folders.write_atomically(out / "comparison.json", folders.to_json(rows))
     plots.draw_comparison(curves, out / "comparison.png")
     print(table + f"\nwritten: {out / 'comparison.md'}, comparison.json, comparison.png")
     return 0

@@ -5,7 +5,7 @@ from typing import Any
 
 from simple_parsing import field, flag
 
-SCHEDULES = ("constant", "multistep", "plateau")
+SCHEDULES = ("constant", "multistep", "cosine", "plateau")
 PRECISIONS = ("float32", "bfloat16")
 LOOPS = ("auto", "dispatch", "scan")
 ON_DEVICE = ("auto", "yes", "no")
@@ -15,12 +15,12 @@ KERNELS = ("auto", "xla", "pallas", "triton")
 AVERAGING = ("schedule_free_adamw", "optax_schedule_free_adamw", "schedule_free_sgd")
 OPTIMIZERS = (*AVERAGING, "adamw", "adam", "sgd")
 # Schedules that spread over all epochs: another number of them is another run from the start.
-SPREADING = ("multistep",)
+SPREADING = ("multistep", "cosine")
 # Of what a run folder's config means. 2: schedule_free_adamw is the published optimizer, and not
 # optax's; multistep counts steps, not whole epochs.
 FORMAT = 2
 
-# What may differ when a run is resumed: where things lie and what is shown, never the numbers.
+# What may differ when a run is resumed: where things are and what is shown, never the numbers.
 NOT_COMPARED = (
     # Other executions of the same updates: equal within rounding.
     *("pipeline", "stages", "data_parallel", "remat"),
@@ -31,6 +31,7 @@ NOT_COMPARED = (
     "progress",
     "checkpoint_every",
     "eval_batch_size",
+    "patience",
 )
 
 
@@ -52,7 +53,7 @@ class TrainConfig:
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 128
-    """Images a training step; what is left over at an epoch's end is not used in that epoch."""
+    """Images a training step; an epoch's last partial batch is dropped."""
     eval_batch_size: int = 500
     """Images a step of evaluation; changes speed and memory only."""
     learning_rate: float = 5e-3
@@ -66,8 +67,14 @@ class TrainConfig:
     """Decay of the weights: decoupled for the adamw kinds, L2 for the others."""
     schedule: str = "constant"
     """Of the learning rate: constant; multistep: a tenth after 50 %% and again after 75 %% of the
-    epochs; plateau: a tenth after 5 epochs with no lower training loss, by block for a local rule.
-    """
+    epochs; cosine: falling to nothing at the end; plateau: a tenth after 5 epochs with no lower
+    training loss, by block for a local rule."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate rises from nothing; not with --schedule plateau."""
+    clip_norm: float | None = None
+    """Largest norm of a gradient, by block for a local rule [default: any]."""
+    patience: int | None = None
+    """Stop after so many epochs without a better accuracy [default: never]."""
     basis_rows: int | None = None
     """Rows of the basis of lls_mxm_reduced [default: the model's published number]."""
     feedback_sign: bool = flag(default=False, negative_prefix="--no-")
@@ -114,6 +121,9 @@ class TrainConfig:
     """Of every random draw of the run."""
     train_examples: int | None = None
     """Use only the first N training images [default: all]."""
+    validation_examples: int | None = None
+    """Hold out the last N training images, and choose the best epoch by them [default: none; it is
+    chosen by the test images]."""
     eval_examples: int | None = None
     """Use only the first N test images [default: all]."""
     data_dir: str | None = None
@@ -124,7 +134,8 @@ class TrainConfig:
     workdir: str | None = None
     """Folder of this run; the same command resumes it [default: runs/DATASET-MODEL-RULE-sSEED]."""
     checkpoint_every: int = 0
-    """Steps between checkpoints inside an epoch; 0: at the end of each epoch only."""
+    """Steps between checkpoints inside an epoch, and each epoch's end; 0: ends of epochs only,
+    those within 20 seconds of a checkpoint left out."""
     progress: bool = flag(default=True, negative_prefix="--no-")
     """Show a progress bar where there is a terminal."""
 
@@ -136,6 +147,9 @@ class TrainConfig:
             ("eval_batch_size", 1),
             ("train_examples", 1),
             ("eval_examples", 1),
+            ("validation_examples", 1),
+            ("warmup_epochs", 0),
+            ("patience", 1),
             ("checkpoint_every", 0),
             ("remat", 0),
             ("pipeline", 1),
@@ -150,6 +164,13 @@ class TrainConfig:
                 raise ValueError(f"{option(name)} is {value}; it must be at least {smallest}.")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning-rate is {self.learning_rate}; it must be positive.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"--clip-norm is {self.clip_norm}; it must be positive.")
+        if self.warmup_epochs and self.schedule == "plateau":
+            raise ValueError(
+                f"--warmup-epochs {self.warmup_epochs} does not go with --schedule plateau; use "
+                "another schedule."
+            )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"--momentum is {self.momentum}; it must lie in [0, 1).")
         for name, known in (
@@ -208,7 +229,7 @@ class TrainConfig:
         return bool(self.data_parallel or self.coordinator)
 
     def run_folder(self) -> str:
-        """Where this run lies."""
+        """The folder of this run."""
         rule = self.rule.replace(":", ".").replace(",", "+").replace("/", ".")
         return self.workdir or f"runs/{self.dataset}-{self.model}-{rule}-s{self.seed}"
 

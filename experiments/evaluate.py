@@ -7,7 +7,8 @@ from typing import Any
 
 from simple_parsing import flag
 
-from experiments.command_line import UserError, parse, run
+from experiments.command_line import parse, run
+from lls_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +39,15 @@ class EvaluateConfig:
 
 
 def _choose(manager: Any, wanted: str) -> int:
-    from lls_jax import checkpoint
+    from lls_jax.runs import checkpoints
 
-    steps = checkpoint.list_steps(manager)
+    steps = checkpoints.list_steps(manager)
     if not steps:
         raise UserError("this run has no checkpoint yet; train it first.")
     if wanted == "last":
         return steps[-1]
     if wanted == "best":
-        best = checkpoint.best_step(manager)
+        best = checkpoints.best_step(manager)
         return steps[-1] if best is None else best
     if int(wanted) not in steps:
         raise UserError(
@@ -71,9 +72,9 @@ def restore(folder: pathlib.Path, task: Any, wanted: str) -> tuple[int, Any, dic
     """
     import jax
 
-    from experiments import run_folder
     from experiments.setup import example_image
-    from lls_jax import checkpoint
+    from lls_jax.runs import checkpoints
+    from lls_jax.runs import folder as folders
 
     params, batch_stats = jax.eval_shape(
         lambda key: task.model.init(task.rule, key, example_image(task.spec)), jax.random.key(0)
@@ -83,21 +84,23 @@ def restore(folder: pathlib.Path, task: Any, wanted: str) -> tuple[int, Any, dic
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         {"params": params, "batch_stats": batch_stats},
     )
-    if not run_folder.checkpoints(folder).is_dir():
+    if not folders.checkpoints(folder).is_dir():
         raise UserError(f"{folder} has no checkpoint yet; train it first.")
-    with checkpoint.open_checkpoints(run_folder.checkpoints(folder), read_only=True) as manager:
+    with checkpoints.open_checkpoints(folders.checkpoints(folder), read_only=True) as manager:
         step = _choose(manager, wanted)
-        variables, meta = checkpoint.restore_evaluation(manager, step, abstract)
+        variables, meta = checkpoints.restore_evaluation(manager, step, abstract)
     return step, variables, meta
 
 
 def evaluate(config: EvaluateConfig) -> int:
     """Judge a checkpoint and say how it did; returns the exit status."""
-    from experiments import judging, plots, run_folder
+    from experiments import plots
+    from experiments.run_config import read_config
     from experiments.setup import load_split, make_task, prepare_data
+    from lls_jax.runs.evaluate import evaluate_weights
 
     folder = pathlib.Path(config.workdir)
-    trained = run_folder.read_config(folder)
+    trained = read_config(folder)
     changes = {
         name: getattr(config, name)
         for name in ("eval_batch_size", "eval_examples", "data_dir")
@@ -108,7 +111,7 @@ def evaluate(config: EvaluateConfig) -> int:
     task = make_task(trained)
     step, variables, meta = restore(folder, task, config.checkpoint)
     test = load_split(trained, task.spec, "test")
-    result = judging.judge(task.model, variables, task.spec, test, trained.eval_batch_size)
+    result = evaluate_weights(task.model, variables, task.spec, test, trained.eval_batch_size)
     picture = folder / f"confusion-{step}.png"
     title = f"{trained.dataset}, {trained.model}, {trained.rule}, step {step}"
     plots.draw_confusion(result.confusion, task.spec.class_names, title, picture)

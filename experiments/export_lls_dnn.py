@@ -3,7 +3,8 @@
 import dataclasses
 import pathlib
 
-from experiments.command_line import UserError, parse, run
+from experiments.command_line import parse, run
+from lls_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +24,15 @@ def export_lls_dnn(config: ExportConfig) -> int:
     import jax
     import jax.numpy as jnp
 
-    from experiments import run_folder
     from experiments.evaluate import restore
+    from experiments.run_config import read_config
     from experiments.setup import make_task
-    from lls_jax import interop, torch_files
+    from lls_jax import interop
+    from lls_jax.interop import torch_files
     from lls_jax.training import TrainState
 
     folder = pathlib.Path(config.workdir)
-    trained = run_folder.read_config(folder)
+    trained = read_config(folder)
     task = make_task(trained)
     step, variables, meta = restore(folder, task, config.checkpoint)
     state = TrainState(

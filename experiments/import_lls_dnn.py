@@ -9,8 +9,9 @@ import pathlib
 
 from simple_parsing import field
 
-from experiments.command_line import UserError, parse, run
+from experiments.command_line import parse, run
 from experiments.config import TrainConfig
+from lls_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,14 @@ def import_lls_dnn(config: ImportConfig) -> int:
     """Read, convert, and write the run folder; returns the exit status."""
     import numpy as np
 
-    from experiments import run_folder
     from experiments.optimizers import make
-    from experiments.positions import save_imported
+    from experiments.run_config import ConfigSettings
     from experiments.setup import make_task
-    from lls_jax import interop, torch_files
+    from lls_jax import interop
+    from lls_jax.interop import torch_files
+    from lls_jax.runs import checkpoints
+    from lls_jax.runs import folder as folders
+    from lls_jax.runs.resuming import save_start
 
     folder = pathlib.Path(config.out)
     if (folder / "config.json").exists():
@@ -58,10 +62,7 @@ def import_lls_dnn(config: ImportConfig) -> int:
         workdir=config.out,
     )
     task = make_task(trained)
-    try:
-        content = torch_files.read(pathlib.Path(config.checkpoint))
-    except torch_files.TorchFileError as error:
-        raise UserError(str(error)) from error
+    content = torch_files.read(pathlib.Path(config.checkpoint))
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state_dict, dict):
         raise UserError(f"{config.checkpoint} holds a {type(content).__name__}; expected a dict.")
@@ -72,10 +73,12 @@ def import_lls_dnn(config: ImportConfig) -> int:
         )
     except ValueError as error:
         raise UserError(f"{config.checkpoint}: {error}") from error
-    with run_folder.claim(folder):
-        run_folder.write_config(folder, trained)
-        run_folder.write_environment(folder)
-        save_imported(trained, folder, task, state)
+    settings = ConfigSettings(trained)
+    with folders.claim(folder):
+        folders.write_settings(folder, settings)
+        folders.write_environment(folder)
+        with checkpoints.open_checkpoints(folders.checkpoints(folder)) as manager:
+            save_start(manager, settings.values, task.model, task.rule, state)
     epoch = content.get("epoch")
     after = f", saved after epoch {epoch + 1}" if isinstance(epoch, int) else ""
     print(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import optax
 
 from experiments.config import TrainConfig
@@ -20,12 +21,7 @@ def make(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformat
         config: its optimizer, learning rate, schedule, momentum and weight decay count.
         steps_per_epoch: updates an epoch; schedules count in epochs.
     """
-    rate: float | optax.Schedule = config.learning_rate
-    if config.schedule == "multistep":
-        steps = config.epochs * steps_per_epoch
-        # Rounded up: a run of one step has its whole rate.
-        drops = {math.ceil(part * steps): _DROP for part in _MILESTONES}
-        rate = optax.piecewise_constant_schedule(config.learning_rate, drops)
+    rate = _rate(config, steps_per_epoch)
     decay = config.weight_decay
     makers: dict[str, Callable[[], optax.GradientTransformation]] = {
         "schedule_free_adamw": lambda: schedule_free_adamw(
@@ -44,9 +40,36 @@ def make(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformat
         ),
     }
     tx = makers[config.optimizer]()
+    if config.clip_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
     if config.schedule != "plateau":
         return tx
     plateau = optax.contrib.reduce_on_plateau(
         factor=_DROP, patience=_PATIENCE_EPOCHS, accumulation_size=steps_per_epoch
     )
     return optax.chain(tx, plateau)
+
+
+def _rate(config: TrainConfig, steps_per_epoch: int) -> float | optax.Schedule:
+    """The learning rate, a number or a function of the updates done."""
+    whole = config.learning_rate
+    steps = config.epochs * steps_per_epoch
+    warm_up = config.warmup_epochs * steps_per_epoch
+    rate: float | optax.Schedule = whole
+    if config.schedule == "multistep":
+        # Rounded up: a run of one step has its whole rate.
+        drops = {math.ceil(part * steps): _DROP for part in _MILESTONES}
+        rate = optax.piecewise_constant_schedule(whole, drops)
+    elif config.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(whole, max(steps - warm_up, 1))
+        # Counted from the end of the warm-up; the others from the run's start.
+        rate = rate if not warm_up else _delayed(rate, warm_up)
+    if not warm_up:
+        return rate
+    after = rate if callable(rate) else optax.constant_schedule(whole)
+    rising = optax.linear_schedule(0.0, 1.0, warm_up)
+    return lambda count: rising(count + 1) * after(count)
+
+
+def _delayed(schedule: optax.Schedule, steps: int) -> optax.Schedule:
+    return lambda count: schedule(jnp.maximum(count - steps, 0))

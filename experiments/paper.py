@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from simple_parsing import field, flag
 
 from experiments import startup
-from experiments.command_line import UserError, parse, run
+from experiments.command_line import parse, run
 from experiments.config import TrainConfig
+from lls_jax.errors import UserError
 
 RULES = (
     *("lls", "lls_m", "lls_mxm", "lls_mxm_reduced", "lls_random", "lls_m_random"),
@@ -165,10 +166,10 @@ _DIVERGED = "diverged.txt"
 
 
 def _state(run_config: TrainConfig) -> _State:
-    from experiments import run_folder
+    from lls_jax.runs import folder as folders
 
     folder = pathlib.Path(run_config.run_folder())
-    records = run_folder.read_metrics(folder)
+    records = folders.read_metrics(folder)
     done = records[-1]["epoch"] if records else 0
     note = folder / _DIVERGED
     return _State(
@@ -216,8 +217,8 @@ _COLUMNS = {
 
 
 def _write(config: PaperConfig, entries: list[Entry]) -> str:
-    from experiments import run_folder
     from experiments.suites.report import markdown
+    from lls_jax.runs import folder as folders
 
     table = rows(config, entries)
     # Accuracies to two digits behind the point, as everywhere.
@@ -228,16 +229,15 @@ def _write(config: PaperConfig, entries: list[Entry]) -> str:
     text = markdown(_COLUMNS, shown)
     folder = pathlib.Path(config.workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    run_folder.write_atomically(folder / f"table-{config.table}.md", text)
-    run_folder.write_atomically(folder / f"table-{config.table}.json", run_folder.to_json(table))
+    folders.write_atomically(folder / f"table-{config.table}.md", text)
+    folders.write_atomically(folder / f"table-{config.table}.json", folders.to_json(table))
     return text
 
 
 def paper(config: PaperConfig) -> int:
     """Run what is missing, write the table; returns the exit status."""
-    from experiments.positions import DivergedError
     from experiments.train import train_and_evaluate
-    from lls_jax.data import DatasetError
+    from lls_jax.errors import DatasetError, DivergedError
 
     entries = [
         entry

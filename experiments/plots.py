@@ -1,16 +1,24 @@
-"""Pictures of runs. Matplotlib without its global state, so that no display is touched."""
+"""Pictures of runs. Matplotlib without its global state, so that no display is touched.
+
+It takes most of a second to import, which only drawing waits for.
+"""
 
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 
 
-def _save(figure: Figure, path: pathlib.Path) -> None:
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=110)
     temporary.replace(path)
@@ -29,7 +37,7 @@ def draw_curves(records: Sequence[Record], title: str, path: pathlib.Path) -> No
         path: of the PNG; replaced in one step.
     """
     layers = len(records[0]["layer_loss"])
-    figure = Figure(figsize=(15 if layers else 10, 4), layout="constrained")
+    figure = _figure(15 if layers else 10, 4)
     figure.suptitle(title)
     panels = figure.subplots(1, 3 if layers else 2)
     epochs = _series(records, "epoch")
@@ -58,7 +66,7 @@ def draw_comparison(runs: Mapping[str, Sequence[Record]], path: pathlib.Path) ->
         runs: records by the run's name.
         path: of the PNG.
     """
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure = _figure(12, 8)
     panels = figure.subplots(2, 2)
     for row, (quantity, label) in enumerate(
         (("test_accuracy", "test accuracy [%]"), ("test_loss", "test loss"))
@@ -90,7 +98,7 @@ def draw_confusion(
     """
     count = len(class_names)
     side = min(4 + 0.45 * count, 30)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = _figure(side + 1, side)
     panel = figure.subplots()
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = panel.imshow(percent, cmap="Blues", vmin=0, vmax=100)

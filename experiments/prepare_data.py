@@ -12,7 +12,8 @@ import pathlib
 
 from simple_parsing import field, flag
 
-from experiments.command_line import UserError, parse, run
+from experiments.command_line import parse, run
+from lls_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

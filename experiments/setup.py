@@ -3,20 +3,20 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from experiments import optimizers
-from experiments import totals as training_totals
-from experiments.command_line import UserError
 from experiments.config import TrainConfig, option
-from lls_jax import data, loop, models, parallel, processes, rules, training
+from lls_jax import data, models, placement, platforms, processes, rules, training
 from lls_jax.data import batches, prepare, storage
+from lls_jax.errors import UserError
 from lls_jax.models import Network
+from lls_jax.rules import published
+from lls_jax.runs.source import first_examples, hold_out
 from pallas_kernels import local_loss
 
 _MOST_BYTES_ON_DEVICE = 2**31
@@ -30,17 +30,37 @@ class Task(NamedTuple):
     rule: rules.Rule
 
 
+Examples = batches.DeviceSplit | data.Split
+
+
 class Run(NamedTuple):
-    """All that a training run works with, the data on the device."""
+    """What a training command gives :func:`lls_jax.fit`, the data on the device or the host.
+
+    Attributes:
+        task: network, rule and images.
+        tx: the optimizer.
+        execution: where steps run; None for the default device.
+        train: the training images.
+        validation: those of them that are held out; None for none.
+        test: the test images.
+        many_steps: whether a launch has many steps.
+    """
 
     task: Task
-    tx: optax.GradientTransformation
-    execution: parallel.Execution
-    loop: Callable[..., tuple[training.TrainState, Any]] | None
-    train: batches.DeviceSplit | data.Split
-    test: batches.DeviceSplit | data.Split
-    read: batches.Reader
-    steps_per_epoch: int
+    tx: training.Optimizer
+    execution: placement.Execution | None
+    train: Examples
+    validation: Examples | None
+    test: Examples
+    many_steps: bool
+
+
+# `--loop`, as :func:`lls_jax.fit` names it.
+STEPS_A_LAUNCH: dict[str, Literal["auto", "one", "many"]] = {
+    "auto": "auto",
+    "dispatch": "one",
+    "scan": "many",
+}
 
 
 def make_task(config: TrainConfig) -> Task:
@@ -49,7 +69,7 @@ def make_task(config: TrainConfig) -> Task:
     Raises:
         UserError: an unknown name, an option out of range, images too small for the model.
     """
-    with _mendable():
+    with mendable():
         spec = storage.resolve(data.get_spec(config.dataset), data_folder(config))
         task = _make_task(config, spec)
         task.model.check_image((1, *spec.input_shape))
@@ -62,7 +82,7 @@ def check_task(config: TrainConfig) -> None:
     Raises:
         UserError: an unknown name, or an option out of range.
     """
-    with _mendable():
+    with mendable():
         spec = data.get_spec(config.dataset)
         if not spec.is_resolved:
             # Its classes are known when it is prepared; any will do.
@@ -72,7 +92,7 @@ def check_task(config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def _mendable() -> Iterator[None]:
+def mendable() -> Iterator[None]:
     """What is wrong about a config is its owner's to mend."""
     try:
         yield
@@ -91,11 +111,16 @@ def _make_task(config: TrainConfig, spec: data.DatasetSpec) -> Task:
         model = model.grouped(sizes)
     names = config.rule.split(",")
     given = _rule_options(config, names)
-    made = tuple(_make_rule(name, given, spec, model) for name in names)
+    made = tuple(_make_rule(name, given, spec, config) for name in names)
     if len(made) == 1:
         return Task(spec, model, made[0])
+    for one in made:
+        if not rules.has_local_losses(one):
+            raise ValueError(
+                f"rule {one.name!r} has no local loss and cannot be one of several; give it alone."
+            )
     rule = rules.PerBlock(made)  # type: ignore[arg-type]
-    _check_rules(rule, model)
+    model.block_rules(rule)
     return Task(spec, model, rule)
 
 
@@ -107,6 +132,11 @@ _RULE_OPTIONS = {
     "basis_rows": "basis_rows",
     "kernels": "implementation",
     "feedback_sign": "sign",
+}
+# What the published runs gave a rule that is made without it.
+_PUBLISHED = {
+    "hidden_dim": lambda config, spec: published.hidden_dim(config.model, config.group_sizes()),
+    "basis_rows": lambda config, spec: published.basis_rows(config.model, spec.num_classes),
 }
 
 
@@ -127,23 +157,16 @@ def _rule_options(config: TrainConfig, names: list[str]) -> dict[str, Any]:
 
 
 def _make_rule(
-    name: str, given: dict[str, Any], spec: data.DatasetSpec, model: Network
+    name: str, given: dict[str, Any], spec: data.DatasetSpec, config: TrainConfig
 ) -> rules.Rule:
     # Each of several rules takes the options that it has a use for.
     takes = rules.options_of(name)
     options = {option: value for option, value in given.items() if option in takes}
-    if name == "lls_mxm_reduced":
-        options.setdefault("basis_rows", model.basis_rows)
+    if name in rules.NAMES:
+        for option_name, make in _PUBLISHED.items():
+            if option_name in takes and option_name not in options:
+                options[option_name] = make(config, spec)
     return rules.make(name, num_classes=spec.num_classes, **options)
-
-
-def _check_rules(rule: rules.PerBlock, model: Network) -> None:
-    for one in rule.rules:
-        if not rules.has_local_losses(one):
-            raise ValueError(
-                f"rule {one.name!r} has no local loss and cannot be one of several; give it alone."
-            )
-    model.local_blocks(rule)
 
 
 def data_folder(config: TrainConfig) -> pathlib.Path:
@@ -165,20 +188,19 @@ def prepare_data(config: TrainConfig) -> None:
         prepare.prepare(spec, folder, progress=config.progress)
 
 
-def load_split(
-    config: TrainConfig, spec: data.DatasetSpec, split: str
-) -> batches.DeviceSplit | data.Split:
+def load_split(config: TrainConfig, spec: data.DatasetSpec, split: str) -> Examples:
     """One part of the data set, on the device or, where it is large, on the host."""
     folder = data_folder(config)
     limit = config.train_examples if split == "train" else config.eval_examples
-    loaded = data.load(spec, split, folder, limit)
+    held_out = config.validation_examples if split == "train" else None
+    loaded = data.load(spec, split, folder, None if held_out else limit)
     fits = loaded.images.nbytes <= _MOST_BYTES_ON_DEVICE
     if config.data_on_device == "yes" or (config.data_on_device == "auto" and fits):
         return batches.to_device(loaded)
     return loaded
 
 
-def _load_splits(config: TrainConfig, spec: data.DatasetSpec) -> list[Any]:
+def _load_splits(config: TrainConfig, spec: data.DatasetSpec) -> list[Examples]:
     """Training and test images; of several processes the first decodes what is not decoded yet."""
     splits = []
     for split in ("train", "test"):
@@ -188,6 +210,15 @@ def _load_splits(config: TrainConfig, spec: data.DatasetSpec) -> list[Any]:
         if not processes.is_first():
             splits.append(load_split(config, spec, split))
     return splits
+
+
+def _held_out(config: TrainConfig, train: Examples) -> tuple[Examples, Examples | None]:
+    """The training images, and those of them that are held out: the last of the whole set."""
+    if config.validation_examples is None:
+        return train, None
+    train, validation = hold_out(train, config.validation_examples)
+    count = config.train_examples or train.labels.shape[0]
+    return first_examples(train, count), validation
 
 
 def make_run(config: TrainConfig) -> Run:
@@ -206,29 +237,30 @@ def make_run(config: TrainConfig) -> Run:
         prepare_data(config)
     processes.wait_for_all("the data set is prepared")
     task = make_task(config)
-    available = config.train_examples or task.spec.train_size
+    _check_batch_size(config, task.spec.train_size - (config.validation_examples or 0))
+    train, test = _load_splits(config, task.spec)
+    with mendable():
+        train, validation = _held_out(config, train)
+    _check_batch_size(config, train.labels.shape[0])
+    tx = optimizers.make(config, train.labels.shape[0] // config.batch_size)
+    return Run(
+        task=task,
+        tx=tx,
+        execution=_make_execution(config, task, tx),
+        train=train,
+        validation=validation,
+        test=test,
+        many_steps=_many_steps(config, train),
+    )
+
+
+def _check_batch_size(config: TrainConfig, available: int) -> None:
+    available = min(available, config.train_examples or available)
     if config.batch_size > available:
         raise UserError(
             f"--batch-size is {config.batch_size}, but there are only {available} training images; "
             "use a smaller one."
         )
-    steps_per_epoch = available // config.batch_size
-    tx = optimizers.make(config, steps_per_epoch)
-    execution = _make_execution(config, task, tx)
-    read = batches.make_reader(
-        task.spec, config.augmentation, config.batch_size, execution.sharding
-    )
-    train, test = _load_splits(config, task.spec)
-    return Run(
-        task=task,
-        tx=tx,
-        execution=execution,
-        loop=_make_loop(config, task, tx, train),
-        train=train,
-        test=test,
-        read=read,
-        steps_per_epoch=steps_per_epoch,
-    )
 
 
 def remat_above(config: TrainConfig) -> int | None:
@@ -237,9 +269,9 @@ def remat_above(config: TrainConfig) -> int | None:
 
 
 def _make_execution(
-    config: TrainConfig, task: Task, tx: optax.GradientTransformation
-) -> parallel.Execution:
-    """How the config wants a step to be executed.
+    config: TrainConfig, task: Task, tx: training.Optimizer
+) -> placement.Execution | None:
+    """How the config wants a step to be executed; None for the plain way.
 
     Raises:
         UserError: there are too few devices, or the config asks for what cannot be together.
@@ -247,7 +279,7 @@ def _make_execution(
     devices = jax.devices()
     wanted = config.pipeline or config.data_parallel or (config.coordinator and len(devices))
     if not wanted:
-        return parallel.single(task.model, task.rule, tx, remat_above(config))
+        return None
     name = "--pipeline" if config.pipeline else "--data-parallel"
     if config.coordinator and wanted != len(devices):
         raise UserError(
@@ -267,50 +299,38 @@ def _make_execution(
                 raise ValueError(
                     f"--batch-size is {config.batch_size}, which {wanted} devices do not divide."
                 )
-            return parallel.data_parallel(task.model, task.rule, tx, devices)
+            return placement.data_parallel(task.model, task.rule, tx, devices)
         sizes = config.stage_sizes() or _balanced(config, task, tx)
         print(f"stages of {', '.join(map(str, sizes))} units", flush=True)
-        return parallel.pipeline(task.model, task.rule, tx, devices, sizes, remat_above(config))
+        return placement.pipeline(task.model, task.rule, tx, devices, sizes, remat_above(config))
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _make_loop(
-    config: TrainConfig,
-    task: Task,
-    tx: optax.GradientTransformation,
-    train: batches.DeviceSplit | data.Split,
-) -> Any:
-    """The compiled loop over steps, where the config wants one; else None.
+def _many_steps(config: TrainConfig, train: Examples) -> bool:
+    """Whether a launch has many steps.
 
     Raises:
-        UserError: the config asks for one where there can be none.
+        UserError: the config asks for that where it cannot be.
     """
     together = config.pipeline or config.shares_batches
     fits = isinstance(train, batches.DeviceSplit) and not together
-    chosen = config.loop
-    if chosen == "auto":
-        chosen = loop.choose_loop(jax.default_backend()) if fits else "dispatch"
-    if chosen == "dispatch":
-        return None
-    if not fits:
+    if config.loop == "scan" and not fits:
         raise UserError(
             "--loop scan needs the images on one device, without --pipeline, --data-parallel or "
             "--coordinator; use --loop dispatch, or --data-on-device yes."
         )
-    step = training.make_train_step(task.model, task.rule, tx, remat_above=remat_above(config))
-    return loop.make_loop(
-        step, training_totals.add, task.spec, config.augmentation, config.batch_size
-    )
+    is_fast = platforms.choices(jax.default_backend()).compiled_loops
+    return config.loop == "scan" or (config.loop == "auto" and fits and is_fast)
 
 
-def _balanced(config: TrainConfig, task: Task, tx: optax.GradientTransformation) -> tuple[int, ...]:
+def _balanced(config: TrainConfig, task: Task, tx: training.Optimizer) -> tuple[int, ...]:
     """Stages that take about the same time, after a short measurement."""
     key = jax.random.key(0)
     image = jax.random.normal(key, (config.batch_size, *task.spec.input_shape))
     label = jnp.arange(config.batch_size) % task.spec.num_classes
     state = training.create_train_state(task.model, task.rule, tx, key, image)
-    seconds = parallel.measure_units(
+    seconds = placement.measure_units(
         task.model,
         task.rule,
         tx,
@@ -318,7 +338,7 @@ def _balanced(config: TrainConfig, task: Task, tx: optax.GradientTransformation)
         {"image": image, "label": label},
         remat_above=remat_above(config),
     )
-    return parallel.partition(seconds, config.pipeline or 1)
+    return placement.partition(seconds, config.pipeline or 1)
 
 
 def example_image(spec: data.DatasetSpec) -> jax.Array:

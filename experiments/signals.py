@@ -21,6 +21,11 @@ class Signals:
         self.received = number
         signal.signal(number, signal.SIG_DFL)
 
+    @staticmethod
+    def is_signal(number: int) -> bool:
+        """Whether what stopped a run is the number of one of these signals."""
+        return number in (signal.SIGINT, signal.SIGTERM)
+
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
         """Note them meanwhile, instead of what they did before."""

@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock
 from lls_jax.models import Network
 from lls_jax.rules import (
+    LLS,
     Backpropagation,
-    ClassifierRule,
-    DecoupledRule,
-    FeedbackRule,
-    PeriodicRule,
-    PredSimRule,
+    Contrastive,
+    Decoupled,
+    DirectFeedback,
+    LocalClassifier,
+    PredSim,
+    RandomLLS,
     Rule,
 )
-from lls_jax.rules.contrastive import ContrastiveRule
-from lls_jax.rules.protocol import for_block
 from pallas_kernels.local_loss import latent_dim
 
 Shape = tuple[int, ...]
@@ -109,17 +109,17 @@ _BLOCKS: dict[type, Callable[[Shape, Shape], _Block]] = {
 }
 
 
-def _periodic(rule: PeriodicRule, activation: Shape, latents: int) -> int:
+def _periodic(rule: LLS, activation: Shape, latents: int) -> int:
     del activation
     # Scores and back to the latents; with a matrix also logits, back to the scores, and dM.
-    matrix = 3 * rule.basis_rows * rule.num_classes if rule.modulation == "matrix" else 0
-    return 2 * rule.basis_rows * latents + matrix
+    matrix = 3 * rule.rows * rule.num_classes if rule.modulation == "matrix" else 0
+    return 2 * rule.rows * latents + matrix
 
 
-def _linear(rule: ClassifierRule, activation: Shape, latents: int) -> int:
+def _linear(rule: RandomLLS, activation: Shape, latents: int) -> int:
     del activation
     matrix = 3 * rule.num_classes**2 if rule.modulation == "matrix" else 0
-    return (3 if rule.learned else 2) * rule.num_classes * latents + matrix
+    return (2 if rule.fixed else 3) * rule.num_classes * latents + matrix
 
 
 def _hidden(activation: Shape) -> int:
@@ -128,27 +128,28 @@ def _hidden(activation: Shape) -> int:
     return 3 * taps * activation[-1] * math.prod(activation)
 
 
-def _predsim(rule: PredSimRule, activation: Shape, latents: int) -> int:
+def _predsim(rule: PredSim, activation: Shape, latents: int) -> int:
     # The similarities of a batch depend on its size, and are left out.
     return _hidden(activation) + 3 * rule.num_classes * latents
 
 
-def _decoupled(rule: DecoupledRule, activation: Shape, latents: int) -> int:
+def _decoupled(rule: Decoupled, activation: Shape, latents: int) -> int:
     return _hidden(activation) + 3 * rule.num_classes * latents
 
 
-def _contrastive(rule: ContrastiveRule, activation: Shape, latents: int) -> int:
+def _contrastive(rule: Contrastive, activation: Shape, latents: int) -> int:
     del activation
     return 3 * rule.width * latents
 
 
 _SIGNALS: dict[type, Callable[[Any, Shape, int], int]] = {
-    PeriodicRule: _periodic,
-    ClassifierRule: _linear,
-    PredSimRule: _predsim,
-    DecoupledRule: _decoupled,
-    ContrastiveRule: _contrastive,
-    FeedbackRule: lambda rule, activation, latents: rule.num_classes * math.prod(activation),
+    LLS: _periodic,
+    RandomLLS: _linear,
+    LocalClassifier: _linear,
+    PredSim: _predsim,
+    Decoupled: _decoupled,
+    Contrastive: _contrastive,
+    DirectFeedback: lambda rule, activation, latents: rule.num_classes * math.prod(activation),
 }
 
 
@@ -183,7 +184,7 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
         module: nn.Module = spec.module
         if type(module) not in _BLOCKS:
             raise ValueError(f"the operations of a {type(module).__name__} are not known here.")
-        own = for_block(rule, index)
+        own = rule.at_block(index)
         activation = jax.eval_shape(
             lambda key, x, m=module: m.init_with_output(key, x)[0], jax.random.key(0), x
         )
@@ -191,7 +192,7 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
         counts = _BLOCKS[type(module)](x.shape[1:], shape)
         to_input.append(counts.to_input)
         # Rules with a layer of their own keep its output too.
-        kept = counts.kept + isinstance(own, PredSimRule | DecoupledRule) * math.prod(shape)
+        kept = counts.kept + isinstance(own, PredSim | Decoupled) * math.prod(shape)
         latents = latent_dim(shape, spec.pool_size)
         signal = 0
         if not isinstance(own, Backpropagation):
@@ -215,7 +216,7 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
     costs.append(Cost("classifier", _size(params["classifier"]), 0, macs, macs, 0, kept))
     sizes = [cost.activation_bytes for cost in costs]
     waits = isinstance(rule, Backpropagation) or (
-        isinstance(rule, FeedbackRule) and rule.signal == "error"
+        isinstance(rule, DirectFeedback) and rule.signal == "error"
     )
     if isinstance(rule, Backpropagation):
         # A block's signal is the gradient to the next one's input.

@@ -1,144 +1,18 @@
-"""From a training state to the weights and statistics that are to be judged."""
+"""Judging a network: which weights and statistics to judge, and how good they are."""
 
-import functools
-from collections.abc import Iterable
-from typing import Any
+from lls_jax.runs.evaluate import Evaluation, evaluate
+from lls_jax.steps.averaging import (
+    averaged_params,
+    estimate_batch_stats,
+    evaluation_state,
+    is_schedule_free,
+)
 
-import jax
-import jax.numpy as jnp
-import optax
-
-from lls_jax.models import Network
-from lls_jax.training import TrainState
-
-
-def is_schedule_free(opt_state: Any) -> bool:
-    """Whether an optimiser state holds a schedule-free one, at any depth."""
-    return bool(_schedule_free_states(opt_state))
-
-
-def _schedule_free_states(opt_state: Any) -> list[Any]:
-    kind = optax.contrib.ScheduleFreeState
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
-    return [leaf for leaf in leaves if isinstance(leaf, kind)]
-
-
-@jax.jit
-def _average(opt_state: Any, params: Any) -> Any:
-    """``x = y + (1 - 1 / b1) (z - y)`` wherever the optimiser has a `z`; the rest as it is."""
-    paths, structure = jax.tree_util.tree_flatten_with_path(params)
-    averaged = dict(paths)
-    for state in _schedule_free_states(opt_state):
-        # Of masked and fixed parameters there is none.
-        for path, z in jax.tree_util.tree_flatten_with_path(state.z)[0]:
-            beyond = (1.0 - 1.0 / state.b1).astype(z.dtype)
-            averaged[path] = averaged[path] + beyond * (z - averaged[path])
-    return jax.tree.unflatten(structure, averaged.values())
-
-
-def averaged_params(state: TrainState) -> dict[str, Any]:
-    """The schedule-free average of the weights; the weights themselves with other optimisers.
-
-    Args:
-        state: a training state; its optimiser state may wrap the schedule-free one.
-
-    Returns:
-        Parameters with the structure of ``state.params``.
-    """
-    if not is_schedule_free(state.opt_state):
-        return state.params
-    if isinstance(state.opt_state, dict):
-        # One a block; bp has one in all.
-        return {
-            name: _average(state.opt_state[name], block) for name, block in state.params.items()
-        }
-    return _average(state.opt_state, state.params)
-
-
-def _is_float(leaf: jax.Array) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _new_and_kept(
-    model: Network, params: Any, batch_stats: Any, image: jax.Array
-) -> tuple[Any, Any]:
-    """A batch's share of the running statistics, and the share of the old ones in the new ones.
-
-    Whatever a block's momentum is: ``running = kept * old + new``, at zero and by its derivative.
-    Both have the structure of `batch_stats`; where that is no float they mean nothing.
-    """
-    leaves, structure = jax.tree.flatten(batch_stats)
-    floats = [leaf for leaf in leaves if _is_float(leaf)]
-
-    def whole(floats: list[jax.Array]) -> Any:
-        left = iter(floats)
-        return jax.tree.unflatten(
-            structure, [next(left) if _is_float(leaf) else leaf for leaf in leaves]
-        )
-
-    def run(floats: list[jax.Array]) -> list[jax.Array]:
-        _, new = model.apply(params, whole(floats), image, train=True)
-        return [leaf for leaf in jax.tree.leaves(new) if _is_float(leaf)]
-
-    zeros, ones = ([fill(leaf) for leaf in floats] for fill in (jnp.zeros_like, jnp.ones_like))
-    new, kept = jax.jvp(run, (zeros,), (ones,))
-    return whole(new), whole(kept)
-
-
-def estimate_batch_stats(
-    model: Network, params: dict[str, Any], batch_stats: dict[str, Any], images: Iterable[jax.Array]
-) -> dict[str, Any]:
-    """Estimate BatchNorm's statistics anew, at given weights.
-
-    Args:
-        model: the network.
-        params: the weights.
-        batch_stats: statistics that give the structure, and the result where `images` is empty.
-        images: batches of training images, normalised ``[batch, height, width, channels]``.
-
-    Returns:
-        The mean of the batches' own means and variances. A block may average its running statistics
-        with any momentum, but linearly; integers and what no batch changes stay as they are.
-    """
-    total: Any = None
-    count = 0
-    for image in images:
-        count += 1
-        new, kept = _new_and_kept(model, params, batch_stats, image)
-        total = new if total is None else jax.tree.map(jnp.add, total, new)
-    if total is None:
-        return batch_stats
-    return jax.tree.map(
-        lambda old, total, kept: (
-            jnp.where(kept < 1, total / count / (1 - kept), old) if _is_float(old) else old
-        ),
-        *(batch_stats, total, kept),
-    )
-
-
-def evaluation_state(model: Network, state: TrainState, images: Iterable[jax.Array]) -> TrainState:
-    """The state to judge: averaged weights and statistics that belong to them.
-
-    With a schedule-free optimiser, the average of the weights, and BatchNorm statistics estimated
-    anew at that average: the running ones belong to other weights, and every accuracy would be
-    wrong. With any other optimiser the state itself.
-
-    Args:
-        model: the network.
-        state: a training state; not modified.
-        images: batches of training images (the published runs take 50), drawn only if needed.
-
-    Returns:
-        A state for :func:`lls_jax.training.predict`.
-
-    References:
-        Defazio et al., "The Road Less Scheduled", https://arxiv.org/abs/2405.15682.
-    """
-    if not is_schedule_free(state.opt_state):
-        return state
-    params = averaged_params(state)
-    return state._replace(
-        params=params,
-        batch_stats=estimate_batch_stats(model, params, state.batch_stats, images),
-    )
+__all__ = [
+    "Evaluation",
+    "averaged_params",
+    "estimate_batch_stats",
+    "evaluate",
+    "evaluation_state",
+    "is_schedule_free",
+]

@@ -1,8 +1,8 @@
 """Several processes that train one network together, each with devices of its own.
 
 All of them run the same program on the same arguments. What they all hold is an array over every
-device (:func:`replicate`), what each has a part of is sharded (:func:`share`), and whatever decides
-what is done next must be the same number in each (:func:`make_agreement`).
+device (:func:`replicate`), what each has a part of is sharded (:func:`shard_batch`), and whatever
+decides what is done next must be the same number in each (:func:`make_agreement`).
 """
 
 import collections
@@ -16,28 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lls_jax.errors import ProcessesError
+
 # Seconds without a sign of life after which a process counts as dead.
 _HEARTBEAT_TIMEOUT = 20
 # Seconds that a process which has ended waits for the others to end.
 _SHUTDOWN_TIMEOUT = 20
 
 
-class ProcessesError(Exception):
-    """Several processes could not meet, or one was lost; the message says what to do."""
-
-
 @contextlib.contextmanager
-def meet(
+def initialize(
     coordinator: str,
     num_processes: int | None = None,
     process_id: int | None = None,
     timeout: int = 300,
 ) -> Iterator[None]:
-    """Meet the other processes; meanwhile ``jax.devices()`` are those of all of them.
+    """Connect to the other processes; meanwhile ``jax.devices()`` are those of all of them.
 
     To be entered before anything touches a device, once. At its end the processes wait for each
     other, but not after an error: then the others are left to notice. A process whose peers are
-    lost ends too, by :func:`told_when_lost` or, where it is process 0 that was lost, aborted by
+    lost ends too, by :func:`peer_loss_as_error` or, where it is process 0 that was lost, aborted by
     JAX.
 
     Args:
@@ -112,7 +110,7 @@ def _check_free(port: int) -> None:
 
 
 @contextlib.contextmanager
-def told_when_lost() -> Iterator[None]:
+def peer_loss_as_error() -> Iterator[None]:
     """Turn a failure of what all processes compute together into an error that says so.
 
     Raises:
@@ -168,7 +166,7 @@ def replicate(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
     return jax.tree.map(copied, tree)
 
 
-def own(tree: Any) -> Any:
+def local_copy(tree: Any) -> Any:
     """This process's copy of arrays that are whole on every device; on its first device."""
     device = jax.local_devices()[0]
     return jax.tree.map(
@@ -176,7 +174,7 @@ def own(tree: Any) -> Any:
     )
 
 
-def rows_of(sharding: jax.sharding.NamedSharding, batch_size: int) -> slice:
+def local_rows(sharding: jax.sharding.NamedSharding, batch_size: int) -> slice:
     """The examples of a batch that this process reads.
 
     Args:
@@ -191,11 +189,11 @@ def rows_of(sharding: jax.sharding.NamedSharding, batch_size: int) -> slice:
     return slice(min(span[0] for span in spans), max(span[1] for span in spans))
 
 
-def share(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
+def shard_batch(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
     """Arrays of a batch, each process's rows in one, sharded along their first axis.
 
     Args:
-        tree: a pytree of arrays, in each process its rows, as :func:`rows_of` tells them; arrays
+        tree: a pytree of arrays, in each process its rows, as :func:`local_rows` tells them; arrays
             that are so sharded already stay as they are.
         sharding: of the whole batch.
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import accounting as command
-from experiments.command_line import UserError
 from lls_jax import models, rules
 from lls_jax.accounting import account
 from lls_jax.blocks import ConvBlock, DepthwiseSeparableBlock
+from lls_jax.errors import UserError
 
 CLASSES = 10
 
@@ -71,7 +71,7 @@ def test_the_signal_is_counted_as_xla_does(name):
     """On pooled latents of one image a row, so that nothing else is to be counted."""
     classes, features, batch = 300, 2048, 64
     rule = rules.make(name, num_classes=classes)
-    params = rule.init(jax.random.key(0), features)
+    params = rule.init(jax.random.key(0), (features,), features)
     spec = models.BlockSpec(ConvBlock(features), pool_size=1, flatten=True)
     ours = account(models.Network("one", classes, (spec,)), rule, (1, 1, 1)).blocks[0].signal
     learned = {k: v for k, v in params.items() if k not in getattr(rule, "fixed", ())}

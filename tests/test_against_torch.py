@@ -13,12 +13,12 @@ import optax
 import pytest
 
 from experiments import benchmark
-from experiments.command_line import UserError
 from experiments.config import TrainConfig
 from experiments.suites import against_torch, baselines, torch_loop
 from experiments.suites import training as suites_training
 from lls_jax import models, rules, training
-from lls_jax.basis import periodic_basis
+from lls_jax.errors import UserError
+from lls_jax.rules.basis import periodic_basis
 
 # Answers every line as the PyTorch loop does: step i of its life took i seconds.
 ECHO = """

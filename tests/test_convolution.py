@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lls_jax import winograd
-from lls_jax.convolution import convolve_3x3, depthwise_3x3
+from lls_jax.layers import winograd
+from lls_jax.layers.convolution import convolve_3x3, depthwise_3x3
 
 
 def oracle(x, kernel, dy, stride):

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.datasets
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lls_jax.data import archives, augment, batches, get_spec, prepare, storage
-from lls_jax.data.storage import DatasetError, Split
+from lls_jax.data.storage import Split
+from lls_jax.errors import DatasetError
 
 CIFAR = dataclasses.replace(get_spec("cifar10"), train_size=50, test_size=10)
 MNIST = dataclasses.replace(get_spec("mnist"), train_size=12, test_size=7)
@@ -380,6 +382,17 @@ def test_missing_and_damaged_sets_are_reported(tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DatasetError, match=r"cannot be read.*prepare_data cifar10"):
         storage.load(CIFAR, "train", tmp_path)
+
+
+def test_digits_are_scikit_learns():
+    theirs = sklearn.datasets.load_digits()
+    order = np.random.default_rng(0).permutation(len(theirs.target))
+    for split, part in (("train", order[:1437]), ("test", order[1437:])):
+        ours = storage.load(get_spec("digits"), split, pathlib.Path("nowhere"))
+        np.testing.assert_array_equal(ours.labels, theirs.target[part])
+        np.testing.assert_array_equal(
+            ours.images[..., 0], np.rint(theirs.images[part] * (255 / 16))
+        )
 
 
 def test_digits_are_the_embedded_set():

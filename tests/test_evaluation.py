@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import judging
-from lls_jax import checkpoint, evaluation, rules, training
+from lls_jax import evaluation, rules, training
 from lls_jax.blocks import DenseBlock, LocalBlock
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
+from lls_jax.runs import checkpoints
+from lls_jax.runs.evaluate import correct_within
 
 CLASSES = 4
 
@@ -84,11 +85,11 @@ def test_blocks_need_no_statistics_no_parameters_and_no_train(tmp_path):
     assert state.batch_stats["block_0"] == {"block": {}} == state.params["block_1"]
     judged = evaluation.evaluation_state(model, state, [image])
     assert np.isfinite(training.predict(model, judged, image)).all()
-    with checkpoint.open_checkpoints(tmp_path) as manager:
+    with checkpoints.open_checkpoints(tmp_path) as manager:
         tree = {"state": state._asdict()}
         variables = {"params": judged.params, "batch_stats": judged.batch_stats}
-        checkpoint.save(manager, checkpoint.Checkpoint(3, tree, variables, {}))
-        restored, _ = checkpoint.restore_training(manager, 3, tree)
+        checkpoints.save(manager, checkpoints.Checkpoint(3, tree, variables, {}))
+        restored, _ = checkpoints.restore_training(manager, 3, tree)
     assert jax.tree.structure(restored) == jax.tree.structure(tree)
     for name, tx in (("bp", optax.sgd(0.1)), ("dfa", optax.sgd(0.1))):
         rule = rules.make(name, num_classes=CLASSES)
@@ -137,5 +138,5 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_a_label_has_a_rank(logits, label, ranks):
     for best in range(1, 5):
-        correct = judging.correct_within(jnp.asarray([logits]), jnp.asarray([label]), best)
+        correct = correct_within(jnp.asarray([logits]), jnp.asarray([label]), best)
         assert bool(correct[0]) == (ranks < best)

@@ -8,8 +8,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-EXAMPLES = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("*.py"))
+from lls_jax import data
+
+FOLDER = pathlib.Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
 NEEDS = {"equinox_blocks": "equinox", "haiku_blocks": "haiku"}
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "accuracy"), [("residual", 70), ("vision_transformer", 70)])
+def test_networks_of_other_kinds_learn_the_digits_from_local_losses(name, accuracy):
+    """Residual blocks, and tokens ``[batch, length, channels]``."""
+    module = load(FOLDER / "networks" / f"{name}.py")
+    spec = data.get_spec("digits")
+    train, test = (data.load(spec, split, pathlib.Path()) for split in ("train", "test"))
+    # A user's program, under JAX's own defaults.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        result = module.train(train, test, epochs=2)
+    records = result.records
+    assert records[-1]["test_accuracy"] > accuracy
+    assert len(records[0]["layer_loss"]) == 4
+    assert (np.array(records[-1]["layer_loss"]) < records[0]["layer_loss"]).all()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -19,9 +44,7 @@ def test_every_layer_learns(path):
     source = path.read_text()
     for ours in ("lls_jax.models", "lls_jax.training", "lls_jax.blocks", "import models"):
         assert ours not in source
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(path)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(32, module.WIDTH)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, module.CLASSES, 32), jnp.int32)

@@ -22,23 +22,24 @@ from experiments import (
     benchmark,
     command_line,
     compare,
+    console,
     evaluate,
     import_lls_dnn,
-    judging,
     paper,
-    positions,
     prepare_data,
     setup,
     startup,
-    totals,
     train,
 )
-from experiments import run_folder as folders
-from experiments.command_line import UserError
 from experiments.config import AVERAGING, OPTIMIZERS, TrainConfig
 from experiments.suites import training as suites_training
 from lls_jax import data, models, rules
 from lls_jax.data import augment, batches
+from lls_jax.errors import DivergedError, UserError
+from lls_jax.runs import epoch_sums, loop, saving
+from lls_jax.runs import fit as fitting
+from lls_jax.runs import folder as folders
+from lls_jax.runs.evaluate import evaluate_weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = TrainConfig(
@@ -171,14 +172,14 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
 ):
     steps = 0
 
-    def signalled(*arguments, add=totals.add):
+    def signalled(*arguments, add=epoch_sums.add):
         nonlocal steps
         steps += 1
         if steps == at_step:
             os.kill(os.getpid(), number)
         return add(*arguments)
 
-    monkeypatch.setattr(totals, "add", signalled)
+    monkeypatch.setattr(epoch_sums, "add", signalled)
     before = signal.getsignal(number)
     assert train.train_and_evaluate(tiny(tmp_path)) == status
     assert signal.getsignal(number) is before
@@ -197,38 +198,48 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
 # Each makes the process kill itself somewhere; none of it lets anything clean up.
 KILLS = {
     "inside an epoch": """
-        add, count = train.totals_of.add, iter(range(100))
+        add, count = epoch_sums.add, iter(range(100))
         def killed(*arguments):
             return kill() if next(count) == 6 else add(*arguments)
-        train.totals_of.add = killed
+        epoch_sums.add = killed
     """,
     "between metrics and checkpoint": """
-        append, count = train.run_folder.append_metrics, iter(range(100))
+        append, count = folders.append_metrics, iter(range(100))
         def killed(*arguments):
             append(*arguments)
             if next(count) == 1:
                 kill()
-        train.run_folder.append_metrics = killed
+        folders.append_metrics = killed
+    """,
+    "after epochs that were not written": """
+        append, count = folders.append_metrics, iter(range(100))
+        saving._SECONDS = 1000
+        def killed(*arguments):
+            append(*arguments)
+            if next(count) == 2:
+                kill()
+        folders.append_metrics = killed
     """,
     "while a checkpoint is written": """
         import threading
-        save, count = train.checkpoint.save, iter(range(100))
+        save, count = checkpoints.save, iter(range(100))
         def killed(*arguments):
             if next(count) == 3:
                 threading.Timer(0.01, kill).start()
             save(*arguments)
-        train.checkpoint.save = killed
+        checkpoints.save = killed
     """,
 }
 
 
 @pytest.mark.parametrize("point", KILLS)
 def test_a_killed_run_resumes_bit_identically(tmp_path, reference, point):
-    config = tiny(tmp_path, checkpoint_every=3)
+    config = tiny(tmp_path, checkpoint_every=0 if "not written" in point else 3)
     script = "\n".join(
         [
             "import os, signal",
             "from experiments import train",
+            "from lls_jax.runs import checkpoints, epoch_sums, saving, folder as folders",
             "from experiments.config import TrainConfig",
             "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)",
             textwrap.dedent(KILLS[point]),
@@ -259,10 +270,13 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.plots, "draw_curves", lambda *a: None)
-        patch.setattr(train, "_REDRAW_SECONDS", 0)
-        judge, count = train.judging.judge, iter(range(9))
-        patch.setattr(train.judging, "judge", lambda *a: stop() if next(count) == 2 else judge(*a))
+        patch.setattr(console.plots, "draw_curves", lambda *a: None)
+        patch.setattr(console, "_REDRAW_SECONDS", 0)
+        patch.setattr(saving, "_SECONDS", 0)
+        whole, count = loop.evaluate_weights, iter(range(9))
+        patch.setattr(
+            loop, "evaluate_weights", lambda *a: stop() if next(count) == 2 else whole(*a)
+        )
         with pytest.raises(KeyboardInterrupt):
             train.train_and_evaluate(tiny(tmp_path))
     newest = tmp_path / "checkpoints" / "8"
@@ -281,20 +295,20 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_layer(tmp_path, monkeypatch):
-    make_run = train.make_run
+    single = fitting.single
 
-    def poisoned(config):
-        run = make_run(config)
+    def poisoned(*arguments):
+        execution = single(*arguments)
 
         def step(state, batch):
-            state, metrics = run.execution.step(state, batch)
+            state, metrics = execution.step(state, batch)
             if int(state.step) == 6:
                 metrics["layer_loss"] = metrics["layer_loss"].at[1].set(np.nan)
             return state, metrics
 
-        return run._replace(execution=run.execution._replace(step=step))
+        return execution._replace(step=step)
 
-    monkeypatch.setattr(train, "make_run", poisoned)
+    monkeypatch.setattr(fitting, "single", poisoned)
     with pytest.raises(UserError, match="loss of local layer L2 is not finite by step"):
         train.train_and_evaluate(tiny(tmp_path))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4"]
@@ -312,24 +326,24 @@ def test_many_steps_a_launch_are_the_same_however_they_are_cut(tmp_path, monkeyp
     looped = {"loop": "scan", "dropout": 0.0}
     assert train.train_and_evaluate(tiny(tmp_path / "whole", **looped)) == 0
     assert "many steps a launch" in capsys.readouterr().out
-    monkeypatch.setattr(train, "_STEPS_A_LAUNCH", 1)
+    monkeypatch.setattr(loop, "_STEPS_A_LAUNCH", 1)
     assert train.train_and_evaluate(tiny(tmp_path / "single", **looped)) == 0
     assert_same_run(tmp_path / "single", tmp_path / "whole")
-    monkeypatch.setattr(train, "_STEPS_A_LAUNCH", 3)
-    make_run = train.make_run
+    monkeypatch.setattr(loop, "_STEPS_A_LAUNCH", 3)
+    make_loop = fitting.make_loop
 
-    def signalled(config):
-        run, launches = make_run(config), iter(range(100))
+    def signalled(*arguments):
+        launch, launches = make_loop(*arguments), iter(range(100))
 
-        def loop(*arguments):
+        def noted(*values):
             if next(launches) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return run.loop(*arguments)
+            return launch(*values)
 
-        return run._replace(loop=loop)
+        return noted
 
     stopped = tiny(tmp_path / "stopped", checkpoint_every=2, **looped)
-    monkeypatch.setattr(train, "make_run", signalled)
+    monkeypatch.setattr(fitting, "make_loop", signalled)
     assert train.train_and_evaluate(stopped) == 143
     assert "stopped at step 6, saved" in capsys.readouterr().out
     monkeypatch.undo()
@@ -349,7 +363,7 @@ def test_many_steps_a_launch_are_the_same_however_they_are_cut(tmp_path, monkeyp
 def test_evaluate_takes_best_last_and_steps(reference, capsys):
     records = {record["step"]: record["test_accuracy"] for record in results(reference)}
     best = max(records, key=lambda step: (records[step], step))
-    for wanted, step in (("best", best), ("last", 12), ("8", 8)):
+    for wanted, step in (("best", best), ("last", 12), ("4", 4)):
         config = evaluate.EvaluateConfig(str(reference), checkpoint=wanted, json=True)
         evaluate.evaluate(config)
         report = json.loads(capsys.readouterr().out)
@@ -488,7 +502,7 @@ def test_a_run_that_diverges_is_recorded_and_the_papers_batch_goes_on(
         folder = pathlib.Path(config.workdir)
         folder.mkdir(parents=True)
         if config.rule == "lls":
-            raise positions.DivergedError("the loss of local layer L2 is not finite by step 7")
+            raise DivergedError("the loss of local layer L2 is not finite by step 7")
         folders.append_metrics(folder, {"epoch": 1, "test_accuracy": 50.0})
         return 0
 
@@ -753,7 +767,8 @@ def test_judging_in_one_launch_is_judging_batch_by_batch(batch_size):
     )
     variables = {"params": params, "batch_stats": batch_stats}
     one, several = (
-        judging.judge(model, variables, spec, split, batch_size, launch) for launch in (True, False)
+        evaluate_weights(model, variables, spec, split, batch_size, launch)
+        for launch in (True, False)
     )
     np.testing.assert_array_equal(one.confusion, several.confusion)
     assert one.confusion.sum() == 40 and one.accuracy == several.accuracy

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import evaluate, export_lls_dnn, import_lls_dnn, run_folder, train
-from experiments.command_line import UserError
+from experiments import evaluate, export_lls_dnn, import_lls_dnn, run_config, train
 from experiments.config import TrainConfig
-from lls_jax import interop, models, rules, torch_files, training
-from lls_jax.torch_files import TorchFileError
+from lls_jax import interop, models, rules, training
+from lls_jax.errors import TorchFileError
+from lls_jax.interop import UserError, torch_files
 
 CLASSES = 5
 TX = optax.sgd(0.1)
@@ -343,5 +343,5 @@ def test_a_run_goes_out_comes_back_and_trains_on(tmp_path, capsys):
     with pytest.raises(UserError, match=r"conv_block1\.feedback is unexpected"):
         import_lls_dnn.import_lls_dnn(wrong)
     assert not (tmp_path / "other" / "config.json").exists()
-    recorded = run_folder.read_config(tmp_path / "back")
+    recorded = run_config.read_config(tmp_path / "back")
     assert recorded.rule == "lls_m_random"

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from lls_jax.basis import periodic_basis
+from lls_jax.rules.basis import periodic_basis
 from pallas_kernels.local_loss import (
     KernelUnavailableError,
     availability,

@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from lls_jax import models, remat, rules, training
+from lls_jax import models, rules, training
 from lls_jax.blocks import ConvBlock
+from lls_jax.layers.ordering import token_of, wait_for
 from lls_jax.models import BlockSpec, Network
-from lls_jax.ordering import token_of, wait_for
+from lls_jax.steps import sliced
 
 CLASSES = 5
 
@@ -75,9 +76,9 @@ def test_what_sees_the_activation_itself_is_computed_once(name):
 
 
 def test_a_slice_is_as_large_as_allowed():
-    assert remat.count_slices((128, 32, 32, 256), jnp.float32, 2**25) == 4
-    assert remat.count_slices((128, 32, 32, 256), jnp.bfloat16, 2**25) == 2
-    assert remat.count_slices((3, 32, 32, 256), jnp.float32, 1) == 3
+    assert sliced.count_slices((128, 32, 32, 256), jnp.float32, 2**25) == 4
+    assert sliced.count_slices((128, 32, 32, 256), jnp.bfloat16, 2**25) == 2
+    assert sliced.count_slices((3, 32, 32, 256), jnp.float32, 1) == 3
 
 
 def temporaries(model, rule_name, side, batch_size=128, **options):

@@ -18,12 +18,14 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import benchmark, run_folder, train
+from experiments import benchmark, train
 from experiments.config import TrainConfig
-from lls_jax import models, parallel, processes, rules, training
+from lls_jax import models, placement, processes, rules, training
 from lls_jax.blocks import ConvBlock
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
+from lls_jax.placement import block_pipeline
+from lls_jax.runs import folder as folders
 
 CLASSES, DEVICES = 5, 5
 HAS_DEVICES = len(jax.devices()) >= DEVICES
@@ -126,7 +128,7 @@ def assert_close(ours, theirs, tolerance):
     ],
 )
 def test_stages_are_balanced(seconds, stages, sizes):
-    ours = parallel.partition(seconds, stages)
+    ours = placement.partition(seconds, stages)
 
     def dearest(sizes):
         ends = np.cumsum(sizes)
@@ -139,12 +141,12 @@ def test_stages_are_balanced(seconds, stages, sizes):
 def test_wrong_stages_are_refused():
     model = models.make("small_conv", num_classes=CLASSES)
     with pytest.raises(ValueError, match="6 stages for 5 units"):
-        parallel.partition([1.0] * 5, 6)
+        placement.partition([1.0] * 5, 6)
     with pytest.raises(ValueError, match="together 5 units"):
-        parallel.pipeline(model, make_rule("lls"), TX, jax.devices()[:1], (4,))
+        placement.pipeline(model, make_rule("lls"), TX, jax.devices()[:1], (4,))
     for name in ("bp", "dfa"):
         with pytest.raises(ValueError, match="no local losses"):
-            parallel.make_units(model, make_rule(name), TX)
+            placement.pipeline(model, make_rule(name), TX, jax.devices()[:1], (5,))
 
 
 @on_devices
@@ -154,7 +156,7 @@ def test_a_pipeline_is_bit_identical_to_its_units_on_one_device(remat_above):
     state, batches, devices = start(model, rule), make_batches(), jax.devices()
 
     def run(sizes):
-        execution = parallel.pipeline(
+        execution = placement.pipeline(
             model, rule, TX, devices[: len(sizes)], sizes, remat_above=remat_above
         )
         return execution, *advance(execution, state, batches)
@@ -172,7 +174,7 @@ def test_a_pipeline_is_bit_identical_to_its_units_on_one_device(remat_above):
                 assert leaf.devices() == {device}
         assert all(leaf.devices() == {devices[0]} for leaf in jax.tree.leaves(spread.params))
     if remat_above is not None:
-        kept, _ = advance(parallel.pipeline(model, rule, TX, devices[:1], (7,)), state, batches)
+        kept, _ = advance(placement.pipeline(model, rule, TX, devices[:1], (7,)), state, batches)
         assert any(
             not np.array_equal(a, b)
             for a, b in zip(jax.tree.leaves(kept.params), jax.tree.leaves(alone.params))
@@ -187,11 +189,11 @@ def test_executions_equal_the_single_step_within_rounding():
     batches, devices = make_batches(4), jax.devices()
     state = training.create_train_state(model, rule, tx, jax.random.key(0), batches[0]["image"])
     expected, losses = advance(
-        parallel.single(model, rule, tx), jax.tree.map(jnp.copy, state), batches
+        placement.single(model, rule, tx), jax.tree.map(jnp.copy, state), batches
     )
     for execution in (
-        parallel.pipeline(model, rule, tx, devices[:2], (3, 4)),
-        parallel.data_parallel(model, rule, tx, devices[:4]),
+        placement.pipeline(model, rule, tx, devices[:2], (3, 4)),
+        placement.data_parallel(model, rule, tx, devices[:4]),
     ):
         ours, metrics = advance(execution, state, batches)
         assert_close(ours, expected, 2e-4)
@@ -207,11 +209,11 @@ def test_data_parallel_takes_baselines_too(rule_name):
     (model, _), rule, tx = make_mixed(), make_rule(rule_name), optax.sgd(0.05)
     batches = make_batches(3)
     state = training.create_train_state(model, rule, tx, jax.random.key(0), batches[0]["image"])
-    expected, _ = advance(parallel.single(model, rule, tx), jax.tree.map(jnp.copy, state), batches)
-    ours, _ = advance(parallel.data_parallel(model, rule, tx, jax.devices()[:5]), state, batches)
+    expected, _ = advance(placement.single(model, rule, tx), jax.tree.map(jnp.copy, state), batches)
+    ours, _ = advance(placement.data_parallel(model, rule, tx, jax.devices()[:5]), state, batches)
     assert_close(ours, expected, 1e-3)
     with pytest.raises(ValueError, match="a batch of 20 does not divide over 3 devices"):
-        advance(parallel.data_parallel(model, rule, tx, jax.devices()[:3]), state, batches)
+        advance(placement.data_parallel(model, rule, tx, jax.devices()[:3]), state, batches)
 
 
 @on_devices
@@ -227,7 +229,7 @@ def test_data_parallel_takes_no_kernel():
             ),
         ):
             with pytest.raises(ValueError, match="which the compiler cannot cut"):
-                parallel.data_parallel(model, rule, TX, jax.devices()[:2])
+                placement.data_parallel(model, rule, TX, jax.devices()[:2])
     assert rules.without_kernels(make_rule("predsim")) == make_rule("predsim")
 
 
@@ -237,8 +239,8 @@ def test_sums_of_gradients_need_not_be_awaited(in_order):
     """The next block's convolution starts without the gradient, but on CPUs, in order."""
     model, rule = models.make("small_conv", num_classes=CLASSES), make_rule("lls_mxm")
     batch, state = make_batches(1)[0], start(model, rule)
-    execution = parallel.data_parallel(model, rule, TX, jax.devices()[:4])
-    arguments = execution.enter(state), processes.share(batch, execution.sharding)
+    execution = placement.data_parallel(model, rule, TX, jax.devices()[:4])
+    arguments = execution.enter(state), processes.shard_batch(batch, execution.sharding)
     step = training.make_train_step(model, rule, TX, in_order=in_order)
     program = step.lower(*arguments).compile().as_text()
     program = program[program.index("\nENTRY") :]
@@ -282,12 +284,12 @@ def test_devices_of_a_cpu_without_threads_say_so(monkeypatch, threads, enough):
     monkeypatch.delenv("PJRT_NPROC")
     monkeypatch.setenv("NPROC", threads)
     # One device sums with nobody.
-    parallel.data_parallel(model, rule, TX, jax.devices()[:1])
+    placement.data_parallel(model, rule, TX, jax.devices()[:1])
     if enough:
-        parallel.data_parallel(model, rule, TX, jax.devices()[:2])
+        placement.data_parallel(model, rule, TX, jax.devices()[:2])
         return
     with pytest.raises(ValueError, match=f"2 devices .* need 6 threads .* XLA has {threads}"):
-        parallel.data_parallel(model, rule, TX, jax.devices()[:2])
+        placement.data_parallel(model, rule, TX, jax.devices()[:2])
 
 
 @on_devices
@@ -295,25 +297,20 @@ def test_a_joined_group_runs_in_a_pipeline():
     model = make_mixed()[0].grouped((1, 3, 3))
     rule = make_rule("lls")
     state, batches, devices = start(model, rule), make_batches(3), jax.devices()
-    alone, _ = advance(parallel.pipeline(model, rule, TX, devices[:1], (3,)), state, batches)
+    alone, _ = advance(placement.pipeline(model, rule, TX, devices[:1], (3,)), state, batches)
     spread, metrics = advance(
-        parallel.pipeline(model, rule, TX, devices[:2], (1, 2)), state, batches
+        placement.pipeline(model, rule, TX, devices[:2], (1, 2)), state, batches
     )
     assert_equal(spread, alone)
     assert metrics[0]["layer_loss"].shape == (2,)
 
 
 @dataclasses.dataclass(frozen=True)
-class Slow:
+class Slow(rules.LocalRule):
     """A rule that takes a second or more for its loss, on its device."""
 
-    name: str = "slow"
-
-    def init(self, key, latent_dim, hidden_dim=None):
-        return {}
-
-    def loss(self, params, activation, labels, *, pool_size):
-        mean = jnp.mean(activation)
+    def loss(self, params, seen, labels, *, pool_size):
+        mean = jnp.mean(seen)
         return mean + jax.lax.fori_loop(
             0, 5_000_000, lambda i, x: jnp.sin(x), jax.lax.stop_gradient(mean)
         )
@@ -326,10 +323,10 @@ def test_stages_work_at_the_same_time(monkeypatch):
     specs[-1] = dataclasses.replace(specs[-1], average_pool=2, flatten=True)
     model = Network("two", CLASSES, tuple(specs))
     rule = rules.PerBlock((make_rule("lls"), Slow()))
-    make_units, done = parallel.make_units, []
+    compiled_units, done = block_pipeline._compiled_units, []
 
     def watched(*arguments):
-        (names, unit), *others = make_units(*arguments)
+        (names, unit), *others = compiled_units(*arguments)
 
         def first(*values):
             out = unit(*values)
@@ -338,8 +335,8 @@ def test_stages_work_at_the_same_time(monkeypatch):
 
         return [(names, first), *others]
 
-    monkeypatch.setattr(parallel, "make_units", watched)
-    execution = parallel.pipeline(model, rule, TX, jax.devices()[:2], (1, 2))
+    monkeypatch.setattr(block_pipeline, "_compiled_units", watched)
+    execution = placement.pipeline(model, rule, TX, jax.devices()[:2], (1, 2))
     compiling, *batches = make_batches(4)
     running, metrics = execution.step(execution.enter(start(model, rule)), compiling)
     jax.block_until_ready(metrics)
@@ -365,7 +362,7 @@ def test_the_command_trains_in_a_pipeline_and_resumes_elsewhere(tmp_path, capsys
         assert train.train_and_evaluate(config) == 0
         return [
             (record["train_loss"], record["test_loss"], tuple(record["layer_loss"]))
-            for record in run_folder.read_metrics(tmp_path / name)
+            for record in folders.read_metrics(tmp_path / name)
         ]
 
     whole = run("whole", pipeline=2, stages="2,3")

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import evaluate, run_folder, setup, train
+from experiments import evaluate, setup, train
 from experiments.config import TrainConfig
 from lls_jax.data import batches, get_spec, photographs, prepare, storage, streaming
-from lls_jax.data.storage import DatasetError, Split
+from lls_jax.data.storage import Split
+from lls_jax.errors import DatasetError
+from lls_jax.runs import folder as folders
 
 SIZE = 12
 
@@ -301,7 +303,7 @@ def test_training_on_a_folder_is_the_same_from_device_and_host(tmp_path, capsys)
             workdir=str(tmp_path / where),
         )  # fmt: skip
         assert train.train_and_evaluate(config) == 0
-        records = run_folder.read_metrics(tmp_path / where)
+        records = folders.read_metrics(tmp_path / where)
         accuracies.append([(r["train_loss"], r["test_loss"], r["test_accuracy"]) for r in records])
     assert accuracies[0] == accuracies[1]
     capsys.readouterr()

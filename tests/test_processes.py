@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate, run_folder, setup, totals, train
+from experiments import evaluate, setup, train
 from experiments.config import TrainConfig
-from lls_jax import checkpoint, processes, training
+from lls_jax import processes, training
+from lls_jax.runs import checkpoints, epoch_sums
+from lls_jax.runs import folder as folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 EPOCHS, STEPS = 2, 16
@@ -31,10 +33,11 @@ CONFIG = TrainConfig(
 SCRIPT = """
 import os, signal, sys
 import jax
-from experiments import command_line, totals
+from experiments import command_line
+from lls_jax.runs import epoch_sums
 
 step, number, who, *arguments = sys.argv[1:]
-add, steps = totals.add, []
+add, steps = epoch_sums.add, []
 
 def counted(*values):
     steps.append(1)
@@ -42,7 +45,7 @@ def counted(*values):
         os.kill(os.getpid(), int(number))
     return add(*values)
 
-totals.add = counted
+epoch_sums.add = counted
 sys.argv[1:] = arguments
 command_line.train_command("digits", "Train.")
 """
@@ -110,14 +113,14 @@ def results(folder):
     )
     abstract = {
         "state": state._asdict(),
-        "totals": totals.empty(run.task.model, run.task.rule)._asdict(),
+        "totals": epoch_sums.empty(run.task.model, run.task.rule)._asdict(),
     }
-    with checkpoint.open_checkpoints(folder / "checkpoints", read_only=True) as manager:
-        restored, meta = checkpoint.restore_training(manager, STEPS, abstract)
+    with checkpoints.open_checkpoints(folder / "checkpoints", read_only=True) as manager:
+        restored, meta = checkpoints.restore_training(manager, STEPS, abstract)
     assert meta["epochs_done"] == EPOCHS
     step, judged, _ = evaluate.restore(folder, run.task, "last")
     assert step == STEPS
-    return run_folder.read_metrics(folder), restored["state"], judged
+    return folders.read_metrics(folder), restored["state"], judged
 
 
 def assert_close(array, expected):
@@ -196,7 +199,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on_with_fewer(tmp_path,
                 assert last.startswith("error: ") and "to resume it" in last, errors
                 assert "Traceback" not in errors
         damaged = damage_newest(folder) if damaged is None else None
-    assert len(run_folder.read_metrics(folder)) < EPOCHS
+    assert len(folders.read_metrics(folder)) < EPOCHS
     assert train.train_and_evaluate(dataclasses.replace(CONFIG, workdir=str(folder))) == 0
     assert_same_run(folder, alone)
 
@@ -241,7 +244,7 @@ def test_options_that_do_not_go_together_are_refused(changes, parts):
     ],
 )
 def test_a_meeting_needs_sound_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message), processes.meet(*arguments):
+    with pytest.raises(ValueError, match=message), processes.initialize(*arguments):
         pass
 
 
@@ -263,10 +266,10 @@ def test_a_meeting_that_cannot_be_is_explained(before, arguments, message):
     with socket.create_server(("", 0)) as other:
         ports = {"taken": other.getsockname()[1], "free": free_port()}
         ended = run_script(
-            "from lls_jax import processes\n"
+            "from lls_jax import errors, processes\n"
             f"{before}\n"
             "try:\n"
-            f"    with processes.meet({arguments.format(**ports)}, timeout=5): pass\n"
+            f"    with processes.initialize({arguments.format(**ports)}, timeout=5): pass\n"
             "except processes.ProcessesError as error:\n"
             "    print(error)\n"
         )
@@ -278,7 +281,9 @@ def test_a_meeting_that_cannot_be_is_explained(before, arguments, message):
     [("os.abort()", -signal.SIGABRT, True), ("leave(3)", 3, False)],
 )
 def test_a_process_that_is_aborted_has_a_last_word(end, status, said):
-    script = "import os; from experiments import last_words; leave = last_words.prepare('lost')"
+    script = (
+        "import os; from experiments import abort_message; leave = abort_message.prepare('lost')"
+    )
     ended = run_script(f"{script}; print('here'); {end}")
     assert ended.returncode == status
     assert ended.stderr.endswith("lost\n") == said, ended.stderr
@@ -288,8 +293,8 @@ def test_a_process_that_is_aborted_has_a_last_word(end, status, said):
 def test_one_process_is_first_agrees_with_itself_and_reads_all():
     assert processes.is_first()
     assert [processes.make_agreement(4)(number) for number in (0, 2, 15)] == [0, 2, 15]
-    assert processes.rows_of(processes.everywhere(), 12) == slice(0, 12)
+    assert processes.local_rows(processes.everywhere(), 12) == slice(0, 12)
     tree = {"a": jax.numpy.arange(3.0), "key": jax.random.key(1)}
-    again = processes.own(processes.replicate(tree, processes.everywhere()))
+    again = processes.local_copy(processes.replicate(tree, processes.everywhere()))
     np.testing.assert_array_equal(again["a"], tree["a"])
     assert again["a"].unsafe_buffer_pointer() != tree["a"].unsafe_buffer_pointer()

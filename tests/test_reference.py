@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from lls_jax import interop, models, rules, training
-from lls_jax.basis import periodic_basis
+from lls_jax.rules.basis import periodic_basis
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 MEAN = np.array([0.4914, 0.4822, 0.4465], np.float32)

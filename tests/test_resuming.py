@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import command_line, evaluate, import_lls_dnn, train
-from experiments import run_folder as folders
-from experiments.command_line import UserError
+from experiments import command_line, evaluate, import_lls_dnn, run_config, train
 from experiments.config import TrainConfig
 from experiments.presets import PRESETS
-from lls_jax import checkpoint
-from lls_jax.data import DatasetError
-from lls_jax.rules import PeriodicRule
+from lls_jax.errors import DamagedError, DatasetError, StructureError, UserError
+from lls_jax.rules import LLS
+from lls_jax.runs import checkpoints
+from lls_jax.runs import folder as folders
 
 TINY = TrainConfig(
     dataset="digits", rule="lls_mxm", epochs=2, batch_size=32, train_examples=64,
@@ -78,8 +77,8 @@ def test_whatever_is_damaged_is_noticed_or_harmless(tmp_path):
     """Each file of a checkpoint, cut, changed or gone: what is restored is what was saved."""
     tree = {"a": {"x": jnp.arange(300.0), "empty": {}}, "key": jax.random.key(3)}
     judged = {"params": {"x": jnp.ones(4)}}
-    with checkpoint.open_checkpoints(tmp_path / "whole") as manager:
-        checkpoint.save(manager, checkpoint.Checkpoint(1, tree, judged, {"accuracy": 3.0}))
+    with checkpoints.open_checkpoints(tmp_path / "whole") as manager:
+        checkpoints.save(manager, checkpoints.Checkpoint(1, tree, judged, {"accuracy": 3.0}))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
     )
@@ -89,12 +88,12 @@ def test_whatever_is_damaged_is_noticed_or_harmless(tmp_path):
         for damage in (pathlib.Path.unlink, truncate, flip):
             copy = shutil.copytree(tmp_path / "whole", tmp_path / "copy")
             damage(copy / file.relative_to(tmp_path / "whole"))
-            with checkpoint.open_checkpoints(copy, read_only=True) as manager:
+            with checkpoints.open_checkpoints(copy, read_only=True) as manager:
                 try:
-                    restored, _ = checkpoint.restore_training(manager, 1, abstract)
+                    restored, _ = checkpoints.restore_training(manager, 1, abstract)
                     np.testing.assert_array_equal(restored["a"]["x"], tree["a"]["x"])
                     assert (restored["key"] == tree["key"]).all()
-                except checkpoint.DamagedError as error:
+                except DamagedError as error:
                     assert str(error).startswith("checkpoint 1 is damaged: ")
                     noticed += 1
             shutil.rmtree(copy)
@@ -102,11 +101,11 @@ def test_whatever_is_damaged_is_noticed_or_harmless(tmp_path):
 
 
 @dataclasses.dataclass(frozen=True)
-class Grown(PeriodicRule):
+class Grown(LLS):
     """A rule that has got another array."""
 
-    def init(self, key, latent_dim, hidden_dim=None):
-        params = super().init(key, latent_dim, hidden_dim)
+    def init(self, key, activation_shape, pool_size):
+        params = super().init(key, activation_shape, pool_size)
         return {**params, "extra": jnp.zeros(3)} if EXTRA else params
 
 
@@ -114,7 +113,7 @@ EXTRA = False
 
 
 def make_grown(num_classes):
-    return Grown("grown", num_classes, "matrix", num_classes)
+    return Grown(num_classes, modulation="matrix")
 
 
 def test_another_structure_is_no_damage_and_names_the_array(tmp_path, monkeypatch):
@@ -125,7 +124,7 @@ def test_another_structure_is_no_damage_and_names_the_array(tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"block_0/rule/extra nowhere.*float32\[3\]") as caught:
         train.train_and_evaluate(config)
     assert "--workdir" in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(checkpoint.StructureError, match="block_0/rule/extra"):
+    with pytest.raises(StructureError, match="block_0/rule/extra"):
         evaluate.evaluate(evaluate.EvaluateConfig(str(tmp_path / "run")))
     after = content(tmp_path / "run")
     # A start is noted; nothing else has changed.
@@ -151,10 +150,10 @@ def test_what_is_no_fault_of_the_checkpoint_is_itself(run, monkeypatch, error, e
         raise error
 
     before = content(run)
-    monkeypatch.setattr(checkpoint, "_restore_item", fail)
+    monkeypatch.setattr(checkpoints, "_restore_item", fail)
     with pytest.raises(expected) as caught:
         train.train_and_evaluate(tiny(run))
-    assert not isinstance(caught.value, checkpoint.CheckpointError | UserError)
+    assert not isinstance(caught.value, checkpoints.CheckpointError | UserError)
     assert content(run) == before
 
 
@@ -223,7 +222,7 @@ def test_a_finished_run_can_be_extended(run, finished, tmp_path, capsys):
     longer = {"epochs": 3, "eval_batch_size": 7}
     assert train.train_and_evaluate(tiny(run, **longer)) == 0
     assert f"resumed at step {STEPS}, epoch 2 done" in capsys.readouterr().out
-    assert folders.read_config(run).epochs == 3
+    assert run_config.read_config(run).epochs == 3
     assert train.train_and_evaluate(tiny(tmp_path / "whole", epochs=3)) == 0
     ours, theirs = metrics_without_time(run), metrics_without_time(tmp_path / "whole")
     for a, b in zip(ours, theirs, strict=True):
@@ -248,7 +247,7 @@ def test_a_folder_of_an_earlier_version_is_read_but_not_resumed(run, capsys):
     with pytest.raises(UserError, match="earlier version, whose schedule_free_adamw was optax's"):
         train.train_and_evaluate(tiny(run))
     assert content(run) == before
-    assert folders.read_config(run) == tiny(values["workdir"])
+    assert run_config.read_config(run) == tiny(values["workdir"])
     capsys.readouterr()
     assert evaluate.evaluate(evaluate.EvaluateConfig(str(run), json=True)) == 0
     best = max(record["test_accuracy"] for record in folders.read_metrics(run))

@@ -15,10 +15,10 @@ import optax
 import pytest
 
 from experiments import setup
-from experiments.command_line import UserError
 from experiments.config import TrainConfig
 from lls_jax import models, rules, training
 from lls_jax.blocks import ConvBlock, LocalBlock
+from lls_jax.errors import UserError
 from lls_jax.optimizers import schedule_free_adamw
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -175,10 +175,9 @@ def test_the_loss_equals_its_numpy_form(name, shape):
     rule, bins = make_rule(name), 2 if len(shape) == 4 else 4
     key = jax.random.key(int(rng.integers(2**31)))
     latents = shape[-1] * bins**2 if len(shape) == 4 else bins
-    if hasattr(rule, "init_for"):
-        params = rule.init_for(key, shape[1:], pool_size=bins)
-    else:
-        params = rule.init(key, latents, hidden_dim=3 * latents)
+    if "hidden_dim" in rules.options_of(name):
+        rule = dataclasses.replace(rule, hidden_dim=3 * latents)
+    params = rule.init(key, shape[1:], bins)
     params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
     activation = rng.normal(size=shape).astype(np.float32)
     labels = rng.permutation(np.arange(6) % CLASSES)
@@ -329,7 +328,7 @@ def test_the_rule_of_the_readme_trains_from_the_command_line(tmp_path):
         return ended.stdout
 
     options = (
-        *("--rule", "mypackage.myrule:make_rule", "--temperature", "0.2", "--batch-size", "32"),
+        *("--rule", "mypackage.myrule:Prototypes", "--temperature", "0.2", "--batch-size", "32"),
         *("--train-examples", "320", "--epochs", "2", "--workdir", str(run)),
     )
     printed = command("digits", *options)
@@ -340,7 +339,7 @@ def test_the_rule_of_the_readme_trains_from_the_command_line(tmp_path):
     assert (run / "curves.png").stat().st_size > 1000
     assert "resumed at step 20, epoch 2 done" in command("digits", *options)
     report = json.loads(command("evaluate", "--workdir", str(run), "--json"))
-    assert report["rule"] == "mypackage.myrule:make_rule"
+    assert report["rule"] == "mypackage.myrule:Prototypes"
     assert report["accuracy"] == pytest.approx(
         max(record["test_accuracy"] for record in records), abs=0.3
     )
@@ -349,7 +348,7 @@ def test_the_rule_of_the_readme_trains_from_the_command_line(tmp_path):
 def test_the_rule_of_the_readme_works_from_python():
     scope = {"__name__": "own"}
     exec(own_rule(), scope)
-    rule = scope["make_rule"](CLASSES, 0.5)
+    rule = scope["Prototypes"](CLASSES, 0.5)
     model, batch = models.make("small_conv", num_classes=CLASSES), make_batch()
     step, state = training.make_train_step(model, rule, optax.adam(1e-2)), None
     state = training.create_train_state(
@@ -367,16 +366,12 @@ def test_the_rule_of_the_readme_works_from_python():
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnRule:
+class OwnRule(rules.LocalRule):
     num_classes: int
     temperature: float
-    name: str = "own"
 
-    def init(self, key, latent_dim, hidden_dim=None):
-        return {}
-
-    def loss(self, params, activation, labels, *, pool_size):
-        return jnp.mean(activation) / self.temperature
+    def loss(self, params, seen, labels, *, pool_size):
+        return jnp.mean(seen) / self.temperature
 
 
 def make_own(num_classes, temperature=0.2):
@@ -439,16 +434,13 @@ def test_of_several_rules_each_takes_what_it_has_a_use_for():
     assert [made[index].temperature for index in (0, 2, 3)] == [0.2] * 3
 
 
-@dataclasses.dataclass
-class Unhashable:
-    name: str = "x"
-
-    def loss(self):
-        pass
+@dataclasses.dataclass(frozen=True)
+class Unhashable(rules.LocalRule):
+    weights: list
 
 
 def make_unhashable():
-    return Unhashable()
+    return Unhashable([1.0])
 
 
 def make_nothing():
@@ -460,8 +452,8 @@ def make_nothing():
     [
         ("no_such_package.rule:make", "'no_such_package.rule' cannot be imported"),
         ("test_rules:no_such_function", "has no 'no_such_function'"),
-        ("test_rules:make_nothing", "is a int, which has no `name` or no `loss`"),
-        ("test_rules:make_unhashable", "frozen dataclass"),
+        ("test_rules:make_nothing", "is a int, which is no rule"),
+        ("test_rules:make_unhashable", "cannot be hashed .*immutable"),
     ],
 )
 def test_a_wrong_rule_of_ones_own_is_named(name, message):

@@ -8,7 +8,8 @@ import pytest
 
 from lls_jax import evaluation, models, rules, training
 from lls_jax.blocks import ConvBlock, DenseBlock, LocalBlock
-from lls_jax.normalization import normalize_activate, normalize_activate_pool
+from lls_jax.layers.normalization import normalize_activate, normalize_activate_pool
+from pallas_kernels.local_loss import pool_latents
 
 CLASSES = 5
 BASELINES = ("bp", "dfa", "drtp")
@@ -82,7 +83,7 @@ def test_every_rule_learns_a_batch(rule_name, model_name):
 def test_a_local_loss_has_no_gradient_in_any_other_block(rule_name):
     rule, batch = make_rule(rule_name), make_batch()
     model, state = make_state(rule, optax.sgd(0.1), batch)
-    blocks = model.local_blocks(rule)
+    blocks = local_blocks(model, rule)
 
     def loss_of(layer, params):
         x = batch["image"]
@@ -101,6 +102,12 @@ def test_a_local_loss_has_no_gradient_in_any_other_block(rule_name):
         for name in (*model.block_names, "classifier"):
             largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads[name]))
             assert (largest > 0) == (name == own), (own, name)
+
+
+def local_blocks(model, rule):
+    """The network's blocks as modules of Flax."""
+    pairs = zip(model.specs, model.block_rules(rule))
+    return [LocalBlock(spec.module, own, spec.pool_size) for spec, own in pairs]
 
 
 def count_convolutions(rule_name):
@@ -132,7 +139,7 @@ def test_a_block_learns_what_it_would_learn_alone():
     rule, tx, batch = make_rule("lls_mxm"), optax.adam(1e-2), make_batch()
     model, state = make_state(rule, tx, batch)
     expected, x = {}, batch["image"]
-    for name, block, spec in zip(model.block_names, model.local_blocks(rule), model.specs):
+    for name, block, spec in zip(model.block_names, local_blocks(model, rule), model.specs):
         stats = {"batch_stats": state.batch_stats[name]}
 
         def loss(params, block=block, stats=stats, x=x):
@@ -163,6 +170,16 @@ def test_the_step_donates_its_state():
     model, state = make_state(rule, tx, batch)
     training.make_train_step(model, rule, tx)(state, batch)
     assert state.params["block_0"]["block"]["conv"]["kernel"].is_deleted()
+
+
+def test_a_state_can_be_drawn_inside_another_program():
+    rule, tx, image = make_rule("lls"), optax.adam(1e-3), make_batch()["image"]
+    model, state = make_state(rule, tx, make_batch())
+    drawn = jax.jit(lambda key: training.create_train_state(model, rule, tx, key, image))(
+        jax.random.key(0)
+    )
+    for ours, theirs in zip(jax.tree.leaves(drawn.params), jax.tree.leaves(state.params)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 def test_weights_start_uniform_in_the_fan_in():
@@ -238,15 +255,18 @@ def test_a_local_block_learns_the_same_from_pooled_and_from_whole_activations(po
     """Windows of one size fit 2 bins into 8 pixels, and not 3."""
     batch = make_batch()
     rule = make_rule("lls_mxm")
-    assert rule.works_on_latents and rule.pools_itself == (jax.default_backend() != "cpu")
+    assert rule.sees == "latents"
 
-    class Whole:
-        """The same rule, without that."""
+    class Whole(rules.LLS):
+        """The same rule, which is given the activation and pools it itself."""
 
-        name, init, loss = rule.name, rule.init, rule.loss
+        sees = "activation"
+
+        def observe(self, activation, pool_size):
+            return pool_latents(activation, pool_size)
 
     results = []
-    for own in (rule, Whole()):
+    for own in (rule, Whole(num_classes=CLASSES, modulation="matrix")):
         block = LocalBlock(ConvBlock(4), rule=own, pool_size=pool_size)
         variables = block.init(jax.random.key(0), batch["image"])
 

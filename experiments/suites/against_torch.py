@@ -24,13 +24,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.command_line import UserError
 from experiments.config import TrainConfig
 from experiments.setup import Task
 from experiments.suites import report
-from lls_jax.basis import periodic_basis
 from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock
-from lls_jax.rules import Backpropagation, PeriodicRule
+from lls_jax.errors import UserError
+from lls_jax.rules import LLS, Backpropagation
 from pallas_kernels.local_loss import latent_dim
 
 COLUMNS = {
@@ -52,7 +51,7 @@ def _describe_rule(task: Task) -> dict[str, Any]:
     rule = task.rule
     if isinstance(rule, Backpropagation):
         own: dict[str, Any] = {"local": False, "modulation": "none", "temperature": 1.0}
-    elif isinstance(rule, PeriodicRule):
+    elif isinstance(rule, LLS):
         own = {"local": True, "modulation": rule.modulation, "temperature": rule.temperature}
     else:
         raise UserError(f"--against torch has no loop of rule {rule.name!r}.")
@@ -81,9 +80,9 @@ def describe(task: Task, config: TrainConfig, seed: int) -> dict[str, Any]:
 
         activation = jax.eval_shape(run, x)
         basis = None
-        if isinstance(task.rule, PeriodicRule):
+        if isinstance(task.rule, LLS):
             latents = latent_dim(activation.shape[1:], spec.pool_size)
-            basis = periodic_basis(task.rule.basis_rows, latents, task.rule.waveform).tolist()
+            basis = task.rule.projection({}, latents).tolist()
         module: Any = spec.module
         blocks.append(
             {

@@ -9,8 +9,10 @@ import optax
 
 from lls_jax import training
 from lls_jax.blocks import apply_module
+from lls_jax.layers.ordering import batch_slices, token_of, wait_for
 from lls_jax.models import BlockSpec, Network
-from lls_jax.ordering import batch_slices, token_of, wait_for
+from lls_jax.steps.backpropagation import update_whole
+from lls_jax.steps.state import CLASSIFIER
 
 
 def _run_block(
@@ -25,7 +27,7 @@ def _run_block(
 
 def _checkpointed_step(
     model: Network,
-    tx: optax.GradientTransformationExtraArgs,
+    tx: optax.GradientTransformation,
     state: training.TrainState,
     batch: training.Batch,
 ) -> tuple[training.TrainState, training.Metrics]:
@@ -39,17 +41,17 @@ def _checkpointed_step(
             own, stats = params[name]["block"], state.batch_stats[name]["block"]
             x, stats = run(own, stats, x, jax.random.fold_in(dropout_key, i))
             batch_stats[name] = {"block": stats}
-        logits = model.classify(params[training.CLASSIFIER], x)
+        logits = model.classify(params[CLASSIFIER], x)
         return training.classifier_loss(logits, batch["label"]), (logits, batch_stats)
 
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    return training.update_whole(tx, state, batch_stats, grads, loss, logits)
+    return update_whole(tx, state, batch_stats, grads, loss, logits)
 
 
 def _accumulating_step(
     model: Network,
     parts: int,
-    tx: optax.GradientTransformationExtraArgs,
+    tx: optax.GradientTransformation,
     state: training.TrainState,
     batch: training.Batch,
 ) -> tuple[training.TrainState, training.Metrics]:
@@ -79,11 +81,11 @@ def _accumulating_step(
         all_logits.append(logits)
     grads = jax.tree.map(lambda leaf: leaf / parts, grads)
     loss = jnp.mean(jnp.stack(losses))
-    return training.update_whole(tx, state, batch_stats, grads, loss, jnp.concatenate(all_logits))
+    return update_whole(tx, state, batch_stats, grads, loss, jnp.concatenate(all_logits))
 
 
 def _compiled(step: Any, tx: optax.GradientTransformation) -> training.TrainStep:
-    return jax.jit(functools.partial(step, optax.with_extra_args_support(tx)), donate_argnums=0)
+    return jax.jit(functools.partial(step, tx), donate_argnums=0)
 
 
 def make_checkpointed_step(model: Network, tx: optax.GradientTransformation) -> training.TrainStep:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.command_line import UserError
 from experiments.config import TrainConfig
 from experiments.suites import report, training
+from lls_jax.errors import UserError
 from pallas_kernels import local_loss, timing
 from pallas_kernels.local_loss.config import Problem
 from pallas_kernels.local_loss.shapes import LAYERS, MODULATIONS, problems

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import optimizers
-from experiments.command_line import UserError
 from experiments.config import TrainConfig
 from experiments.setup import remat_above
 from experiments.suites import report
 from experiments.suites.training import make_benchmark_task
-from lls_jax import parallel, training
+from lls_jax import placement, training
+from lls_jax.errors import UserError
 
 _MICRO_BATCHES = 8
 _COLUMNS = {
@@ -38,7 +38,7 @@ _COLUMNS = {
 }
 
 
-def _milliseconds(execution: parallel.Execution, state: Any, batch: Any, steps: int) -> float:
+def _milliseconds(execution: placement.Execution, state: Any, batch: Any, steps: int) -> float:
     running = execution.enter(state)
     for _ in range(3):
         running, metrics = execution.step(running, batch)
@@ -85,15 +85,15 @@ def _measure(config: Any, train_config: TrainConfig) -> list[report.Row]:
         task.model, task.rule, tx, jax.random.key(config.seed), batch["image"]
     )
     above = remat_above(train_config)
-    units = parallel.measure_units(task.model, task.rule, tx, state, batch, remat_above=above)
+    units = placement.measure_units(task.model, task.rule, tx, state, batch, remat_above=above)
     devices = jax.devices()
-    alone = parallel.pipeline(task.model, task.rule, tx, devices[:1], (len(units),), above)
+    alone = placement.pipeline(task.model, task.rule, tx, devices[:1], (len(units),), above)
     rows = []
     for count in range(2, min(len(devices), len(units)) + 1):
-        sizes = parallel.partition(units, count)
+        sizes = placement.partition(units, count)
         ends = np.cumsum(sizes)
         stages = [sum(units[end - size : end]) for size, end in zip(sizes, ends)]
-        spread = parallel.pipeline(task.model, task.rule, tx, devices[:count], sizes, above)
+        spread = placement.pipeline(task.model, task.rule, tx, devices[:count], sizes, above)
         one, several = [], []
         # In turns, so that what else the machine does meets both alike.
         for _ in range(max(3, config.turns // 2)):

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from experiments import run_folder
+from lls_jax.runs import folder as folders
 
 Row = dict[str, Any]
 
@@ -49,9 +49,9 @@ def write(folder: pathlib.Path, config: Any, results: Any, text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "config": dataclasses.asdict(config),
-        "environment": run_folder.environment(),
+        "environment": folders.environment(),
         "results": results,
     }
-    run_folder.write_atomically(folder / "benchmark.json", run_folder.to_json(content))
-    run_folder.write_atomically(folder / "benchmark.md", text)
+    folders.write_atomically(folder / "benchmark.json", folders.to_json(content))
+    folders.write_atomically(folder / "benchmark.md", text)
     print(f"{text}\nwritten: {folder / 'benchmark.json'}, benchmark.md")

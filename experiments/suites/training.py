@@ -4,7 +4,7 @@ Rules take turns, a few steps each, so that whatever else the machine does meets
 So do backpropagation with checkpoints and with micro-batches, as a user would save its memory, and
 with ``--against torch`` a PyTorch loop of each rule.
 A step here is all that training does for a batch: drawing, augmenting and normalising it, the
-update, and the running totals.
+update, and the running sums.
 
 Peak memory is the allocator's where the device has one that counts, like a GPU's; it counts from a
 process's start, so that each config is measured in a process of its own. On a CPU it is what the
@@ -28,13 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import optimizers, totals
+from experiments import optimizers
 from experiments.config import TrainConfig
 from experiments.setup import Task, example_image, make_task, remat_above
 from experiments.suites import against_torch, baselines, report
 from lls_jax import rules, training
 from lls_jax.data import batches
 from lls_jax.models import Network
+from lls_jax.runs import epoch_sums
 
 _WARM_UP_STEPS = 3
 _STEPS_A_TURN = 5
@@ -130,7 +131,7 @@ class Contestant:
         self._state = training.create_train_state(
             task.model, task.rule, tx, self._key, example_image(task.spec)
         )
-        self._totals = totals.empty(task.model, task.rule)
+        self._sums = epoch_sums.empty(task.model, task.rule)
         if entrant.baseline is None:
             self._step = training.make_train_step(
                 task.model, task.rule, tx, remat_above=remat_above(config)
@@ -154,8 +155,8 @@ class Contestant:
             key = jax.random.fold_in(self._key, self._index)
             batch = self._sample(self._data, self._permutation, self._index % 4, key)
             self._state, metrics = self._step(self._state, batch)
-            self._totals = totals.add(self._totals, {**metrics, "label": batch["label"]})
-            jax.block_until_ready((self._totals, self._state))
+            self._sums = epoch_sums.add(self._sums, {**metrics, "label": batch["label"]})
+            jax.block_until_ready((self._sums, self._state))
             self._index += 1
             if keep:
                 self.times.append(time.perf_counter() - start)

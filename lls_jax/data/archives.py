@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lls_jax.data.specs import DatasetSpec
-from lls_jax.data.storage import DatasetError, Split, check_split
+from lls_jax.data.storage import Split, check_split
+from lls_jax.errors import DatasetError
 
 _CIFAR_TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 _CIFAR_FILES = (*_CIFAR_TRAIN, "test_batch")

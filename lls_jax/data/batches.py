@@ -45,12 +45,22 @@ def to_device(split: Split) -> DeviceSplit:
 
 
 def normalize(spec: DatasetSpec, images: jax.Array) -> jax.Array:
-    """``(pixel / 255 - mean) / std`` for each channel: uint8 ``[..., channels]`` to float32."""
+    """``(pixel / 255 - mean) / std`` for each channel: uint8 ``[..., channels]`` to float32.
+
+    Images of floats are normalised already, and stay as they are.
+    """
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images.astype(jnp.float32)
     channels = (1,) * (images.ndim - 1) + (-1,)
     mean, std = (jnp.asarray(v, jnp.float32).reshape(channels) for v in (spec.mean, spec.std))
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
+# Compiled, it takes microseconds to launch, where there is one a step.
+fold_in = jax.jit(jax.random.fold_in)
+
+
+@functools.partial(jax.jit, static_argnums=2)
 def epoch_permutation(key: jax.Array, epoch: int, count: int) -> jax.Array:
     """The order of an epoch's examples, a function of the run's key and the epoch alone."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), count)
@@ -178,7 +188,7 @@ def make_reader(
             ahead = streaming.stream(data, np.asarray(permutation), size, start)
         for index, batch in enumerate(ahead, start):
             if sharding is not None:
-                batch = processes.share(batch, sharding)
+                batch = processes.shard_batch(batch, sharding)
             yield {
                 "image": augment(key_of(index), batch["image"]),
                 "label": jnp.asarray(batch["label"]),
@@ -191,7 +201,7 @@ def _own_part(
     permutation: jax.Array, batch_size: int, sharding: jax.sharding.NamedSharding
 ) -> tuple[jax.Array, int]:
     """The order of the examples that this process reads, and how many a batch."""
-    rows = processes.rows_of(sharding, batch_size)
+    rows = processes.local_rows(sharding, batch_size)
     whole = permutation[: permutation.shape[0] // batch_size * batch_size]
     return whole.reshape(-1, batch_size)[:, rows].reshape(-1), rows.stop - rows.start
 
@@ -217,7 +227,7 @@ def evaluation_batches(
     rows = slice(0, batch_size)
     if sharding is not None:
         batch_size = -(-batch_size // sharding.num_devices) * sharding.num_devices
-        rows = processes.rows_of(sharding, batch_size)
+        rows = processes.local_rows(sharding, batch_size)
     for first in range(0, count, batch_size):
         start, size = first + rows.start, rows.stop - rows.start
         if isinstance(data, DeviceSplit):
@@ -228,7 +238,7 @@ def evaluation_batches(
             image = _prepare(spec, data.images[chosen])
             weight = jnp.asarray(position < count, jnp.float32)
             batch = image, jnp.asarray(data.labels[chosen]), weight
-        yield batch if sharding is None else processes.share(batch, sharding)
+        yield batch if sharding is None else processes.shard_batch(batch, sharding)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lls_jax.data.specs import DatasetSpec
-from lls_jax.data.storage import DatasetError
+from lls_jax.errors import DatasetError
 
 _ENDINGS = (".jpg", ".jpeg", ".png")
 # Names of corrupt files that a message has room for.

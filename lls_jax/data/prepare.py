@@ -21,7 +21,8 @@ import tqdm
 
 from lls_jax.data import archives, photographs, storage
 from lls_jax.data.specs import DatasetSpec, Download
-from lls_jax.data.storage import MAPPED_LAYOUTS, DatasetError, prepared_folder
+from lls_jax.data.storage import MAPPED_LAYOUTS, prepared_folder
+from lls_jax.errors import DatasetError
 
 _CONNECT_SECONDS = 5.0
 _ASIDE = ".lls_jax_preparing-"

@@ -25,7 +25,8 @@ class DatasetSpec:
     Attributes:
         name: its name, TensorFlow Datasets' where that has it.
         version: of TensorFlow Datasets' builder.
-        image_shape: of the prepared images, ``(height, width, channels)``.
+        image_shape: of the prepared images, ``(height, width, channels)``; of a user's own arrays
+            any.
         class_names: names of the classes, in label order.
         mean: of each channel, for normalisation; pixels in [0, 1].
         std: standard deviation of each channel, likewise.
@@ -39,7 +40,7 @@ class DatasetSpec:
 
     name: str
     version: str
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -55,10 +56,12 @@ class DatasetSpec:
         return len(self.class_names)
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Of what a network gets: ``(height, width, channels)``."""
-        height, width, channels = self.image_shape
-        return (self.crop or height, self.crop or width, channels)
+    def input_shape(self) -> tuple[int, ...]:
+        """Of what a network gets: ``(height, width, channels)``, or as the prepared examples."""
+        if self.crop is None:
+            return self.image_shape
+        channels = self.image_shape[-1]
+        return (self.crop, self.crop, channels)
 
     @property
     def is_resolved(self) -> bool:

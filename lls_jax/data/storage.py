@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import importlib.util
 import io
 import os
 import pathlib
@@ -16,13 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lls_jax.data.specs import DatasetSpec
+from lls_jax.errors import DatasetError
 
 # Sets of photographs may be larger than memory.
 MAPPED_LAYOUTS = ("folder", "tiny_imagenet", "coco")
-
-
-class DatasetError(Exception):
-    """A data set is missing, or is not what it should be; the message says what to do."""
 
 
 class Split(NamedTuple):
@@ -206,15 +204,25 @@ def check_split(spec: DatasetSpec, split: str, data: Split, expected: int) -> No
 
 
 def _load_digits(spec: DatasetSpec, split: str) -> Split:
-    import sklearn.datasets
-
-    digits = sklearn.datasets.load_digits()
+    # A row for each image: its 64 grey levels, and its class.
+    rows = np.loadtxt(_digits_file(), delimiter=",", dtype=np.int32)
+    pixels, labels = rows[:, :-1].reshape(-1, *spec.image_shape), rows[:, -1]
     # Grey levels 0 to 16 become 0 to 255. The order is by writer: a fixed shuffle gives both parts
     # the same writers.
-    order = np.random.default_rng(0).permutation(len(digits.target))
+    order = np.random.default_rng(0).permutation(len(labels))
     part = order[: spec.train_size] if split == "train" else order[spec.train_size :]
-    images = np.rint(digits.images[part] * (255 / 16)).astype(np.uint8)[..., None]
-    return Split(images, digits.target[part].astype(np.int32))
+    return Split(np.rint(pixels[part] * (255 / 16)).astype(np.uint8), labels[part])
+
+
+def _digits_file() -> pathlib.Path:
+    """Scikit-learn's own file of the digits; to import it would take two seconds."""
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise DatasetError("the digits are scikit-learn's, which is not installed; install it.")
+    path = pathlib.Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if not path.is_file():
+        raise DatasetError(f"scikit-learn has no {path}; install its version 1.5 or a later one.")
+    return path
 
 
 def _load_prepared(

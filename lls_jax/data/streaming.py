@@ -25,7 +25,7 @@ class _Batches:
         chosen = self._permutation[index * self._batch_size : (index + 1) * self._batch_size]
         # In the file's order: images of a mapped file are then read from front to back.
         order = np.argsort(chosen)
-        images = np.empty((len(chosen), *self._split.images.shape[1:]), np.uint8)
+        images = np.empty((len(chosen), *self._split.images.shape[1:]), self._split.images.dtype)
         images[order] = self._split.images[chosen[order]]
         return {"image": images, "label": self._split.labels[chosen]}
 
@@ -38,7 +38,7 @@ def stream(
     Args:
         split: images and labels on the host; the images may be a mapped file.
         permutation: the epoch's order.
-        batch_size: examples a batch; what is left over at the end is not used.
+        batch_size: examples a batch; the last partial batch is dropped.
         start: first batch, from 0.
 
     Yields:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.blocks import Classifier, LocalBlock, apply_module, call_options
-from lls_jax.rules.protocol import Rule, for_block
+from lls_jax.rules import Rule
 from pallas_kernels.local_loss import adaptive_average_pool
 
 Variables = dict[str, Any]
@@ -38,20 +39,22 @@ class BlockSpec:
         module: the Flax module, called ``module(x, train=...)``, or ``module(x)`` if it takes no
             `train`.
         pool_size: size to which its local loss pools the activation.
-        hidden_dim: width of the feedback matrix, for rules that have one.
         max_pool: whether 2x2 max-pooling follows.
         average_pool: size of the adaptive average pooling that follows, if any.
         flatten: whether the next block takes feature vectors.
         dropout: rate of the dropout that follows the pooling, in [0, 1).
+        then: a function of your own that follows the pooling, ``[batch, ...] -> [batch, ...]``,
+            without parameters and an example at a time; None for none. The mean over tokens before
+            a classifier is one.
     """
 
     module: nn.Module
     pool_size: int
-    hidden_dim: int | None = None
     max_pool: bool = False
     average_pool: int | None = None
     flatten: bool = False
     dropout: float = 0.0
+    then: Callable[[jax.Array], jax.Array] | None = None
 
     def downsample(self, x: jax.Array) -> jax.Array:
         """The pooling that follows, on ``[batch, ...]``."""
@@ -59,7 +62,7 @@ class BlockSpec:
             x = max_pool(x)
         if self.average_pool is not None:
             x = adaptive_average_pool(x, self.average_pool)
-        return x
+        return x if self.then is None else self.then(x)
 
     def transition(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """From this block's activation to the next block's input.
@@ -111,18 +114,19 @@ class Network:
         num_classes: outputs of the classifier.
         specs: the blocks, in order.
         dtype: of the activations, float32 or bfloat16.
-        basis_rows: rows that the published runs give a reduced basis.
         smallest_image: least height and width, in pixels; None: any, and feature vectors too.
-        joined: whether the last block has no loss of its own, and learns from the classifier's.
+        takes_tokens: whether an input is ``[length, channels]``, a sequence and not an image.
+        classifier_in_last_group: whether the last block has no loss of its own, and learns from the
+            classifier's.
     """
 
     name: str
     num_classes: int
     specs: tuple[BlockSpec, ...]
     dtype: Any = jnp.float32
-    basis_rows: int = 20
     smallest_image: int | None = None
-    joined: bool = False
+    takes_tokens: bool = False
+    classifier_in_last_group: bool = False
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -156,7 +160,7 @@ class Network:
                 f"blocks, so that they must add up to {count}, or to {count + 1} with the "
                 "classifier in the last one."
             )
-        joined = sum(sizes) == count + 1
+        with_classifier = sum(sizes) == count + 1
         specs, start = [], 0
         for size in sizes:
             members = self.specs[start : start + size]
@@ -167,32 +171,26 @@ class Network:
             else:
                 # Empty where the classifier is a group by itself, which it always was.
                 specs += members
-                joined = joined and bool(members)
-        return dataclasses.replace(self, specs=tuple(specs), joined=joined)
+                with_classifier = with_classifier and bool(members)
+        return dataclasses.replace(
+            self, specs=tuple(specs), classifier_in_last_group=with_classifier
+        )
 
-    def local_blocks(self, rule: Rule) -> tuple[LocalBlock, ...]:
-        """The blocks with their local losses.
+    def block_rules(self, rule: Rule) -> tuple[Any, ...]:
+        """The rule of each block.
 
         Raises:
             ValueError: there are more or fewer rules than blocks.
         """
-        return tuple(
-            LocalBlock(
-                spec.module,
-                for_block(rule, i, len(self.specs)),
-                spec.pool_size,
-                spec.hidden_dim,
-            )
-            for i, spec in enumerate(self.specs)
-        )
+        return tuple(rule.at_block(i, len(self.specs)) for i in range(len(self.specs)))
 
     def check_image(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError unless `shape` is that of a batch that this model takes."""
         if self.smallest_image is None:
-            if len(shape) not in (2, 4):
+            if len(shape) not in (2, 3, 4):
                 raise ValueError(
-                    f"a batch of shape {shape}; expected [batch, height, width, channels] or "
-                    "[batch, features]."
+                    f"a batch of shape {shape}; expected [batch, height, width, channels], "
+                    "[batch, length, channels] or [batch, features]."
                 )
             return
         if len(shape) != 4:
@@ -211,7 +209,8 @@ class Network:
         Args:
             rule: gives each block its rule's parameters.
             key: random key.
-            image: a batch or one image, or feature vectors; only its shape counts.
+            image: a batch or one image, or feature vectors; only its shape counts. A batch of
+                tokens ``[batch, length, channels]`` where the model says that it takes tokens.
 
         Returns:
             ``(params, batch_stats)``, both keyed by block name; `params` has ``classifier`` too.
@@ -219,7 +218,8 @@ class Network:
         Raises:
             ValueError: the image is too small for this model.
         """
-        shape = (1, *image.shape) if image.ndim in (1, 3) else image.shape
+        one = (1, 2) if self.takes_tokens else (1, 3)
+        shape = (1, *image.shape) if image.ndim in one else image.shape
         self.check_image(shape)
         # One program: block by block, every draw of every block would be compiled by itself.
         return jax.jit(functools.partial(self._draw, rule, (1, *shape[1:])))(key)
@@ -232,11 +232,15 @@ class Network:
         params: Variables = {}
         batch_stats: Variables = {}
         keys = jax.random.split(key, len(self.specs) + 1)
-        named = zip(self.block_names, self.local_blocks(rule), self.specs, keys)
-        for name, block, spec, block_key in named:
+        named = zip(self.block_names, self.block_rules(rule), self.specs, keys)
+        for name, own_rule, spec, block_key in named:
+            block = LocalBlock(spec.module, own_rule, spec.pool_size)
             variables = block.init(block_key, jnp.zeros(x.shape, x.dtype))
             # A block may have no parameters, or no statistics, of its own.
             params[name] = {"block": {}, **variables.get("params", {})}
+            if "fixed" in variables:
+                learned = params[name].get("rule", {})
+                params[name]["rule"] = {**learned, **variables["fixed"]["rule"]}
             batch_stats[name] = {"block": {}, **variables.get("batch_stats", {})}
             run = functools.partial(block.apply, variables)
             x = jax.eval_shape(lambda x, run=run, spec=spec: spec.transition(run(x), None), x)

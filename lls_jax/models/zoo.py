@@ -17,30 +17,26 @@ class _Design:
 
     Attributes:
         blocks: of a dtype, in order.
-        basis_rows: rows that the published runs give a reduced basis, by number of classes.
         smallest_image: least height and width.
     """
 
     blocks: Callable[[Any], tuple[BlockSpec, ...]]
-    basis_rows: Callable[[int], int]
     smallest_image: int = 1
 
 
-def _small_conv(
-    widths: tuple[int, int, int], hidden: tuple[int, int, int, int], dense: int, dense_pool: int
-) -> _Design:
+def _small_conv(widths: tuple[int, int, int], dense: int, dense_pool: int) -> _Design:
     """Three convolutions and a dense block."""
 
     def blocks(dtype: Any) -> tuple[BlockSpec, ...]:
         first, second, third = (ConvBlock(width, dtype) for width in widths)
         return (
-            BlockSpec(first, pool_size=4, hidden_dim=hidden[0], max_pool=True),
-            BlockSpec(second, pool_size=2, hidden_dim=hidden[1], max_pool=True),
-            BlockSpec(third, pool_size=2, hidden_dim=hidden[2], average_pool=2, flatten=True),
-            BlockSpec(DenseBlock(dense, dtype), dense_pool, hidden_dim=hidden[3]),
+            BlockSpec(first, pool_size=4, max_pool=True),
+            BlockSpec(second, pool_size=2, max_pool=True),
+            BlockSpec(third, pool_size=2, average_pool=2, flatten=True),
+            BlockSpec(DenseBlock(dense, dtype), dense_pool),
         )
 
-    return _Design(blocks, basis_rows=lambda classes: 20, smallest_image=4)
+    return _Design(blocks, smallest_image=4)
 
 
 def _vgg(
@@ -53,30 +49,30 @@ def _vgg(
         for layer in layers:
             if isinstance(layer, int):
                 pool_size = 2 if specs else 4
-                specs.append(BlockSpec(ConvBlock(layer, dtype), pool_size, hidden_dim=2048))
+                specs.append(BlockSpec(ConvBlock(layer, dtype), pool_size))
             else:
                 specs[-1] = dataclasses.replace(specs[-1], max_pool=True)
         specs[-1] = dataclasses.replace(specs[-1], average_pool=average_pool, flatten=True)
         for width in dense:
-            specs.append(BlockSpec(DenseBlock(width, dtype), dense_pool, hidden_dim=2048))
+            specs.append(BlockSpec(DenseBlock(width, dtype), dense_pool))
         return tuple(specs)
 
-    return _Design(blocks, basis_rows=lambda classes: 100, smallest_image=2 ** layers.count("M"))
+    return _Design(blocks, smallest_image=2 ** layers.count("M"))
 
 
 def _mobilenet(layers: tuple[tuple[int, int, int], ...]) -> _Design:
     """A convolution of stride 2, then depthwise-separable blocks: (width, stride, pool size)."""
 
     def blocks(dtype: Any) -> tuple[BlockSpec, ...]:
-        first = BlockSpec(ConvBlock(32, dtype, stride=2), pool_size=8, hidden_dim=2048)
+        first = BlockSpec(ConvBlock(32, dtype, stride=2), pool_size=8)
         rest = [
-            BlockSpec(DepthwiseSeparableBlock(width, dtype, stride), pool_size, hidden_dim=2048)
+            BlockSpec(DepthwiseSeparableBlock(width, dtype, stride), pool_size)
             for width, stride, pool_size in layers
         ]
         rest[-1] = dataclasses.replace(rest[-1], average_pool=1, flatten=True)
         return (first, *rest)
 
-    return _Design(blocks, basis_rows=lambda classes: 100 if classes > 200 else 20)
+    return _Design(blocks)
 
 
 _MOBILENET_SMALL = (
@@ -84,8 +80,8 @@ _MOBILENET_SMALL = (
 )  # fmt: skip
 
 _MODELS: dict[str, _Design] = {
-    "small_conv": _small_conv((32, 64, 128), (512, 256, 512, 512), 512, 512),
-    "small_conv_l": _small_conv((96, 192, 512), (1536, 768, 2048, 2048), 1024, 2048),
+    "small_conv": _small_conv((32, 64, 128), 512, 512),
+    "small_conv_l": _small_conv((96, 192, 512), 1024, 2048),
     "vgg8": _vgg((128, 256, "M", 256, 256, "M", 512, "M", 512), 2, (1024,), 1024),
     "vgg11": _vgg(
         (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512), 8, (4096, 4096), 2048
@@ -139,6 +135,5 @@ def make(name: str, *, num_classes: int, dropout: float = 0.0, dtype: Any = jnp.
         num_classes=num_classes,
         specs=specs,
         dtype=dtype,
-        basis_rows=design.basis_rows(num_classes),
         smallest_image=design.smallest_image,
     )

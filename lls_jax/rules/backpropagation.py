@@ -2,24 +2,24 @@
 
 import dataclasses
 
-import jax
+from lls_jax.rules.base import Rule, check_options
 
 
 @dataclasses.dataclass(frozen=True)
-class Backpropagation:
+class Backpropagation(Rule):
     """Stands where a local rule does, and tells the training step to backpropagate.
 
     Attributes:
-        name: ``"bp"``.
         num_classes: number of classes.
     """
 
-    name: str
     num_classes: int
 
-    def init(
-        self, key: jax.Array, latent_dim: int, hidden_dim: int | None = None
-    ) -> dict[str, jax.Array]:
-        """No parameters."""
-        del key, latent_dim, hidden_dim
-        return {}
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that is out of its range."""
+        check_options(self.num_classes)
+
+    @property
+    def name(self) -> str:
+        """``bp``."""
+        return "bp"

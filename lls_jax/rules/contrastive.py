@@ -1,17 +1,18 @@
 """A supervised contrastive local loss."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from lls_jax.initializers import fan_in_uniform
-from pallas_kernels.local_loss import pool_latents
+from lls_jax.layers.initializers import fan_in_uniform
+from lls_jax.rules.base import LocalRule, check_options
+from pallas_kernels.local_loss import latent_dim
 
 
 @dataclasses.dataclass(frozen=True)
-class ContrastiveRule:
+class Contrastive(LocalRule):
     """Pull a batch's images of one class together, and push those of other classes apart.
 
     With ``z_i = W a_i / ||W a_i||`` of the pooled activations, ``s_ij = z_i . z_j / t`` and
@@ -25,7 +26,6 @@ class ContrastiveRule:
         num_classes: number of classes; not needed, and kept so that rules are made alike.
         width: of the learned projection ``W``.
         temperature: ``t``; positive, dimensionless.
-        name: the rule's name.
 
     References:
         Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, equation 2,
@@ -35,34 +35,33 @@ class ContrastiveRule:
     num_classes: int
     width: int = 128
     temperature: float = 0.1
-    name: str = "contrastive"
-    works_on_latents = True
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that is out of its range."""
+        check_options(self.num_classes, temperature=self.temperature)
+
+    sees: ClassVar[Literal["latents", "activation"]] = "latents"
 
     def init(
-        self, key: jax.Array, latent_dim: int, hidden_dim: int | None = None
+        self, key: jax.Array, activation_shape: tuple[int, ...], pool_size: int
     ) -> dict[str, Any]:
         """``{"projection": W}``, ``[latents, width]``, drawn U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
-        Args:
-            key: random key.
-            latent_dim: number of latents.
-            hidden_dim: not needed here.
+        Args are those of :meth:`Rule.init`.
         """
-        del hidden_dim
-        return {"projection": fan_in_uniform(latent_dim)(key, (latent_dim, self.width))}
+        latents = latent_dim(activation_shape, pool_size)
+        return {"projection": fan_in_uniform(latents)(key, (latents, self.width))}
 
     def loss(
-        self, params: dict[str, Any], activation: jax.Array, labels: jax.Array, *, pool_size: int
+        self,
+        params: dict[str, Any],
+        seen: jax.Array,
+        labels: jax.Array,
+        *,
+        pool_size: int | None = None,
     ) -> jax.Array:
-        """The local loss, a float32 scalar.
-
-        Args:
-            params: from :meth:`init`.
-            activation: ``[batch, height, width, channels]`` or ``[batch, features]``.
-            labels: integers ``[batch]``.
-            pool_size: bins along each spatial axis, or along the features.
-        """
-        z = pool_latents(activation, pool_size) @ params["projection"]
+        """The local loss, a float32 scalar; see :meth:`LocalRule.loss`."""
+        z = self.observe(seen, pool_size) @ params["projection"]
         square = jnp.sum(jnp.square(z), axis=1, keepdims=True)
         z = z * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
         logits = jnp.matmul(z, z.T, precision="highest") / self.temperature

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lls_jax.convolution import convolve_3x3
-from lls_jax.initializers import fan_in_uniform
+from lls_jax.layers.convolution import convolve_3x3
+from lls_jax.layers.initializers import fan_in_uniform
+from lls_jax.rules.base import LocalRule, check_options
 from pallas_kernels.local_loss import latent_dim, pool_latents
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoupledRule:
+class Decoupled(LocalRule):
     """A small network of its own reads the classes from a block's activation.
 
     ``loss = CE(W pool(relu(f(a))) + b, y)``, with ``f`` a learned 3x3 convolution with bias (a
@@ -23,7 +24,6 @@ class DecoupledRule:
     Attributes:
         num_classes: number of classes, ``K``.
         label_smoothing: of the cross-entropy, in [0, 1).
-        name: the rule's name.
 
     References:
         Belilovsky, Eickenberg, Oyallon, "Decoupled Greedy Learning of CNNs", ICML 2020,
@@ -32,17 +32,17 @@ class DecoupledRule:
 
     num_classes: int
     label_smoothing: float = 0.0
-    name: str = "decoupled"
 
-    def init_for(
-        self, key: jax.Array, activation_shape: tuple[int, ...], *, pool_size: int
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that is out of its range."""
+        check_options(self.num_classes, label_smoothing=self.label_smoothing)
+
+    def init(
+        self, key: jax.Array, activation_shape: tuple[int, ...], pool_size: int
     ) -> dict[str, Any]:
         """``f`` and the classifier, drawn U(-1/sqrt(fan_in), 1/sqrt(fan_in)); biases are 0.
 
-        Args:
-            key: random key.
-            activation_shape: ``(height, width, channels)`` or ``(features,)``.
-            pool_size: of the classifier's latents.
+        Args are those of :meth:`Rule.init`.
         """
         width, spatial = activation_shape[-1], len(activation_shape) == 3
         shape = (3, 3, width, width) if spatial else (width, width)
@@ -58,17 +58,16 @@ class DecoupledRule:
         }
 
     def loss(
-        self, params: dict[str, Any], activation: jax.Array, labels: jax.Array, *, pool_size: int
+        self,
+        params: dict[str, Any],
+        seen: jax.Array,
+        labels: jax.Array,
+        *,
+        pool_size: int | None,
     ) -> jax.Array:
-        """The local loss, a float32 scalar.
-
-        Args:
-            params: from :meth:`init_for`.
-            activation: ``[batch, height, width, channels]`` or ``[batch, features]``.
-            labels: integers ``[batch]``.
-            pool_size: bins along each spatial axis, or along the features.
-        """
-        a = activation.astype(jnp.float32)
+        """The local loss, a float32 scalar; see :meth:`LocalRule.loss`."""
+        assert pool_size is not None  # It sees the activation.
+        a = seen.astype(jnp.float32)
         hidden, output = params["hidden"], params["output"]
         h = convolve_3x3(a, hidden["kernel"]) if a.ndim == 4 else a @ hidden["kernel"]
         h = jax.nn.relu(h + hidden["bias"].reshape((1,) * (a.ndim - 1) + (-1,)))

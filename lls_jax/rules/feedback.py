@@ -7,11 +7,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lls_jax.initializers import fan_in_uniform
+from lls_jax.layers.initializers import fan_in_uniform
+from lls_jax.rules.base import Rule, check_options
 
 
 @dataclasses.dataclass(frozen=True)
-class FeedbackRule:
+class DirectFeedback(Rule):
     """A fixed random projection of the output's error, or of the target, onto every activation.
 
     In place of the gradient of a loss, a block's activation gets ``e B``, with ``B`` fixed and
@@ -19,7 +20,6 @@ class FeedbackRule:
     (sign-DFA) or the target ``onehot`` (DRTP).
 
     Attributes:
-        name: the rule's name.
         num_classes: number of classes, ``K``.
         signal: ``"error"`` or ``"target"``.
         sign: whether only the error's sign is fed back.
@@ -30,21 +30,30 @@ class FeedbackRule:
         https://arxiv.org/abs/1909.01311 (DRTP; and sign-DFA, section 2).
     """
 
-    name: str
     num_classes: int
     signal: Literal["error", "target"]
     sign: bool = False
-    fixed = frozenset({"feedback"})
 
-    def init_for(
-        self, key: jax.Array, activation_shape: tuple[int, ...], *, pool_size: int
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that is out of its range."""
+        check_options(self.num_classes)
+
+    @property
+    def name(self) -> str:
+        """``dfa`` or ``drtp``."""
+        return "dfa" if self.signal == "error" else "drtp"
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """``B`` stays as it was drawn."""
+        return frozenset({"feedback"})
+
+    def init(
+        self, key: jax.Array, activation_shape: tuple[int, ...], pool_size: int
     ) -> dict[str, Any]:
         """``B``, ``[K, *activation_shape]``, drawn U(-1/sqrt(n), 1/sqrt(n)) for ``n`` activations.
 
-        Args:
-            key: random key.
-            activation_shape: of one example.
-            pool_size: not needed here.
+        Args are those of :meth:`Rule.init`.
         """
         del pool_size
         draw = fan_in_uniform(math.prod(activation_shape))

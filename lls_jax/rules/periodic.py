@@ -1,91 +1,82 @@
 """LLS and its modulated variants: a fixed projection onto periodic vectors."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from lls_jax.basis import periodic_basis
-from pallas_kernels.local_loss import latent_dim, local_loss, takes_pooled
+from lls_jax.rules.basis import WAVEFORMS, periodic_basis
+from lls_jax.rules.cross_entropy import CrossEntropyRule, draw_modulation
 
-_MODULATION_STDDEV = 0.01
+_NAMES = {"none": "lls", "vector": "lls_m", "matrix": "lls_mxm"}
 
 
 @dataclasses.dataclass(frozen=True)
-class PeriodicRule:
+class LLS(CrossEntropyRule):
     """LLS, LLS-M, LLS-MxM and LLS-MxM with a reduced basis.
 
     The latents of a block, scaled to unit length, are projected onto a fixed periodic basis ``W``
-    (:func:`lls_jax.basis.periodic_basis`); the scores ``s``, modulated, are logits:
+    (:func:`lls_jax.rules.basis.periodic_basis`); the scores ``s``, modulated, are logits:
     ``s`` (LLS), ``s * m`` (LLS-M), ``s M`` (LLS-MxM). ``m`` and ``M`` are learned with the block.
 
     Attributes:
-        name: the rule's name.
         num_classes: number of classes, ``K``.
-        modulation: ``"none"``, ``"vector"`` (``m`` ``[K]``) or ``"matrix"`` (``M`` ``[R, K]``).
-        basis_rows: rows of the basis, ``R``; ``K`` unless the modulation is a matrix.
-        waveform: ``"square"`` or ``"cosine"``.
         temperature: divides the logits; positive, dimensionless.
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
         implementation: of :func:`pallas_kernels.local_loss.local_loss`; None chooses.
+        modulation: ``"none"``, ``"vector"`` (``m`` ``[K]``) or ``"matrix"`` (``M`` ``[R, K]``).
+        basis_rows: rows of a reduced basis, ``R``, with a matrix only; None for ``K``.
+        waveform: ``"square"`` or ``"cosine"``.
+
+    References:
+        Apolinario, Roy, Roy, https://arxiv.org/abs/2405.15868, section 3.
+
+    >>> LLS(num_classes=10, modulation="matrix").name
+    'lls_mxm'
     """
 
-    name: str
-    num_classes: int
-    modulation: Literal["none", "vector", "matrix"]
-    basis_rows: int
+    modulation: Literal["none", "vector", "matrix"] = "none"
+    basis_rows: int | None = None
     waveform: str = "square"
-    temperature: float = 0.5
-    label_smoothing: float = 0.0
-    implementation: str | None = None
 
-    works_on_latents: ClassVar[bool] = True
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that is out of its range."""
+        super().__post_init__()
+        if self.waveform not in WAVEFORMS:
+            raise ValueError(
+                f"unknown waveform {self.waveform!r}; expected one of {', '.join(WAVEFORMS)}."
+            )
+        if self.basis_rows is not None and (self.basis_rows < 1 or self.modulation != "matrix"):
+            raise ValueError(
+                f"`basis_rows` is {self.basis_rows} with modulation {self.modulation!r}; it must "
+                "be at least 1, and only a matrix takes the rows to the classes."
+            )
 
     @property
-    def pools_itself(self) -> bool:
-        """Whether a kernel pools while it reads the activation, so that nobody else need."""
-        return not takes_pooled(self.implementation)
+    def name(self) -> str:
+        """``lls``, ``lls_m``, ``lls_mxm`` or ``lls_mxm_reduced``."""
+        return _NAMES[self.modulation] + ("" if self.basis_rows is None else "_reduced")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the basis, ``R``."""
+        return self.num_classes if self.basis_rows is None else self.basis_rows
 
     def init(
-        self, key: jax.Array, latent_dim: int, hidden_dim: int | None = None
-    ) -> dict[str, jax.Array]:
-        """The rule's learned parameters: ``{}`` or ``{"modulation": ...}``, drawn N(0, 0.01^2).
+        self, key: jax.Array, activation_shape: tuple[int, ...], pool_size: int
+    ) -> dict[str, Any]:
+        """The learned parameters: ``{}`` or ``{"modulation": ...}``, drawn N(0, 0.01^2).
 
-        Args:
-            key: random key.
-            latent_dim: number of latents; not needed here, the basis is a constant.
-            hidden_dim: not needed here.
+        The basis is a constant. Args are those of :meth:`Rule.init`.
         """
-        del latent_dim, hidden_dim
-        shapes = {"vector": (self.num_classes,), "matrix": (self.basis_rows, self.num_classes)}
+        del activation_shape, pool_size
+        shapes = {"vector": (self.num_classes,), "matrix": (self.rows, self.num_classes)}
         if self.modulation == "none":
             return {}
-        return {
-            "modulation": _MODULATION_STDDEV
-            * jax.random.normal(key, shapes[self.modulation], jnp.float32)
-        }
+        return {"modulation": draw_modulation(key, shapes[self.modulation])}
 
-    def loss(
-        self, params: dict[str, Any], activation: jax.Array, labels: jax.Array, *, pool_size: int
-    ) -> jax.Array:
-        """The local loss, a float32 scalar: the mean over the batch.
-
-        Args:
-            params: from :meth:`init`.
-            activation: ``[batch, height, width, channels]`` or ``[batch, features]``.
-            labels: integers ``[batch]``.
-            pool_size: bins along each spatial axis, or along the features.
-        """
-        latents = latent_dim(activation.shape[1:], pool_size)
-        per_example = local_loss(
-            activation,
-            jnp.asarray(periodic_basis(self.basis_rows, latents, self.waveform)),
-            params.get("modulation"),
-            labels,
-            pool_size=pool_size,
-            temperature=self.temperature,
-            label_smoothing=self.label_smoothing,
-            implementation=self.implementation,
-        )
-        return jnp.mean(per_example)
+    def projection(self, params: dict[str, Any], latent_dim: int) -> jax.Array:
+        """The periodic basis, ``[rows, latents]``."""
+        del params
+        return jnp.asarray(periodic_basis(self.rows, latent_dim, self.waveform))

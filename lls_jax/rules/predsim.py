@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lls_jax.convolution import convolve_3x3
-from lls_jax.initializers import fan_in_uniform
+from lls_jax.layers.convolution import convolve_3x3
+from lls_jax.layers.initializers import fan_in_uniform
+from lls_jax.rules.base import LocalRule, check_options
 from pallas_kernels.local_loss import latent_dim, pool_latents
 
 
@@ -28,7 +29,7 @@ def _deviation(x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class PredSimRule:
+class PredSim(LocalRule):
     """Similar images shall have similar activations, and the classes shall be readable from them.
 
     ``loss = (1 - weight) CE(W pool(a) + b, y) + weight mean((S(f(a)) - S(onehot(y)))^2)``,
@@ -39,7 +40,6 @@ class PredSimRule:
         num_classes: number of classes, ``K``.
         similarity_weight: share of the similarity loss, in [0, 1].
         label_smoothing: of the cross-entropy, in [0, 1).
-        name: the rule's name.
 
     References:
         Nøkland, Eidnes, "Training Neural Networks with Local Error Signals", ICML 2019,
@@ -49,17 +49,17 @@ class PredSimRule:
     num_classes: int
     similarity_weight: float = 0.99
     label_smoothing: float = 0.0
-    name: str = "predsim"
 
-    def init_for(
-        self, key: jax.Array, activation_shape: tuple[int, ...], *, pool_size: int
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that is out of its range."""
+        check_options(self.num_classes, label_smoothing=self.label_smoothing)
+
+    def init(
+        self, key: jax.Array, activation_shape: tuple[int, ...], pool_size: int
     ) -> dict[str, Any]:
         """``f``'s kernel, and the classifier; all drawn U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
-        Args:
-            key: random key.
-            activation_shape: ``(height, width, channels)`` or ``(features,)``.
-            pool_size: of the classifier's latents.
+        Args are those of :meth:`Rule.init`.
         """
         width, spatial = activation_shape[-1], len(activation_shape) == 3
         shape = (3, 3, width, width) if spatial else (width, width)
@@ -72,22 +72,24 @@ class PredSimRule:
         }
 
     def loss(
-        self, params: dict[str, Any], activation: jax.Array, labels: jax.Array, *, pool_size: int
+        self,
+        params: dict[str, Any],
+        seen: jax.Array,
+        labels: jax.Array,
+        *,
+        pool_size: int | None,
     ) -> jax.Array:
-        """The local loss, a float32 scalar.
-
-        Args:
-            params: from :meth:`init_for`.
-            activation: ``[batch, height, width, channels]`` or ``[batch, features]``.
-            labels: integers ``[batch]``.
-            pool_size: bins along each spatial axis, or along the features.
-        """
-        a = activation.astype(jnp.float32)
+        """The local loss, a float32 scalar; see :meth:`LocalRule.loss`."""
+        assert pool_size is not None  # It sees the activation.
+        a = seen.astype(jnp.float32)
         target = jax.nn.one_hot(labels, self.num_classes)
         if a.ndim == 4:
             features = _deviation(convolve_3x3(a, params["similarity"]))
         else:
             features = a @ params["similarity"]
+        if a.ndim == 3:
+            # Tokens, by their deviation along the sequence.
+            features = jnp.sqrt(jnp.maximum(jnp.var(features, axis=1), 1e-12))
         difference = similarity(features) - similarity(target)
         logits = pool_latents(a, pool_size) @ params["kernel"] + params["bias"][None, :]
         smoothed = optax.smooth_labels(target, self.label_smoothing)

@@ -7,15 +7,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lls_jax.basis import WAVEFORMS
 from lls_jax.rules.backpropagation import Backpropagation
-from lls_jax.rules.classifier import ClassifierRule
-from lls_jax.rules.contrastive import ContrastiveRule
-from lls_jax.rules.decoupled import DecoupledRule
-from lls_jax.rules.feedback import FeedbackRule
-from lls_jax.rules.periodic import PeriodicRule
-from lls_jax.rules.predsim import PredSimRule
-from lls_jax.rules.protocol import LocalRule, Rule
+from lls_jax.rules.base import Rule
+from lls_jax.rules.classifier import LocalClassifier, RandomLLS
+from lls_jax.rules.contrastive import Contrastive
+from lls_jax.rules.decoupled import Decoupled
+from lls_jax.rules.feedback import DirectFeedback
+from lls_jax.rules.periodic import LLS
+from lls_jax.rules.predsim import PredSim
 
 
 class _Maker(NamedTuple):
@@ -24,50 +23,45 @@ class _Maker(NamedTuple):
     Attributes:
         make: from ``num_classes`` and those of its options that are given.
         options: that it has a use for.
+        required: those of them that it cannot do without.
     """
 
     make: Callable[..., Rule]
     options: frozenset[str]
+    required: frozenset[str] = frozenset()
 
 
 _LOSS = frozenset({"temperature", "label_smoothing", "implementation"})
+_LLS = _LOSS | {"waveform"}
+_RANDOM = _LOSS | {"hidden_dim"}
+_ROWS = frozenset({"basis_rows"})
+_SMOOTHING = frozenset({"label_smoothing"})
 
-
-def _periodic(name: str, modulation: Any) -> _Maker:
-    def make(num_classes: int, basis_rows: int | None = None, **options: Any) -> Rule:
-        return PeriodicRule(name, num_classes, modulation, basis_rows or num_classes, **options)
-
-    reduced = {"basis_rows"} if name == _REDUCED else set()
-    return _Maker(make, _LOSS | {"waveform"} | reduced)
-
-
-def _classifier(name: str, modulation: Any, learned: bool = False) -> _Maker:
-    make = functools.partial(ClassifierRule, name, modulation=modulation, learned=learned)
-    return _Maker(make, _LOSS)
-
-
-_REDUCED = "lls_mxm_reduced"
 _MAKERS: dict[str, _Maker] = {
-    "lls": _periodic("lls", "none"),
-    "lls_m": _periodic("lls_m", "vector"),
-    "lls_mxm": _periodic("lls_mxm", "matrix"),
-    "lls_mxm_reduced": _periodic("lls_mxm_reduced", "matrix"),
-    "lls_random": _classifier("lls_random", "none"),
-    "lls_m_random": _classifier("lls_m_random", "vector"),
-    "lls_mxm_random": _classifier("lls_mxm_random", "matrix"),
-    "local_classifier": _classifier("local_classifier", "none", learned=True),
-    "predsim": _Maker(PredSimRule, frozenset({"label_smoothing"})),
-    "contrastive": _Maker(ContrastiveRule, frozenset({"temperature"})),
-    "decoupled": _Maker(DecoupledRule, frozenset({"label_smoothing"})),
-    "bp": _Maker(functools.partial(Backpropagation, "bp"), frozenset()),
-    "dfa": _Maker(functools.partial(FeedbackRule, "dfa", signal="error"), frozenset({"sign"})),
-    "drtp": _Maker(functools.partial(FeedbackRule, "drtp", signal="target"), frozenset()),
+    "lls": _Maker(LLS, _LLS),
+    "lls_m": _Maker(functools.partial(LLS, modulation="vector"), _LLS),
+    "lls_mxm": _Maker(functools.partial(LLS, modulation="matrix"), _LLS),
+    "lls_mxm_reduced": _Maker(functools.partial(LLS, modulation="matrix"), _LLS | _ROWS, _ROWS),
+    "lls_random": _Maker(RandomLLS, _RANDOM),
+    "lls_m_random": _Maker(functools.partial(RandomLLS, modulation="vector"), _RANDOM),
+    "lls_mxm_random": _Maker(functools.partial(RandomLLS, modulation="matrix"), _RANDOM),
+    "local_classifier": _Maker(LocalClassifier, _RANDOM),
+    "predsim": _Maker(PredSim, _SMOOTHING | {"similarity_weight"}),
+    "contrastive": _Maker(Contrastive, frozenset({"temperature", "width"})),
+    "decoupled": _Maker(Decoupled, _SMOOTHING),
+    "bp": _Maker(Backpropagation, frozenset()),
+    "dfa": _Maker(functools.partial(DirectFeedback, signal="error"), frozenset({"sign"})),
+    "drtp": _Maker(functools.partial(DirectFeedback, signal="target"), frozenset()),
 }
 
 NAMES = tuple(_MAKERS)
 # What a rule may be made with, beside the number of classes.
-_ORDER = ("waveform", "temperature", "label_smoothing", "basis_rows", "implementation", "sign")
-OPTIONS = frozenset(_ORDER)
+OPTIONS = frozenset(
+    {
+        *("waveform", "temperature", "label_smoothing", "basis_rows", "implementation", "sign"),
+        *("hidden_dim", "similarity_weight", "width"),
+    }
+)
 
 
 def _unknown(name: str) -> ValueError:
@@ -109,17 +103,17 @@ def _own(name: str) -> _Maker:
 
 
 def _checked(name: str, rule: Any) -> Rule:
-    if not hasattr(rule, "name") or not callable(getattr(rule, "loss", None)):
+    if not isinstance(rule, Rule):
         raise ValueError(
-            f"rule {name!r} is a {type(rule).__name__}, which has no `name` or no `loss`; see "
-            "lls_jax.rules.LocalRule."
+            f"rule {name!r} is a {type(rule).__name__}, which is no rule; make its class a frozen "
+            "dataclass that derives from lls_jax.rules.LocalRule or HeadRule."
         )
     try:
         hash(rule)
-    except TypeError:
+    except TypeError as error:
         raise ValueError(
-            f"rule {name!r} is a {type(rule).__name__}, which cannot be hashed; make its class a "
-            "frozen dataclass."
+            f"rule {name!r} cannot be hashed ({error}); give its fields immutable values, like "
+            "numbers, strings and tuples."
         ) from None
     return rule
 
@@ -145,18 +139,8 @@ def options_of(name: str) -> frozenset[str]:
     return _maker(name).options
 
 
-def make(
-    name: str,
-    *,
-    num_classes: int,
-    waveform: str | None = None,
-    temperature: float | None = None,
-    label_smoothing: float | None = None,
-    basis_rows: int | None = None,
-    implementation: str | None = None,
-    sign: bool | None = None,
-) -> Rule:
-    """Make a rule by its name.
+def make(name: str, *, num_classes: int, **options: Any) -> Rule:
+    """Make a rule by its name: a thin front of the classes of :mod:`lls_jax.rules`.
 
     Args:
         name: of a local rule: ``lls``, ``lls_m``, ``lls_mxm``, ``lls_mxm_reduced``, ``lls_random``,
@@ -165,15 +149,16 @@ def make(
             ``drtp``; or ``"package.module:function"``, whose function is called with the number of
             classes, if it has a parameter of that name, and with the options that are given.
         num_classes: number of classes, at least 2.
-        waveform: of the periodic basis, ``"square"`` or ``"cosine"``; None for the rule's own, as
-            with each option, which is ``"square"``.
-        temperature: divides a local loss's logits; positive, dimensionless. The rules' own is 0.5,
-            contrastive's 0.1.
-        label_smoothing: share of the target spread evenly over the classes, in [0, 1); 0.
-        basis_rows: rows of the reduced basis; ``lls_mxm_reduced`` only, and required there.
-        implementation: of the local loss, ``"xla"``, ``"pallas"``, ``"triton"`` or None to choose;
-            :func:`pallas_kernels.local_loss.local_loss` says more.
-        sign: whether ``dfa`` feeds back the sign of the error alone.
+        **options: fields of the rule's class, of which :func:`options_of` tells the names; one
+            that is None is the rule's own. ``waveform``: of the periodic basis, ``"square"`` or
+            ``"cosine"``. ``temperature``: divides a local loss's logits; positive, dimensionless;
+            0.5, contrastive's 0.1. ``label_smoothing``: share of the target spread evenly over the
+            classes, in [0, 1); 0. ``basis_rows``: rows of the reduced basis, ``lls_mxm_reduced``
+            only, and required there. ``hidden_dim``: width of a random or learned projection.
+            ``similarity_weight``: of ``predsim``. ``width``: of ``contrastive``'s projection.
+            ``implementation``: of the local loss, ``"xla"``, ``"pallas"``, ``"triton"``
+            (:func:`pallas_kernels.local_loss.local_loss` says more). ``sign``: whether ``dfa``
+            feeds back the sign of the error alone.
 
     Returns:
         An immutable, hashable rule.
@@ -184,37 +169,19 @@ def make(
 
     >>> import jax
     >>> rule = make("lls_mxm", num_classes=10)
-    >>> params = rule.init(jax.random.key(0), latent_dim=512)
+    >>> params = rule.init(jax.random.key(0), (32, 32, 32), pool_size=4)
     >>> activation = jax.random.normal(jax.random.key(1), (8, 32, 32, 32))
     >>> rule.loss(params, activation, jax.numpy.arange(8), pool_size=4).shape
     ()
     """
     maker = _maker(name)
-    if num_classes < 2:
-        raise ValueError(f"`num_classes` is {num_classes}; it must be at least 2.")
-    if waveform is not None and waveform not in WAVEFORMS:
-        raise ValueError(f"unknown waveform {waveform!r}; expected one of {', '.join(WAVEFORMS)}.")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"`temperature` is {temperature}; it must be positive.")
-    if label_smoothing is not None and not 0 <= label_smoothing < 1:
-        raise ValueError(f"`label_smoothing` is {label_smoothing}; it must lie in [0, 1).")
-    if basis_rows is not None and basis_rows < 1:
-        raise ValueError(f"`basis_rows` is {basis_rows}; it must be at least 1.")
-    values = (waveform, temperature, label_smoothing, basis_rows, implementation, sign)
     # Not asking for the sign is no option either.
-    given = {
-        option: value
-        for option, value in zip(_ORDER, values)
-        if value is not None and value is not False
-    }
+    given = {option: v for option, v in options.items() if v is not None and v is not False}
     for option, value in given.items():
         if option not in maker.options:
             raise ValueError(
                 f"`{option}` is {value!r}; rule {name!r} has no use for it: leave it out."
             )
-    if name == _REDUCED and basis_rows is None:
-        raise ValueError(f"`basis_rows` is None; rule {name!r} takes a number of rows.")
-    return maker.make(num_classes, **given)
-
-
-__all__ = ["NAMES", "OPTIONS", "LocalRule", "Rule", "make", "options_of"]
+    if missing := sorted(maker.required - set(given)):
+        raise ValueError(f"`{missing[0]}` is None; rule {name!r} takes a number of rows.")
+    return maker.make(num_classes=num_classes, **given)

@@ -6,16 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from pallas_kernels.errors import KernelUnavailableError
 from pallas_kernels.local_loss.config import Problem, tuned
 
 _LEAST_CAPABILITY = (8, 0)
 _DTYPES = ("float32", "bfloat16", "float16")
 # Rows and classes live in registers, padded to a power of two.
 _MOST_CLASSES = 1024
-
-
-class KernelUnavailableError(NotImplementedError):
-    """A kernel that was asked for by name cannot run here; the message says what is missing."""
 
 
 class Device(NamedTuple):

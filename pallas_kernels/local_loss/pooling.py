@@ -75,10 +75,11 @@ def adaptive_average_pool(x: jax.Array, pool_size: int) -> jax.Array:
         return jnp.mean(windows, axis=(2, 4))
     if x.ndim == 4:
         return _pool_axis(_pool_axis(x, 1, pool_size), 2, pool_size)
-    if x.ndim == 2:
+    if x.ndim in (2, 3):
         return _pool_axis(x, 1, pool_size)
     raise ValueError(
-        f"`x` has shape {x.shape}; expected [batch, height, width, channels] or [batch, features]."
+        f"`x` has shape {x.shape}; expected [batch, height, width, channels], [batch, length, "
+        "channels] or [batch, features]."
     )
 
 
@@ -86,26 +87,32 @@ def latent_dim(activation_shape: tuple[int, ...], pool_size: int) -> int:
     """Number of latents of an example.
 
     Args:
-        activation_shape: of one example, ``(height, width, channels)`` or ``(features,)``.
+        activation_shape: of one example: ``(height, width, channels)``, ``(length, channels)`` or
+            ``(features,)``.
         pool_size: ``p``; bins along each spatial axis, or along the features.
 
     Returns:
-        ``channels * p * p``, or ``p``.
+        ``channels * p * p``, ``channels * p`` or ``p``.
+
+    >>> latent_dim((8, 8, 3), 2), latent_dim((8, 3), 2), latent_dim((8,), 2)
+    (12, 6, 2)
     """
-    return activation_shape[-1] * pool_size**2 if len(activation_shape) == 3 else pool_size
+    *sides, channels = activation_shape
+    return channels * pool_size ** len(sides) if sides else pool_size
 
 
 def pool_latents(activation: jax.Array, pool_size: int) -> jax.Array:
     """Pool an activation and flatten it channel-major: latent ``c * p * p + i * p + j``.
 
     Args:
-        activation: ``[batch, height, width, channels]`` or ``[batch, features]``, any float dtype.
+        activation: ``[batch, height, width, channels]``, ``[batch, length, channels]`` or
+            ``[batch, features]``, any float dtype.
         pool_size: ``p``; bins along each spatial axis, or along the features.
 
     Returns:
-        float32 ``[batch, latents]``; ``latents`` is ``channels * p * p``, or ``p``.
+        float32 ``[batch, latents]``, as many as :func:`latent_dim` says.
     """
     pooled = adaptive_average_pool(activation.astype(jnp.float32), pool_size)
-    if pooled.ndim == 4:
-        pooled = jnp.moveaxis(pooled, 3, 1)
+    if pooled.ndim > 2:
+        pooled = jnp.moveaxis(pooled, -1, 1)
     return pooled.reshape(pooled.shape[0], -1)

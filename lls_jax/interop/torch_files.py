@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from lls_jax.errors import TorchFileError
+
 # Tensors may share a storage, as tied weights do; all together may be this many times what the
 # storages hold, and no more: a few bytes that say "again" must not fill the memory.
 _LARGEST_EXPANSION = 4
@@ -34,10 +36,6 @@ _STORAGES: dict[str, Any] = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-
-
-class TorchFileError(Exception):
-    """A file is not a PyTorch checkpoint of plain tensors; the message says why."""
 
 
 class _Global(NamedTuple):

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lls_jax.ordering import batch_slices, slice_after, token_of
+from lls_jax.layers.ordering import batch_slices, slice_after, token_of
 
 Matrix = tuple[tuple[float, ...], ...]
 

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock
 from lls_jax.models import Network
 from lls_jax.rules import Rule
-from lls_jax.training import TrainState, state_from_variables
+from lls_jax.training import Optimizer, TrainState, state_from_variables
 
 StateDict = Mapping[str, np.ndarray]
 Path = tuple[str, ...]
@@ -119,15 +118,13 @@ def _set(tree: dict[str, Any], path: Path, value: Any) -> None:
     tree[path[-1]] = value
 
 
-def from_lls_dnn(
-    model: Network, rule: Rule, tx: optax.GradientTransformation, state_dict: StateDict
-) -> TrainState:
+def from_lls_dnn(model: Network, rule: Rule, tx: Optimizer, state_dict: StateDict) -> TrainState:
     """A training state with the weights of an LLS-DNN checkpoint.
 
     Args:
         model: the same architecture.
         rule: the same rule.
-        tx: the optimiser to go on with; its state starts anew.
+        tx: the optimizer to go on with; its state starts anew.
         state_dict: ``{name: array}``, LLS-DNN's names; ``num_batches_tracked`` is ignored.
 
     Returns:
@@ -158,6 +155,9 @@ def from_lls_dnn(
         if transposed and array.ndim in _TO_OURS:
             array = array.transpose(_TO_OURS[array.ndim])
         shape = _get(expected[collection], path).shape
+        if path[-1] == "feedback" and array.ndim == 2:
+            # Of any width: it is pooled to the latents.
+            shape = (shape[0], array.shape[1])
         if array.shape != shape:
             problems.append(
                 f"{name} has shape {state_dict[name].shape}, which does not fit {shape}"

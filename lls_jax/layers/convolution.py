@@ -7,8 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lls_jax import winograd
-from lls_jax.ordering import slice_after, token_of, wait_for
+from lls_jax.layers import winograd
+from lls_jax.layers.ordering import slice_after, token_of, wait_for
+from lls_jax.platforms import by_platform
 
 
 def _by_convolution(
@@ -235,10 +236,10 @@ def convolve_3x3(
     Returns:
         ``[batch, ceil(height / stride), ceil(width / stride), features]``.
     """
-    return jax.lax.platform_dependent(
+    return by_platform(
         *(x, kernel),
         cpu=functools.partial(_convolve_on_cpu, stride=stride, compact=compact),
-        default=functools.partial(_by_convolution, stride=stride, padding=1),
+        elsewhere=functools.partial(_by_convolution, stride=stride, padding=1),
     )
 
 
@@ -306,4 +307,4 @@ def depthwise_3x3(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array
     def elsewhere(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return _by_convolution(x, kernel, stride, stride, groups=x.shape[-1])
 
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
+    return by_platform(x, kernel, cpu=on_cpu, elsewhere=elsewhere)

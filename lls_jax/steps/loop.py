@@ -8,20 +8,7 @@ import jax
 
 from lls_jax.data import batches
 from lls_jax.data.specs import DatasetSpec
-from lls_jax.training import TrainState
-
-# Backends whose loops run as fast as what is dispatched step by step. In a loop XLA's CPU backend
-# runs convolutions without its threads: 30 times slower on two cores.
-_LOOPING_BACKENDS = ("gpu", "tpu")
-
-
-def choose_loop(backend: str) -> str:
-    """``"scan"`` on backends whose compiled loops are fast, else ``"dispatch"``.
-
-    >>> choose_loop("cpu")
-    'dispatch'
-    """
-    return "scan" if backend in _LOOPING_BACKENDS else "dispatch"
+from lls_jax.steps.state import TrainState
 
 
 def make_loop(

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from lls_jax import processes
+from lls_jax.errors import DamagedError, StructureError
 
 # The newest ones kept; the one before the newest is there for when the newest is damaged.
 _KEEP_NEWEST = 2
@@ -33,18 +34,6 @@ _DAMAGES = (
     *(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError),
     *(LookupError, AttributeError, TypeError),
 )
-
-
-class CheckpointError(Exception):
-    """A checkpoint is of no use; the message says which and why."""
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint is not what was saved: a digest or the storage format shows it."""
-
-
-class StructureError(CheckpointError):
-    """A checkpoint is whole, but of other arrays than are asked for; the message names one."""
 
 
 class Checkpoint(NamedTuple):
@@ -196,7 +185,7 @@ def _restore_item(
     arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
     tree = manager.restore(step, args=arguments)[name]
     if several:
-        tree = processes.own(tree)
+        tree = processes.local_copy(tree)
     # Without its description a random key comes back as plain numbers.
     if _digest(tree) != meta["digests"][name] or _structure(tree) != _structure(abstract):
         raise DamagedError(

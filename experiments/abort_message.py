@@ -1,4 +1,4 @@
-"""A word from a process that has no time for one.
+"""A message from a process that is about to be aborted.
 
 When the coordinator of several processes is lost, JAX's runtime aborts the others at once, from a
 thread of its own, with a stack trace and no chance for Python to say what that means. A small

@@ -1,4 +1,4 @@
-"""Judging weights on a data set: loss, accuracies, confusion."""
+"""How good weights are on a data set: loss, accuracies, confusion."""
 
 import functools
 from typing import Any, NamedTuple
@@ -10,9 +10,12 @@ import optax
 
 from lls_jax.data import DatasetSpec, Split, batches
 from lls_jax.models import Network
+from lls_jax.runs.source import Arrays, describe, to_split
+from lls_jax.steps.averaging import is_schedule_free
+from lls_jax.training import TrainState
 
 
-class Judgement(NamedTuple):
+class Evaluation(NamedTuple):
     """How good weights are.
 
     Attributes:
@@ -47,7 +50,7 @@ def correct_within(logits: jax.Array, labels: jax.Array, best: int) -> jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _judge_batch(
+def _evaluate_batch(
     model: Network, variables: Any, image: jax.Array, label: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     logits, _ = model.apply(variables["params"], variables["batch_stats"], image)
@@ -61,12 +64,12 @@ def _judge_batch(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 4))
-def _judge_all(
+def _evaluate_all(
     model: Network, variables: Any, spec: DatasetSpec, data: batches.DeviceSplit, batch_size: int
 ) -> Any:
     def part(index: Any) -> Any:
         batch = batches.evaluation_batch(spec, data, index * batch_size, batch_size)
-        return _judge_batch(model, variables, *batch)
+        return _evaluate_batch(model, variables, *batch)
 
     def add(index: jax.Array, total: Any) -> Any:
         return jax.tree.map(jnp.add, total, part(index))
@@ -76,7 +79,7 @@ def _judge_all(
     return jax.lax.fori_loop(0, count, add, nothing)
 
 
-def judge(
+def evaluate_weights(
     model: Network,
     variables: Any,
     spec: DatasetSpec,
@@ -84,8 +87,8 @@ def judge(
     batch_size: int,
     one_launch: bool = False,
     sharding: jax.sharding.NamedSharding | None = None,
-) -> Judgement:
-    """Judge weights on all examples of a split.
+) -> Evaluation:
+    """Evaluate weights on all examples of a split.
 
     Args:
         model: the network.
@@ -94,23 +97,64 @@ def judge(
         data: the examples, on the device or on the host.
         batch_size: examples a step; does not change the result beyond rounding.
         one_launch: whether a compiled loop goes over the batches, where the data are on the device.
-        sharding: of the batches, where several devices or processes judge together; `variables`
+        sharding: of the batches, where several devices or processes evaluate together; `variables`
             are then on all of them.
     """
     count = int(data.labels.shape[0])
     size = min(batch_size, count)
     if one_launch and isinstance(data, batches.DeviceSplit):
-        total: Any = _judge_all(model, variables, spec, data, size)
+        total: Any = _evaluate_all(model, variables, spec, data, size)
     else:
         parts = (
-            _judge_batch(model, variables, *batch)
+            _evaluate_batch(model, variables, *batch)
             for batch in batches.evaluation_batches(spec, data, size, sharding)
         )
         total = functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
     loss, top5, confusion = jax.tree.map(np.asarray, total)
-    return Judgement(
+    return Evaluation(
         loss=float(loss) / count,
         accuracy=100 * float(np.trace(confusion)) / count,
         top5=100 * float(top5) / count if spec.num_classes > 5 else None,
         confusion=confusion,
     )
+
+
+def evaluate(
+    model: Network,
+    state: TrainState,
+    examples: Arrays,
+    *,
+    spec: DatasetSpec | None = None,
+    batch_size: int = 500,
+) -> Evaluation:
+    """Evaluate a network on images and labels.
+
+    Args:
+        model: the state's model.
+        state: what :func:`lls_jax.evaluation.evaluation_state` gives, ``fit(...).evaluation``, or
+            any state whose optimizer averages no weights.
+        examples: ``(images, labels)``: images uint8 ``[count, height, width, channels]``, or floats
+            ``[count, ...]`` that are normalised already; labels integers ``[count]``.
+        spec: how uint8 images are normalised and cut, ``fit(...).spec``; needed for those.
+        batch_size: examples a step; changes speed and memory only.
+
+    Raises:
+        ValueError: images and labels do not fit each other or the model, or the state is one that
+            is being trained by a schedule-free optimizer.
+    """
+    if is_schedule_free(state.opt_state) and int(state.step):
+        raise ValueError(
+            f"`state` is after {int(state.step)} steps of a schedule-free optimizer, whose weights "
+            "are not those to judge; give `lls_jax.evaluation.evaluation_state(...)`, or "
+            "`fit(...).evaluation`."
+        )
+    split = to_split("examples", examples)
+    if spec is None:
+        if split.images.dtype == np.uint8:
+            raise ValueError(
+                "`spec` is None and the images are uint8; give the `spec` that they were trained "
+                "with, which says how they are normalised."
+            )
+        spec = describe(split, model.num_classes)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return evaluate_weights(model, variables, spec, split, batch_size)

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lls_jax.blocks import ConvBlock, LocalBlock, running_average
-from lls_jax.convolution import convolve_3x3
-from lls_jax.models import BlockSpec
-from lls_jax.normalization import (
+from lls_jax.blocks import ConvBlock, running_average
+from lls_jax.layers.convolution import convolve_3x3
+from lls_jax.layers.normalization import (
     PooledGradients,
     Statistics,
     apply_statistics,
@@ -31,7 +30,10 @@ from lls_jax.normalization import (
     pool_from_sums,
     window_sums,
 )
-from lls_jax.ordering import batch_slices, slice_after, token_of
+from lls_jax.layers.ordering import batch_slices, slice_after, token_of
+from lls_jax.models import BlockSpec
+from lls_jax.rules import LocalRule
+from lls_jax.steps.block import BlockOutput
 
 Downsample = Callable[[jax.Array], jax.Array]
 
@@ -153,35 +155,34 @@ convolve_normalize_pool.defvjp(_forward, _backward)
 
 
 def plan_block(
-    block: LocalBlock, spec: BlockSpec, x: jax.Array, remat_above: int | None
+    spec: BlockSpec, rule: LocalRule, x: jax.Array, remat_above: int | None
 ) -> Plan | None:
     """How a block is cut, or None where it is not.
 
     It is where it has one convolution, whose output on this batch has more than `remat_above`
-    bytes, and its rule sees the pooled activation only.
+    bytes, and its rule sees the latents only.
 
     Args:
-        block: the block with its rule.
-        spec: of the block.
+        spec: the block, and what follows it.
+        rule: the block's own.
         x: its input; only shape and dtype count.
         remat_above: bytes; None for any number.
     """
-    module = block.block
+    module = spec.module
+    # Not one that is derived from it, whose function may be another.
     if remat_above is None or type(module) is not ConvBlock:
         return None
     batch, *sides, _ = x.shape
     height, width = (-(-side // module.stride) for side in sides)
     shape = (batch, height, width, module.features)
-    seen = getattr(block.rule, "works_on_latents", False) and can_pool(shape, block.pool_size)
+    fits = rule.sees == "latents" and can_pool(shape, spec.pool_size)
     slices = count_slices(shape, module.dtype, remat_above)
-    if not seen or slices == 1:
+    if not fits or slices == 1:
         return None
-    return Plan(slices, module.stride, module.dtype, block.pool_size, spec.downsample)
+    return Plan(slices, module.stride, module.dtype, spec.pool_size, spec.downsample)
 
 
-def apply_block(
-    plan: Plan, params: Any, batch_stats: Any, x: jax.Array
-) -> tuple[jax.Array, jax.Array, Any]:
+def apply_block(plan: Plan, params: Any, batch_stats: Any, x: jax.Array) -> BlockOutput:
     """A :class:`lls_jax.blocks.ConvBlock` in training, in slices.
 
     Args:
@@ -195,10 +196,9 @@ def apply_block(
         gradient flows; the new statistics.
     """
     conv, norm = params["conv"], params["norm"]
-    x = jax.lax.stop_gradient(x).astype(plan.dtype)
     downsampled, pooled, mean, variance = convolve_normalize_pool(
-        plan, x, conv["kernel"], norm["scale"], norm["bias"]
+        plan, x.astype(plan.dtype), conv["kernel"], norm["scale"], norm["bias"]
     )
     downsampled, mean, variance = jax.lax.stop_gradient((downsampled, mean, variance))
     new = running_average(batch_stats["norm"], mean + conv["bias"], variance)
-    return downsampled, pooled, {"norm": new}
+    return BlockOutput(None, {"block": {"norm": new}}, downsampled, pooled)

@@ -1,22 +1,19 @@
-"""Flax Linen blocks, and the wrapper that gives a block its local loss."""
+"""Flax Linen blocks: a layer, BatchNorm, LeakyReLU."""
 
-import functools
-import inspect
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lls_jax.convolution import convolve_3x3, depthwise_3x3
-from lls_jax.initializers import fan_in_uniform
-from lls_jax.normalization import (
+from lls_jax.layers.convolution import convolve_3x3, depthwise_3x3
+from lls_jax.layers.initializers import fan_in_uniform
+from lls_jax.layers.normalization import (
     apply_statistics,
     can_pool,
     normalize_activate,
     normalize_activate_pool,
 )
-from lls_jax.rules.protocol import LocalRule, init_params
 
 _RUNNING_AVERAGE = 0.9
 
@@ -107,7 +104,7 @@ class NormalizeActivate(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, layer_bias: jax.Array, *, train: bool, pool_size: int | None = None
-    ) -> Any:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Normalise ``x + layer_bias`` and activate.
 
         Args:
@@ -117,8 +114,8 @@ class NormalizeActivate(nn.Module):
             pool_size: windows along each spatial axis whose means are wanted too.
 
         Returns:
-            The activation, in the shape and dtype of `x`. With a `pool_size`, ``(activation,
-            pooled)``; the latter is None where windows of one size do not fit, and in evaluation.
+            ``(activation, pooled)``: the activation, in the shape and dtype of `x`, and the means;
+            None without a `pool_size`, where windows of one size do not fit, and in evaluation.
         """
         channels = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels)
@@ -128,7 +125,7 @@ class NormalizeActivate(nn.Module):
         pooled = None
         if not train:
             y = apply_statistics(x, mean.value - layer_bias, variance.value, scale, bias)
-            return y if pool_size is None else (y, None)
+            return y, None
         if pool_size is not None and can_pool(x.shape, pool_size):
             y, pooled, batch_mean, batch_variance = normalize_activate_pool(
                 x, scale, bias, pool_size
@@ -140,10 +137,37 @@ class NormalizeActivate(nn.Module):
             shifted = batch_mean + jax.lax.stop_gradient(layer_bias)
             running = running_average(running, shifted, batch_variance)
             mean.value, variance.value = running["mean"], running["var"]
-        return y if pool_size is None else (y, pooled)
+        return y, pooled
 
 
-class ConvBlock(nn.Module):
+class PoolingBlock(nn.Module):
+    """A block that gives its pooled activation too, from the pass that normalises.
+
+    A local loss on latents needs no gradient of the size of the activation then. A block of your
+    own may derive from this; one that does not is pooled by its :class:`LocalBlock`.
+    """
+
+    def activate_and_pool(
+        self, x: jax.Array, *, train: bool, pool_size: int | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The activation, and the means over its windows, ``[batch, p, p, channels]``.
+
+        Args:
+            x: ``[batch, height, width, channels]``.
+            train: whether BatchNorm uses, and averages, this batch's statistics.
+            pool_size: ``p``, windows along each spatial axis; None for no means.
+
+        Returns:
+            ``(activation, pooled)``; the latter is None where it is not to be had.
+        """
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """``[batch, height, width, channels]`` to the activation."""
+        return self.activate_and_pool(x, train=train, pool_size=None)[0]
+
+
+class ConvBlock(PoolingBlock):
     """3x3 convolution with bias, BatchNorm, LeakyReLU(0.01).
 
     Attributes:
@@ -157,10 +181,11 @@ class ConvBlock(nn.Module):
     stride: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False, pool_size: int | None = None) -> Any:
-        """``[batch, height, width, channels] -> [batch, height / stride, ..., features]``.
-
-        With a `pool_size`, the means of its windows too: see :class:`NormalizeActivate`.
+    def activate_and_pool(
+        self, x: jax.Array, *, train: bool, pool_size: int | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """``[batch, height, width, channels] -> [batch, height / stride, ..., features]``, and
+        the means of its windows: see :class:`PoolingBlock`.
         """
         x, bias = Convolution(self.features, self.stride, self.dtype, name="conv")(x)
         return NormalizeActivate(name="norm")(x, bias, train=train, pool_size=pool_size)
@@ -204,7 +229,7 @@ class Pointwise(nn.Module):
         return x.astype(self.dtype) @ kernel[0, 0].astype(self.dtype)
 
 
-class DepthwiseSeparableBlock(nn.Module):
+class DepthwiseSeparableBlock(PoolingBlock):
     """Depthwise 3x3, BatchNorm, LeakyReLU(0.01), pointwise, BatchNorm, LeakyReLU(0.01).
 
     Attributes:
@@ -221,14 +246,15 @@ class DepthwiseSeparableBlock(nn.Module):
     stride: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False, pool_size: int | None = None) -> Any:
-        """``[batch, height, width, channels] -> [batch, height', width', features]``.
-
-        With a `pool_size`, the means of its windows too: see :class:`NormalizeActivate`.
+    def activate_and_pool(
+        self, x: jax.Array, *, train: bool, pool_size: int | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """``[batch, height, width, channels] -> [batch, height', width', features]``, and the
+        means of its windows: see :class:`PoolingBlock`.
         """
         no_bias = jnp.zeros(())
         x = Depthwise(self.stride, self.dtype, name="depthwise")(x)
-        x = NormalizeActivate(name="depthwise_norm")(x, no_bias, train=train)
+        x, _ = NormalizeActivate(name="depthwise_norm")(x, no_bias, train=train)
         x = Pointwise(self.features, self.dtype, name="pointwise")(x)
         return NormalizeActivate(name="pointwise_norm")(
             x, no_bias, train=train, pool_size=pool_size
@@ -250,119 +276,4 @@ class DenseBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """``[batch, inputs] -> [batch, features]``."""
         x, bias = Linear(self.features, self.dtype, name="linear")(x)
-        return NormalizeActivate(name="norm")(x, bias, train=train)
-
-
-# Modules that give the pooled activation too, from the pass that normalises.
-_POOLING = ConvBlock | DepthwiseSeparableBlock
-
-
-def call_options(module: nn.Module, train: bool) -> dict[str, Any]:
-    """How a block is told whether it is trained: ``train=...``, if its `__call__` has that.
-
-    Args:
-        module: any Flax module of one input; ``nn.Conv`` is one without.
-        train: whether BatchNorm uses, and averages, this batch's statistics.
-    """
-    takes_train = "train" in inspect.signature(type(module).__call__).parameters
-    return {"train": train} if takes_train else {}
-
-
-def apply_module(
-    module: nn.Module,
-    params: Any,
-    batch_stats: Any,
-    x: jax.Array,
-    *,
-    train: bool,
-    rngs: dict[str, jax.Array] | None = None,
-) -> tuple[jax.Array, Any]:
-    """A block's activation, and its new statistics; ``{}`` where it has none.
-
-    Args:
-        module: the block.
-        params: its parameters.
-        batch_stats: its statistics.
-        x: its input, ``[batch, ...]``.
-        train: whether BatchNorm uses, and averages, this batch's statistics.
-        rngs: random keys by name.
-    """
-    variables = {"params": params, "batch_stats": batch_stats}
-    options = call_options(module, train)
-    activation, updates = module.apply(variables, x, mutable=["batch_stats"], rngs=rngs, **options)
-    return activation, updates.get("batch_stats", {})
-
-
-class LocalBlock(nn.Module):
-    """A block that learns from its own loss: the unit to drop into other Flax code.
-
-    Its input goes through ``stop_gradient``, so the gradient of its loss covers its own parameters
-    and its rule's, and nothing below it. The rule's fixed projection is a constant, not a
-    parameter.
-
-    Attributes:
-        block: a Flax module, called ``block(x, train=...)``, or ``block(x)`` if it has no `train`.
-        rule: a local rule, from :func:`lls_jax.rules.make` or your own.
-        pool_size: size to which the activation is pooled before the projection.
-        hidden_dim: width of the feedback matrix, for rules that have one.
-
-    >>> from lls_jax import rules
-    >>> block = LocalBlock(ConvBlock(4), rule=rules.make("lls_mxm", num_classes=10), pool_size=2)
-    >>> images, labels = jnp.ones((2, 8, 8, 3)), jnp.array([0, 1])
-    >>> variables = block.init(jax.random.key(0), images)
-    >>> (activation, loss), updates = block.apply(
-    ...     variables, images, labels, train=True, mutable=["batch_stats"])
-    >>> activation.shape, loss.shape
-    ((2, 8, 8, 4), ())
-    """
-
-    block: nn.Module
-    rule: LocalRule
-    pool_size: int
-    hidden_dim: int | None = None
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, labels: jax.Array | None = None, *, train: bool = False
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Run the block, and its loss where there are labels.
-
-        Args:
-            x: ``[batch, height, width, channels]`` or ``[batch, features]``.
-            labels: integers ``[batch]``, or None.
-            train: whether BatchNorm uses, and averages, this batch's statistics.
-
-        Returns:
-            The activation, or with labels ``(activation, loss)``; the loss is a float32 scalar.
-        """
-        x = jax.lax.stop_gradient(x)
-        pooled = None
-        wants_pooled = getattr(self.rule, "works_on_latents", False) and not getattr(
-            self.rule, "pools_itself", False
-        )
-        if labels is not None and train and wants_pooled and isinstance(self.block, _POOLING):
-            activation, pooled = self.block(x, train=train, pool_size=self.pool_size)
-        else:
-            activation = self.block(x, **call_options(self.block, train))
-        rule_params = self._rule_params(activation.shape[1:])
-        if labels is None:
-            return activation
-        # Pooling what is pooled changes nothing, and its gradient takes no memory to speak of.
-        seen = activation if pooled is None else pooled
-        return activation, self.rule.loss(rule_params, seen, labels, pool_size=self.pool_size)
-
-    def _rule_params(self, activation_shape: tuple[int, ...]) -> dict[str, Any]:
-        draw = functools.partial(
-            init_params,
-            self.rule,
-            activation_shape=activation_shape,
-            pool_size=self.pool_size,
-            hidden_dim=self.hidden_dim,
-        )
-        # A rule with nothing to learn leaves no empty entry in the parameters.
-        if self.is_initializing():
-            shapes = jax.eval_shape(lambda: draw(jax.random.key(0)))
-            learns = bool(jax.tree.leaves(shapes))
-        else:
-            learns = self.has_variable("params", "rule")
-        return self.param("rule", draw) if learns else {}
+        return NormalizeActivate(name="norm")(x, bias, train=train)[0]

@@ -1,7 +1,6 @@
-"""A run's folder: its config, its environment, its metrics, and who may write there."""
+"""A run's folder: its settings, its environment, its metrics, and who may write there."""
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -13,8 +12,9 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-from experiments.command_line import UserError
-from experiments.config import FORMAT, SPREADING, TrainConfig, from_dict, may_go_on, option
+import jax
+
+from lls_jax.errors import UserError
 
 Record = dict[str, Any]
 
@@ -89,90 +89,84 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
                         empty.rmdir()
 
 
-def _read(folder: pathlib.Path) -> tuple[TrainConfig, int]:
-    """The config of a run, and the format that it was written in.
+class Settings:
+    """What a run is started with, as config.json has it; decides whether another start may go on.
+
+    Args:
+        values: JSON values.
+    """
+
+    def __init__(self, values: Record) -> None:
+        self.values = values
+
+    def check(self, folder: pathlib.Path, stored: Record) -> None:
+        """Raise UserError, naming what differs, if a run that has `stored` cannot go on with these.
+
+        A larger number of epochs extends a run.
+        """
+        differing = [
+            f"{name} {stored.get(name)!r} there, {self.values.get(name)!r} here"
+            for name in sorted({*stored, *self.values})
+            if stored.get(name) != self.values.get(name) and name != "epochs"
+        ]
+        if self.values["epochs"] < stored.get("epochs", 0):
+            differing.append(f"epochs {stored['epochs']} there, {self.values['epochs']} here")
+        if differing:
+            raise UserError(
+                f"{folder} holds a run with other settings ({'; '.join(differing)}); use the same "
+                "ones to resume it, or another folder for a new run."
+            )
+
+    def extend(self, stored: Record) -> Record:
+        """What config.json holds from now on: as before, but for the number of epochs."""
+        return {**stored, "epochs": max(stored["epochs"], self.values["epochs"])}
+
+
+def read_settings(folder: pathlib.Path) -> Record | None:
+    """The values of a run's config.json; None where there is none.
 
     Raises:
-        UserError: there is no run in this folder, or its config cannot be read.
+        UserError: it cannot be read.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"{folder} holds no run (it has no config.json); give the --workdir of a training run."
-        )
+        return None
     try:
         values = json.loads(path.read_text())
-        written = values.pop("format", 1)
-        if written > FORMAT:
-            raise ValueError(f"it has format {written}, and this version knows {FORMAT}")
-        if written == 1:
-            # These meant the rule's own, which it has whatever it is.
-            own = {"waveform": "square", "temperature": 0.5, "label_smoothing": 0.0}
-            values |= {name: None for name, value in own.items() if values.get(name) == value}
-        return from_dict(values), written
-    except (ValueError, TypeError, AttributeError) as error:
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
+    except ValueError as error:
         raise UserError(f"{path} is not a config of this version: {error}.") from error
+    return values
 
 
-def read_config(folder: pathlib.Path) -> TrainConfig:
-    """The config of a run, of this version or an earlier one.
-
-    Raises:
-        UserError: there is no run in this folder, or its config cannot be read.
-    """
-    return _read(folder)[0]
-
-
-def write_config(folder: pathlib.Path, config: TrainConfig) -> None:
-    """Write a new run's config; of an old one's only the number of epochs may grow."""
-    if (folder / "config.json").exists():
-        stored = read_config(folder)
-        if config.epochs <= stored.epochs:
-            return
-        config = dataclasses.replace(stored, epochs=config.epochs)
-    text = to_json({"format": FORMAT, **dataclasses.asdict(config)})
-    write_atomically(folder / "config.json", text)
-
-
-def check_config(folder: pathlib.Path, config: TrainConfig, *, must_exist: bool = False) -> None:
-    """Check that a run that lies in a folder already can go on with a config.
+def check_settings(folder: pathlib.Path, settings: Settings, *, must_exist: bool = False) -> None:
+    """Check that a run that a folder holds already can go on with other settings.
 
     Args:
         folder: of the run.
-        config: of this process.
-        must_exist: whether another process has just written one.
+        settings: of this process.
+        must_exist: whether another process has just written them.
 
     Raises:
-        UserError: the folder holds a run with another config, and the message names what differs;
-            a run of an earlier version, with another optimizer; or it holds none, and must.
+        UserError: it cannot, and the message names what differs; or it holds none, and must.
     """
-    if not (folder / "config.json").exists():
-        if must_exist:
-            raise UserError(
-                f"{folder} is not the folder that process 0 writes in; give a --workdir on a file "
-                "system that all processes share."
-            )
-        return
-    stored, written = _read(folder)
-    if written < FORMAT:
+    stored = read_settings(folder)
+    if stored is not None:
+        settings.check(folder, stored)
+    elif must_exist:
         raise UserError(
-            f"{folder} was written by an earlier version, whose schedule_free_adamw was optax's "
-            "and not the published optimizer, so that it cannot go on as it was; give another "
-            "--workdir to train anew (evaluate and compare still read this one)."
+            f"{folder} is not the folder that process 0 writes in; give a --workdir on a file "
+            "system that all processes share."
         )
-    differing = [
-        f"{option(field.name)} {getattr(stored, field.name)} there, "
-        f"{getattr(config, field.name)} here"
-        for field in dataclasses.fields(config)
-        if not may_go_on(stored, config, field.name)
-    ]
-    if differing:
-        spread = stored.epochs != config.epochs and config.schedule in SPREADING
-        because = f"; --schedule {config.schedule} depends on --epochs" if spread else ""
-        raise UserError(
-            f"{folder} holds a run with another config ({'; '.join(differing)}{because}); give the "
-            "same options to resume it, or another --workdir for a new run."
-        )
+
+
+def write_settings(folder: pathlib.Path, settings: Settings) -> None:
+    """Write a new run's settings; of an old one's only the number of epochs may grow."""
+    stored = read_settings(folder)
+    values = settings.values if stored is None else settings.extend(stored)
+    if values != stored:
+        write_atomically(folder / "config.json", to_json(values))
 
 
 def _commit() -> str | None:
@@ -188,8 +182,6 @@ def _commit() -> str | None:
 
 def environment() -> Record:
     """Versions, device and commit."""
-    import jax
-
     device = jax.local_devices()[0]
     return {
         "python": platform.python_version(),

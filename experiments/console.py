@@ -1,0 +1,142 @@
+"""What a person sees while a run trains: lines, a progress bar, and curves."""
+
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from experiments import plots
+from experiments.config import TrainConfig
+from experiments.setup import Run
+from lls_jax import processes
+from lls_jax.runs.callbacks import Callback, EpochEnd, Record, RunStart, StepEnd
+
+_REFRESH_SECONDS = 0.5
+_REDRAW_SECONDS = 30.0
+
+
+def say(*values: str, **options: Any) -> None:
+    """Print; of several processes one speaks for all."""
+    if processes.is_first():
+        print(*values, **options)
+
+
+def callbacks(config: TrainConfig, run: Run) -> list[Callback]:
+    """What a training command hears of its run with."""
+    if not processes.is_first():
+        return [Callback()]
+    heard: list[Callback] = [_Lines(config, run), _Curves(config)]
+    if config.progress and sys.stderr.isatty():
+        heard.append(_Bar())
+    return heard
+
+
+class _Lines(Callback):
+    """A line at the start, and one an epoch."""
+
+    def __init__(self, config: TrainConfig, run: Run) -> None:
+        self._config = config
+        self._run = run
+
+    def on_start(self, event: RunStart) -> None:
+        """What is trained, on what, and from where."""
+        config, run, device = self._config, self._run, jax.local_devices()[0]
+        validation = run.validation
+        say(
+            f"{config.rule} on {config.model}, {config.dataset}: {run.train.labels.shape[0]} "
+            f"training and {run.test.labels.shape[0]} test images"
+            + ("" if validation is None else f", {validation.labels.shape[0]} for validation")
+            + f", {event.steps_per_epoch} steps an epoch, {device.platform} ({device.device_kind}),"
+            f" {'many steps' if run.many_steps else 'one step'} a launch, in {event.folder}"
+            + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
+        )
+        if event.resumed:
+            say(f"resumed at step {event.step}, epoch {event.epochs_done} done")
+
+    def on_epoch(self, event: EpochEnd) -> None:
+        """How the epoch went."""
+        say(epoch_line(event.record, event.epochs), flush=True)
+
+    def on_warning(self, message: str) -> None:
+        """Something that is no error."""
+        say(f"warning: {message}", file=sys.stderr)
+
+
+class _Curves(Callback):
+    """Draws curves.png, now and then and at the end."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._title = f"{config.dataset}, {config.model}, {config.rule}"
+        self._path = pathlib.Path(config.run_folder()) / "curves.png"
+        self._drawn = time.perf_counter()
+
+    def on_epoch(self, event: EpochEnd) -> None:
+        """Draw where some time has passed, or the run has ended."""
+        finished = event.record["epoch"] == event.epochs
+        if finished or time.perf_counter() - self._drawn > _REDRAW_SECONDS:
+            plots.draw_curves(event.records, self._title, self._path)
+            self._drawn = time.perf_counter()
+
+
+class _Bar(Callback):
+    """A progress bar over the images of an epoch; for a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm.tqdm | None = None
+        self._refreshed = time.perf_counter()
+
+    def on_start(self, event: RunStart) -> None:
+        """Note how long an epoch is."""
+        self._batch_size, self._epochs = event.batch_size, event.epochs
+        self._images = event.steps_per_epoch * event.batch_size
+
+    def on_step(self, event: StepEnd) -> None:
+        """Count the images, and now and then show how it goes."""
+        done = event.steps_done * self._batch_size
+        if self._bar is None:
+            self._bar = tqdm.tqdm(
+                desc=f"epoch {event.epoch}/{self._epochs}",
+                total=self._images,
+                unit=" images",
+                leave=False,
+                dynamic_ncols=True,
+            )
+        self._bar.update(done - self._bar.n)
+        if time.perf_counter() - self._refreshed > _REFRESH_SECONDS:
+            self._refreshed = time.perf_counter()
+            loss = float(np.asarray(event.sums.losses)[-1]) / event.steps_done
+            accuracy = 100 * float(np.asarray(event.sums.correct)) / done
+            self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %")
+        if done == self._images:
+            self.on_exit()
+
+    def on_exit(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def layer_losses(losses: list[float]) -> str:
+    """``L1 1.465  L2 0.944``."""
+    return "  ".join(f"L{layer + 1} {loss:.3f}" for layer, loss in enumerate(losses))
+
+
+def epoch_line(record: Record, epochs: int) -> str:
+    """One line that sums up an epoch."""
+    top5 = record["test_top5"]
+    validation = record.get("validation_accuracy")
+    parts = [
+        f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}",
+        f"train loss {record['train_loss']:.4f} acc {record['train_accuracy']:.2f}",
+        "" if validation is None else f"validation Acc@1 {validation:.2f}",
+        f"test loss {record['test_loss']:.4f} Acc@1 {record['test_accuracy']:.2f}"
+        + ("" if top5 is None else f" Acc@5 {top5:.2f}"),
+        f"{record['seconds']:.1f} s, {record['images_per_second']:.0f} images/s",
+        layer_losses(record["layer_loss"]),
+    ]
+    return "  |  ".join(part for part in parts if part)

@@ -1,0 +1,34 @@
+"""Flax Linen blocks, and the wrapper that gives a block its local loss."""
+
+from lls_jax.blocks.linen import (
+    Classifier,
+    ConvBlock,
+    Convolution,
+    DenseBlock,
+    Depthwise,
+    DepthwiseSeparableBlock,
+    Linear,
+    NormalizeActivate,
+    Pointwise,
+    PoolingBlock,
+    running_average,
+)
+from lls_jax.blocks.local import LocalBlock, apply_module, call_options, run_block
+
+__all__ = [
+    "Classifier",
+    "ConvBlock",
+    "Convolution",
+    "DenseBlock",
+    "Depthwise",
+    "DepthwiseSeparableBlock",
+    "Linear",
+    "LocalBlock",
+    "NormalizeActivate",
+    "Pointwise",
+    "PoolingBlock",
+    "apply_module",
+    "call_options",
+    "run_block",
+    "running_average",
+]

@@ -1,0 +1,1 @@
+"""Layers as functions: arrays in, arrays out, no Flax."""

@@ -1,0 +1,243 @@
+"""What a rule is: all that the rest of the library asks of one."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.local_loss import pool_latents
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What all rules have in common, the baselines too. Immutable and hashable.
+
+    A rule of your own is a frozen dataclass that derives from :class:`LocalRule` or
+    :class:`HeadRule`; its fields are its options.
+    """
+
+    @property
+    def name(self) -> str:
+        """What logs and run folders call it."""
+        return type(self).__name__.lower()
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Names of those parameters that no optimizer may touch; a class attribute will do."""
+        return frozenset()
+
+    def init(self, key: jax.Array, activation_shape: tuple[int, ...], pool_size: int) -> Params:
+        """The rule's parameters at a block, learned and fixed; ``{}`` where it has none.
+
+        Args:
+            key: random key.
+            activation_shape: of one example: ``(height, width, channels)``, ``(length, channels)``
+                or ``(features,)``.
+            pool_size: bins along each spatial axis, or along the features.
+        """
+        del key, activation_shape, pool_size
+        return {}
+
+    def at_block(self, index: int, num_blocks: int | None = None) -> "Rule":
+        """The rule of one block.
+
+        Args:
+            index: of the block, from 0.
+            num_blocks: how many there are; None where it is known to fit.
+
+        Raises:
+            ValueError: the rule is made for another number of blocks.
+        """
+        del index, num_blocks
+        return self
+
+    def without_kernels(self) -> "Rule":
+        """The same rule with its losses by XLA, in programs that the compiler cuts into parts.
+
+        Raises:
+            ValueError: the rule names a kernel, which cannot be cut.
+        """
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalRule(Rule):
+    """What a block learns from by itself: a loss of its own activation.
+
+    Attributes:
+        sees: ``"activation"``: the loss is given what the block makes, and pools it itself if it
+            wants to. ``"latents"``: it is given the pooled activation, flattened; the caller pools,
+            in the pass over the activation that normalises it, where the block offers that.
+    """
+
+    sees: ClassVar[Literal["latents", "activation"]] = "activation"
+
+    def loss(
+        self, params: Params, seen: jax.Array, labels: jax.Array, *, pool_size: int | None
+    ) -> jax.Array:
+        """The block's loss, a float32 scalar: the mean over the batch.
+
+        Args:
+            params: from :meth:`init`.
+            seen: the activation, ``[batch, height, width, channels]``, ``[batch, length,
+                channels]`` or ``[batch, features]``; or, where `pool_size` is None and the rule
+                sees latents, the latents, float32 ``[batch, latents]``.
+            labels: integers ``[batch]``.
+            pool_size: bins along each spatial axis, or along the features; None for latents.
+        """
+        raise NotImplementedError
+
+    def observe(self, activation: jax.Array, pool_size: int | None) -> jax.Array:
+        """What the rule sees of an activation: its latents, or the activation itself.
+
+        Args:
+            activation: ``[batch, ...]``; latents already where `pool_size` is None.
+            pool_size: bins along each spatial axis, or along the features.
+        """
+        if self.sees == "activation" or pool_size is None:
+            return activation
+        return pool_latents(activation, pool_size)
+
+    def block_loss(
+        self,
+        params: Params,
+        activation: jax.Array,
+        labels: jax.Array,
+        *,
+        pool_size: int,
+        pooled: jax.Array | None = None,
+    ) -> jax.Array:
+        """:meth:`loss` as a block calls it, whatever the rule sees.
+
+        Args:
+            params: from :meth:`init`.
+            activation: what the block makes.
+            labels: integers ``[batch]``.
+            pool_size: the block's.
+            pooled: the means over the activation's windows, ``[batch, p, p, channels]``, where the
+                block has them already.
+        """
+        if self.sees == "activation":
+            return self.loss(params, activation, labels, pool_size=pool_size)
+        latents = self.observe(activation if pooled is None else pooled, pool_size)
+        return self.loss(params, latents, labels, pool_size=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadRule(LocalRule):
+    """A projection of the latents and a head: a function of one example's scores.
+
+    With ``z`` the latents of an example and ``W`` the projection::
+
+        s = W z,    q = |z|^2,    loss = mean over the batch of head(s, q, params, label)
+
+    Normalisation, modulation, temperature and the cross-entropy are all in the head: with unit
+    latents the scores are ``s / sqrt(q)``.
+    """
+
+    sees: ClassVar[Literal["latents", "activation"]] = "latents"
+
+    def projection(self, params: Params, latent_dim: int) -> jax.Array:
+        """``W``, float32 ``[rows, latents]``; a constant, or from the parameters.
+
+        Args:
+            params: from :meth:`init`.
+            latent_dim: number of latents.
+        """
+        raise NotImplementedError
+
+    def head(
+        self, scores: jax.Array, square: jax.Array, params: Params, label: jax.Array
+    ) -> jax.Array:
+        """The loss of one example, a scalar.
+
+        Args:
+            scores: ``s``, float32 ``[rows]``.
+            square: ``q``, a float32 scalar.
+            params: from :meth:`init`.
+            label: an integer scalar.
+        """
+        raise NotImplementedError
+
+    def loss(
+        self, params: Params, seen: jax.Array, labels: jax.Array, *, pool_size: int | None = None
+    ) -> jax.Array:
+        """The mean of :meth:`head` over the batch; see :meth:`LocalRule.loss`."""
+        latents = self.observe(seen, pool_size)
+        weights = self.projection(params, latents.shape[1])
+        scores = jnp.matmul(latents, weights.T, precision="highest")
+        square = jnp.sum(jnp.square(latents), axis=1)
+        per_example = jax.vmap(self.head, (0, 0, None, 0))(scores, square, params, labels)
+        return jnp.mean(per_example)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerBlock(Rule):
+    """A rule for each block.
+
+    Attributes:
+        rules: one local rule a block, in order.
+    """
+
+    rules: tuple[LocalRule, ...]
+
+    @property
+    def name(self) -> str:
+        """The rules' names, joined by commas."""
+        return ",".join(rule.name for rule in self.rules)
+
+    def at_block(self, index: int, num_blocks: int | None = None) -> Rule:
+        """The rule of one block; see :meth:`Rule.at_block`."""
+        check_count("rules, one a block,", len(self.rules), num_blocks)
+        return self.rules[index].at_block(index, num_blocks)
+
+    def without_kernels(self) -> Rule:
+        """Each rule without its kernels."""
+        return PerBlock(tuple(rule.without_kernels() for rule in self.rules))  # type: ignore[misc]
+
+
+def check_options(num_classes: int, temperature: float = 1.0, label_smoothing: float = 0.0) -> None:
+    """Raise ValueError, naming option and value, for what no rule could use."""
+    if num_classes < 2:
+        raise ValueError(f"`num_classes` is {num_classes}; it must be at least 2.")
+    if not temperature > 0:
+        raise ValueError(f"`temperature` is {temperature}; it must be positive.")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"`label_smoothing` is {label_smoothing}; it must lie in [0, 1).")
+
+
+def check_count(what: str, count: int, num_blocks: int | None) -> None:
+    """Raise ValueError where something that is given for each block is not there for each."""
+    if num_blocks is not None and count != num_blocks:
+        raise ValueError(
+            f"{count} {what} for {num_blocks} blocks; give one for all, or {num_blocks} of them."
+        )
+
+
+def has_local_losses(rule: Rule) -> bool:
+    """Whether blocks learn from losses of their own; not so with ``bp``, ``dfa`` and ``drtp``."""
+    return isinstance(rule, LocalRule | PerBlock)
+
+
+def split_fixed(rule: Rule, params: Params) -> tuple[Params, Params]:
+    """A rule's parameters in two: those that an optimizer trains, and those that stay.
+
+    In a training loop of your own, give an optimizer the first alone, and the rule's loss both
+    together: ``{**trained, **fixed}``.
+
+    Args:
+        rule: the rule.
+        params: from its ``init``.
+
+    >>> from lls_jax import rules
+    >>> rule = rules.make("lls_m_random", num_classes=3)
+    >>> params = rule.init(jax.random.key(0), (8,), pool_size=8)
+    >>> trained, fixed = split_fixed(rule, params)
+    >>> list(trained), list(fixed)
+    (['modulation'], ['feedback'])
+    """
+    fixed = {name: value for name, value in params.items() if name in rule.fixed}
+    return {name: value for name, value in params.items() if name not in fixed}, fixed

@@ -1,0 +1,263 @@
+"""The local step: each block from its own loss, one after another."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lls_jax.blocks import apply_module, run_block
+from lls_jax.layers.ordering import token_of, wait_for
+from lls_jax.models import BlockSpec, Network
+from lls_jax.rules import LocalRule, Rule, has_local_losses
+from lls_jax.steps import sliced
+from lls_jax.steps.block import (
+    BlockOutput,
+    BlockState,
+    apply_gradients,
+    classifier_loss,
+    local_update,
+)
+from lls_jax.steps.state import (
+    CLASSIFIER,
+    Batch,
+    Metrics,
+    Optimizer,
+    TrainState,
+    block_state,
+    join_states,
+    optimizer_of,
+    stack_losses,
+)
+
+
+def update_block(
+    spec: BlockSpec,
+    rule: LocalRule,
+    tx: optax.GradientTransformation,
+    state: BlockState,
+    x: jax.Array,
+    labels: jax.Array,
+    dropout_key: jax.Array,
+    remat_above: int | None = None,
+) -> tuple[BlockState, jax.Array, jax.Array]:
+    """A block's own update, which needs nothing of the blocks above it.
+
+    Args:
+        spec: the block, and what follows it.
+        rule: the block's own.
+        tx: the block's optimizer.
+        state: the block's.
+        x: its input, ``[batch, ...]``.
+        labels: integers ``[batch]``.
+        dropout_key: the block's own, of this step.
+        remat_above: bytes above which a convolution's output is not kept:
+            :mod:`lls_jax.steps.sliced`.
+
+    Returns:
+        The new state, the local loss, and the next block's input: from the activation that was
+        computed before the update.
+    """
+    plan = sliced.plan_block(spec, rule, x, remat_above)
+
+    def apply(params: Any, batch_stats: Any, x: jax.Array, key: jax.Array | None) -> BlockOutput:
+        if plan is not None:
+            return sliced.apply_block(plan, params, batch_stats["block"], x)
+        activation, pooled, stats = run_block(
+            spec.module,
+            params,
+            batch_stats["block"],
+            x,
+            pool_size=spec.pool_size if rule.sees == "latents" else None,
+            rngs={"dropout": key},
+        )
+        return BlockOutput(activation, {"block": stats}, spec.downsample(activation), pooled)
+
+    update = local_update(apply, rule, tx, pool_size=spec.pool_size)
+    state, loss, downsampled = update(state, x, labels, dropout_key)
+    return state, loss, spec.after_pooling(downsampled, dropout_key)
+
+
+def update_classifier(
+    model: Network,
+    tx: optax.GradientTransformation,
+    state: BlockState,
+    features: jax.Array,
+    labels: jax.Array,
+) -> tuple[BlockState, jax.Array, jax.Array]:
+    """The classifier's update on detached features: its new state, its loss, the logits."""
+
+    def logits_loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        logits = model.classify(params, features)
+        return classifier_loss(logits, labels), logits
+
+    (loss, logits), grads = jax.value_and_grad(logits_loss, has_aux=True)(state.params)
+    params, opt_state = apply_gradients(tx, state.opt_state, state.params, grads, loss)
+    return BlockState(params, {}, opt_state), loss, logits
+
+
+def update_last_group(
+    model: Network,
+    tx: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    states: tuple[BlockState, BlockState],
+    x: jax.Array,
+    labels: jax.Array,
+    dropout_key: jax.Array,
+) -> tuple[tuple[BlockState, BlockState], jax.Array, jax.Array]:
+    """The update of a last block that the classifier belongs to, from the classifier's loss.
+
+    Args:
+        model: the network.
+        tx: the block's optimizer and the classifier's.
+        states: the block's and the classifier's.
+        x: the block's input.
+        labels: integers ``[batch]``.
+        dropout_key: the block's own, of this step.
+
+    Returns:
+        The new states, the loss, the logits.
+    """
+    spec = model.specs[-1]
+    block, classifier = states
+
+    def logits_loss(params: Any) -> tuple[jax.Array, Any]:
+        own, classifier_params = params
+        activation, stats = apply_module(
+            spec.module,
+            own["block"],
+            block.batch_stats["block"],
+            jax.lax.stop_gradient(x),
+            train=True,
+            rngs={"dropout": dropout_key},
+        )
+        logits = model.classify(classifier_params, spec.transition(activation, dropout_key))
+        return classifier_loss(logits, labels), (logits, {"block": stats})
+
+    own = {"block": block.params["block"]}
+    (loss, (logits, stats)), grads = jax.value_and_grad(logits_loss, has_aux=True)(
+        (own, classifier.params)
+    )
+    # Its rule's parameters, which no loss reaches, get gradients of 0.
+    grads_block = {**jax.tree.map(jnp.zeros_like, block.params), **grads[0]}
+    params, opt_state = apply_gradients(tx[0], block.opt_state, block.params, grads_block, loss)
+    new_block = BlockState(params, stats, opt_state)
+    params, opt_state = apply_gradients(
+        tx[1], classifier.opt_state, classifier.params, grads[1], loss
+    )
+    return (new_block, BlockState(params, {}, opt_state)), loss, logits
+
+
+class Unit(NamedTuple):
+    """What is updated at once: a block, the classifier, or a last block together with it.
+
+    Attributes:
+        names: of the states that it updates.
+        update: ``update(states, x, labels, key, step) -> (states, losses, x)``: a pure function;
+            `key` is the run's. The last unit's `x` are the logits, and its last loss is the
+            classifier's.
+    """
+
+    names: tuple[str, ...]
+    update: Callable[..., Any]
+
+
+def make_units(
+    model: Network, rule: Rule, tx: Optimizer, remat_above: int | None = None
+) -> list[Unit]:
+    """A network's updates in order, each of which needs nothing of those after it.
+
+    The step on one device runs them in one program, a pipeline each on its device.
+
+    Args:
+        model: the network.
+        rule: a local rule, or one a block.
+        tx: the optimizer, or one a block.
+        remat_above: as of :func:`lls_jax.training.make_train_step`.
+
+    Raises:
+        ValueError: the rule's blocks have no losses of their own.
+    """
+    if not has_local_losses(rule):
+        raise ValueError(
+            f"rule {rule.name!r} has no local losses, so that its blocks cannot learn by "
+            "themselves; a pipeline takes a local rule."
+        )
+
+    def block_unit(index: int, name: str, spec: BlockSpec, own_rule: LocalRule) -> Unit:
+        own_tx = optimizer_of(tx, name)
+
+        def update(states: Any, x: Any, labels: Any, key: Any, step: Any) -> Any:
+            block_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+            state, loss, x = update_block(
+                spec,
+                own_rule,
+                own_tx,
+                states[0],
+                x.astype(model.dtype),
+                labels,
+                block_key,
+                remat_above,
+            )
+            return (state,), loss[None], x
+
+        return Unit((name,), update)
+
+    def classifier_unit() -> Unit:
+        def update(states: Any, x: Any, labels: Any, key: Any, step: Any) -> Any:
+            del key, step
+            state, loss, logits = update_classifier(
+                model, optimizer_of(tx, CLASSIFIER), states[0], x, labels
+            )
+            return (state,), loss[None], logits
+
+        return Unit((CLASSIFIER,), update)
+
+    def last_group_unit(index: int, name: str) -> Unit:
+        own_tx = optimizer_of(tx, name), optimizer_of(tx, CLASSIFIER)
+
+        def update(states: Any, x: Any, labels: Any, key: Any, step: Any) -> Any:
+            block_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+            states, loss, logits = update_last_group(
+                model, own_tx, states, x.astype(model.dtype), labels, block_key
+            )
+            return states, loss[None], logits
+
+        return Unit((name, CLASSIFIER), update)
+
+    rows = list(zip(model.block_names, model.specs, model.block_rules(rule)))
+    alone = len(rows) - model.classifier_in_last_group
+    units = [block_unit(index, *row) for index, row in enumerate(rows[:alone])]
+    last = last_group_unit(alone, rows[-1][0]) if alone < len(rows) else classifier_unit()
+    return [*units, last]
+
+
+def local_step(
+    model: Network,
+    rule: Rule,
+    tx: Optimizer,
+    state: TrainState,
+    batch: Batch,
+    *,
+    remat_above: int | None = None,
+    in_order: bool = True,
+) -> tuple[TrainState, Metrics]:
+    """One step of all blocks and the classifier; see :func:`lls_jax.training.make_train_step`."""
+    *blocks, last = make_units(model, rule, tx, remat_above)
+    x, labels = batch["image"], batch["label"]
+    states: dict[str, BlockState] = {}
+    losses: list[jax.Array] = []
+    below: BlockState | None = None
+    for unit in blocks:
+        (own,) = (block_state(state, name) for name in unit.names)
+        if in_order and below is not None:
+            # The block below has its gradient, and what it was taken from is free again.
+            own = own._replace(params=wait_for(token_of(below.params), own.params))
+        (below,), loss, x = unit.update((own,), x, labels, state.key, state.step)
+        states[unit.names[0]] = below
+        losses.append(loss[0])
+    own_states = tuple(block_state(state, name) for name in last.names)
+    new, loss, logits = last.update(own_states, x, labels, state.key, state.step)
+    states.update(zip(last.names, new))
+    metrics = {"layer_loss": stack_losses(losses), "loss": loss[0], "logits": logits}
+    return join_states(states, state.step + 1, state.key), metrics

@@ -1,0 +1,98 @@
+"""The compiled step of a rule, and prediction."""
+
+import functools
+from typing import Any
+
+import jax
+
+from lls_jax.models import Network
+from lls_jax.rules import Backpropagation, DirectFeedback, Rule
+from lls_jax.steps.averaging import is_schedule_free
+from lls_jax.steps.backpropagation import backpropagation_step
+from lls_jax.steps.feedback import feedback_step
+from lls_jax.steps.local import local_step
+from lls_jax.steps.state import Optimizer, TrainState, TrainStep
+
+
+def make_train_step(
+    model: Network,
+    rule: Rule,
+    tx: Optimizer,
+    *,
+    remat_above: int | None = None,
+    in_order: bool = True,
+    donate: bool = True,
+) -> TrainStep:
+    """The jit-compiled update of a whole network.
+
+    With a local rule it walks block by block: the gradient of the block's own loss with respect to
+    the block's own parameters, their update, then the next block, on the activation computed
+    before that update. No gradient toward a block's input is ever computed. With ``bp`` one
+    gradient of the classifier's loss updates everything; with ``dfa`` and ``drtp`` every block gets
+    a random projection of the output's error or of the target.
+
+    Args:
+        model: from :func:`lls_jax.models.make`.
+        rule: from :func:`lls_jax.rules.make`, or your own.
+        tx: what the state was created with: an optax transformation, or one a block.
+        remat_above: bytes; a convolution whose output takes more is computed again, in slices of
+            the batch, instead of keeping it (:mod:`lls_jax.steps.sliced`). None keeps every one.
+            Local rules only.
+        in_order: whether a local block waits for the gradient of the block below, so that its
+            memory is free. Without, sums of gradients over devices may go on meanwhile.
+        donate: whether the step takes the memory of the state that it is given, which is of no use
+            afterwards. False where you want to go back to it, as in a notebook.
+
+    Returns:
+        ``step(state, batch) -> (state, metrics)``. `batch` has ``image``, normalised
+        ``[batch, height, width, channels]``, and ``label``, integers ``[batch]``. `metrics` has
+        ``layer_loss`` ``[local blocks]`` (none for baselines), ``loss``, the classifier's, and
+        ``logits`` ``[batch, classes]``.
+
+    >>> from lls_jax import models, rules
+    >>> model = models.make("small_conv", num_classes=10)
+    >>> rule, tx = rules.make("lls", num_classes=10), optax.sgd(0.1)
+    >>> images, labels = jnp.ones((4, 8, 8, 3)), jnp.arange(4)
+    >>> state = create_train_state(model, rule, tx, jax.random.key(0), images)
+    >>> state, metrics = make_train_step(model, rule, tx)(state, {"image": images, "label": labels})
+    >>> int(state.step), metrics["layer_loss"].shape
+    (1, (4,))
+    """
+    step: Any = functools.partial(local_step, remat_above=remat_above, in_order=in_order)
+    if isinstance(rule, Backpropagation):
+        step = backpropagation_step
+    elif isinstance(rule, DirectFeedback):
+        step = feedback_step
+    return jax.jit(functools.partial(step, model, rule, tx), donate_argnums=0 if donate else ())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(model: Network, params: Any, batch_stats: Any, image: jax.Array) -> jax.Array:
+    return model.apply(params, batch_stats, image)[0]
+
+
+def predict(model: Network, state: TrainState, image: jax.Array) -> jax.Array:
+    """Logits in evaluation mode, from the state's own weights and running statistics.
+
+    Args:
+        model: the state's model.
+        state: a state from before training, one whose optimizer averages no weights, or what
+            :func:`lls_jax.evaluation.evaluation_state` gives.
+        image: normalised, ``[batch, height, width, channels]``.
+
+    Returns:
+        float32 ``[batch, classes]``.
+
+    Raises:
+        ValueError: the image does not fit, or the state is one that is being trained by a
+            schedule-free optimizer: its weights are those at which gradients are taken, with which
+            every answer would be wrong.
+    """
+    model.check_image(image.shape)
+    if is_schedule_free(state.opt_state) and int(state.step):
+        raise ValueError(
+            f"`state` is after {int(state.step)} steps of a schedule-free optimizer, whose weights "
+            "are not those to judge; predict with `lls_jax.evaluation.evaluation_state(model, "
+            "state, image_batches)`, with a few batches of training images."
+        )
+    return _predict(model, state.params, state.batch_stats, image)

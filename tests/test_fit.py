@@ -1,0 +1,273 @@
+"""Training from Python: arrays and batches, validation, callbacks, resuming, optimizers."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lls_jax import evaluation, fit, models, rules, training
+from lls_jax.blocks import DenseBlock
+from lls_jax.data import Split, batches
+from lls_jax.errors import UserError
+from lls_jax.models import BlockSpec, Network
+from lls_jax.optimizers import schedule_free_adamw
+from lls_jax.runs.callbacks import Callback, EarlyStopping
+
+CLASSES = 3
+RULE = rules.LLS(num_classes=CLASSES, modulation="matrix")
+MODEL = Network(
+    "two",
+    CLASSES,
+    (BlockSpec(DenseBlock(12), pool_size=12), BlockSpec(DenseBlock(8), pool_size=8)),
+)
+TX = schedule_free_adamw(1e-2)
+
+
+def blobs(count, seed=0):
+    """Feature vectors around a centre of each class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, count)
+    centres = 2 * np.random.default_rng(7).normal(size=(CLASSES, 6))
+    return (centres[labels] + rng.normal(size=(count, 6))).astype(np.float32), labels
+
+
+def batches_of(examples, size):
+    images, labels = examples
+    return [
+        {"image": images[i : i + size], "label": labels[i : i + size]}
+        for i in range(0, len(labels) - size + 1, size)
+    ]
+
+
+def assert_equal(a, b):
+    a, b = (
+        state._replace(key=jax.random.key_data(state.key), opt_state=jax.tree.leaves(s.opt_state))
+        for state, s in ((a, a), (b, b))
+    )
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+class Heard(Callback):
+    """Notes what it is told."""
+
+    def __init__(self, stop_at=None):
+        self.events, self.stop_at = [], stop_at
+
+    def on_start(self, event):
+        self.events.append(("start", event.step, event.resumed))
+
+    def on_step(self, event):
+        self.events.append(("step", event.step, event.epoch, event.steps_done))
+        assert event.metrics["layer_loss"].shape == (2,)
+        return event.step == self.stop_at
+
+    def on_epoch(self, event):
+        self.events.append(("epoch", event.record["epoch"], len(event.records)))
+
+    def on_checkpoint(self, step):
+        self.events.append(("checkpoint", step))
+
+    def on_exit(self):
+        self.events.append(("exit",))
+
+
+def test_arrays_are_learned_and_what_comes_back_predicts():
+    train, test = blobs(90), blobs(45, seed=1)
+    result = fit(MODEL, RULE, TX, train=train, test=test, epochs=4, batch_size=15)
+    assert [record["epoch"] for record in result.records] == [1, 2, 3, 4]
+    last = result.records[-1]
+    assert last["test_accuracy"] > 85 and last["train_loss"] < result.records[0]["train_loss"]
+    logits = training.predict(MODEL, result.evaluation, jnp.asarray(test[0]))
+    accuracy = 100 * float(np.mean(np.argmax(logits, 1) == test[1]))
+    assert accuracy == pytest.approx(last["test_accuracy"])
+    judged = evaluation.evaluate(MODEL, result.evaluation, test)
+    assert judged.accuracy == pytest.approx(accuracy)
+    # The weights at which gradients are taken answer wrongly, and are refused.
+    for ask in (
+        lambda: training.predict(MODEL, result.state, jnp.asarray(test[0])),
+        lambda: evaluation.evaluate(MODEL, result.state, test),
+    ):
+        with pytest.raises(ValueError, match="after 24 steps of a schedule-free optimizer"):
+            ask()
+
+
+def test_the_loop_is_a_plain_loop_over_the_step():
+    """Batches in a list are an explicit loop over :func:`lls_jax.training.make_train_step`."""
+    made = batches_of(blobs(60), 15)
+    result = fit(MODEL, RULE, TX, train=made, epochs=2, seed=3)
+    key, _ = jax.random.split(jax.random.key(3))
+    state = training.create_train_state(MODEL, RULE, TX, key, jnp.zeros((1, 6)))
+    step, losses = training.make_train_step(MODEL, RULE, TX), []
+    for batch in itertools.chain(made, made):
+        state, metrics = step(state, jax.tree.map(jnp.asarray, batch))
+        losses.append(float(metrics["loss"]))
+    assert_equal(result.state, state)
+    assert result.records[1]["train_loss"] == pytest.approx(np.mean(losses[4:]), rel=1e-5)
+    assert "test_accuracy" not in result.records[0] and result.best_epoch is None
+
+
+def test_batches_may_come_from_a_function_or_an_endless_iterator():
+    made = batches_of(blobs(60), 15)
+    whole = fit(MODEL, RULE, TX, train=made, epochs=2)
+    by_epoch = fit(MODEL, RULE, TX, train=lambda epoch: made, steps_per_epoch=4, epochs=2)
+    endless = fit(MODEL, RULE, TX, train=itertools.cycle(made), steps_per_epoch=4, epochs=2)
+    assert_equal(whole.state, by_epoch.state)
+    assert_equal(whole.state, endless.state)
+
+
+def test_the_best_epoch_is_chosen_by_the_validation_examples():
+    images, labels = blobs(90)
+    wrong = (labels[60:] + 1) % CLASSES
+    examples = images, np.concatenate([labels[:60], wrong])
+    options = {"test": blobs(45, seed=1), "epochs": 8, "batch_size": 15}
+    held_out = fit(MODEL, RULE, TX, train=examples, validation=30, **options)
+    given = fit(
+        MODEL,
+        RULE,
+        TX,
+        train=(images[:60], labels[:60]),
+        validation=(images[60:], wrong),
+        **options,
+    )
+    assert_equal(held_out.state, given.state)
+    accuracies = [record["validation_accuracy"] for record in held_out.records]
+    best = max(range(8), key=lambda epoch: (accuracies[epoch], epoch)) + 1
+    assert held_out.best_epoch == given.best_epoch == best
+    # Held-out labels are wrong: who trains on them, or chooses by the test images, differs.
+    assert accuracies[-1] < 50 < held_out.records[-1]["test_accuracy"]
+
+
+def test_a_run_in_a_folder_is_told_stopped_resumed_and_extended(tmp_path):
+    options = {"train": blobs(60), "test": blobs(30, seed=1), "batch_size": 15}
+    whole = fit(MODEL, RULE, TX, epochs=3, **options)
+    heard = Heard(stop_at=6)
+    stopped = fit(MODEL, RULE, TX, epochs=2, workdir=tmp_path / "run", callbacks=[heard], **options)
+    assert stopped.stopped == 1 and int(stopped.state.step) == 6
+    assert heard.events == [
+        ("start", 0, False),
+        *(("step", step, 1, step) for step in range(1, 5)),
+        ("epoch", 1, 1),
+        ("checkpoint", 4),
+        ("step", 5, 2, 1),
+        ("step", 6, 2, 2),
+        ("checkpoint", 6),
+        ("exit",),
+    ]
+    heard = Heard()
+    fit(MODEL, RULE, TX, epochs=2, workdir=tmp_path / "run", callbacks=[heard], **options)
+    assert heard.events[:2] == [("start", 6, True), ("step", 7, 2, 3)]
+    extended = fit(MODEL, RULE, TX, epochs=3, workdir=tmp_path / "run", **options)
+    assert_equal(extended.state, whole.state)
+    for ours, theirs in zip(extended.records, whole.records, strict=True):
+        for name in ("train_loss", "test_loss", "test_accuracy", "layer_loss"):
+            assert ours[name] == theirs[name]
+    for changed in ({"seed": 1}, {"batch_size": 20}):
+        with pytest.raises(UserError, match=f"other settings .{next(iter(changed))} .* there"):
+            fit(
+                *(MODEL, RULE, TX),
+                **{"epochs": 3, "workdir": tmp_path / "run", **options, **changed},
+            )
+    with pytest.raises(UserError, match="epochs 3 there, 2 here"):
+        fit(MODEL, RULE, TX, epochs=2, workdir=tmp_path / "run", **options)
+
+
+def test_early_stopping_stops_and_stays_stopped(tmp_path):
+    options = {"train": blobs(60), "test": blobs(30, seed=1), "batch_size": 15, "epochs": 60}
+    first = fit(MODEL, RULE, TX, early_stopping=2, workdir=tmp_path / "run", **options)
+    accuracies = [record["test_accuracy"] for record in first.records]
+    assert len(accuracies) < 60 and max(accuracies[:-2]) >= max(accuracies[-2:])
+    again = fit(MODEL, RULE, TX, early_stopping=2, workdir=tmp_path / "run", **options)
+    assert_equal(first.state, again.state)
+    with pytest.raises(ValueError, match="`patience` is 0"):
+        EarlyStopping(0)
+
+
+@pytest.mark.parametrize("rule_name", ["lls_mxm", "bp", "drtp"])
+def test_blocks_may_differ_in_their_optimizers(rule_name):
+    rule = rules.make(rule_name, num_classes=CLASSES)
+    names = [*MODEL.block_names, "classifier"]
+    options = {"train": blobs(60), "epochs": 1, "batch_size": 15}
+    frozen = {name: optax.sgd(0.0 if name == "block_0" else 0.1) for name in names}
+    by_name = fit(MODEL, rule, frozen, **options)
+    by_function = fit(MODEL, rule, lambda name: frozen[name], **options)
+    assert_equal(by_name.state, by_function.state)
+    plain = fit(MODEL, rule, optax.sgd(0.1), **options)
+    start = fit(MODEL, rule, optax.sgd(0.0), **options)
+
+    def same(a, b, name):
+        pairs = zip(*(jax.tree.leaves(s.state.params[name]["block"]) for s in (a, b)))
+        return all(np.array_equal(x, y) for x, y in pairs)
+
+    assert same(by_name, start, "block_0") and not same(plain, start, "block_0")
+    # What block 1 learns from does not depend on who trains block 0, but its input does.
+    assert not same(by_name, start, "block_1")
+    with pytest.raises(ValueError, match="no optimizer for 'classifier'"):
+        fit(MODEL, rule, {name: frozen[name] for name in MODEL.block_names}, **options)
+
+
+def test_a_clip_by_the_norm_stays_inside_the_block():
+    """The first block's update does not depend on the size of another block's gradient."""
+    batch = jax.tree.map(jnp.asarray, batches_of(blobs(15), 15)[0])
+    tx = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
+    state = training.create_train_state(MODEL, RULE, tx, jax.random.key(0), batch["image"])
+    after, _ = training.make_train_step(MODEL, RULE, tx, donate=False)(state, batch)
+    for name in (*MODEL.block_names, "classifier"):
+        moved = jax.tree.map(jnp.subtract, after.params[name], state.params[name])
+        assert float(optax.global_norm(moved)) == pytest.approx(1e-3, rel=1e-3)
+    # Nothing was donated: the state before is still there.
+    assert np.isfinite(float(optax.global_norm(state.params)))
+
+
+def test_images_of_bytes_are_normalised_by_themselves_or_by_a_description():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 8, 8, 3), np.uint8)
+    labels = rng.integers(0, CLASSES, 40)
+    model = models.make("small_conv", num_classes=CLASSES)
+    options = {"epochs": 1, "batch_size": 20, "test": (images, labels)}
+    ours = fit(model, RULE, TX, train=(images, labels), **options)
+    pixels = images.astype(np.float64) / 255
+    np.testing.assert_allclose(ours.spec.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(ours.spec.std, pixels.std((0, 1, 2)), rtol=1e-5)
+    judged = evaluation.evaluate(model, ours.evaluation, (images, labels), spec=ours.spec)
+    assert judged.accuracy == pytest.approx(ours.records[-1]["test_accuracy"])
+    with pytest.raises(ValueError, match="`spec` is None and the images are uint8"):
+        evaluation.evaluate(model, ours.evaluation, (images, labels))
+    other = dataclasses.replace(ours.spec, mean=(0.0,) * 3)
+    theirs = fit(model, RULE, TX, train=(images, labels), spec=other, **options)
+    assert theirs.records[0]["train_loss"] != ours.records[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"epochs": 0}, "`epochs` is 0"),
+        ({"train": blobs(9)[0]}, "a training batch is a ndarray; expected a dict"),
+        ({"train": (blobs(9)[0], blobs(8)[1])}, "`train` has 9 images and 8 labels"),
+        ({"train": (blobs(9)[0], blobs(9)[1] + 1)}, "labels of `train` go from 1 to 3"),
+        ({"train": (blobs(9)[0].astype(int), blobs(9)[1])}, "dtype int64; expected uint8"),
+        ({"batch_size": 99}, "`batch_size` is 99, but there are only 60"),
+        ({"validation": 60}, "60 examples are to be held out"),
+        ({"test": (blobs(9)[0], blobs(9)[1].astype(float))}, "labels of `test` have .* float64"),
+        ({"train": batches_of(blobs(30), 15), "validation": 5}, "`validation` is a number"),
+        ({"train": iter(batches_of(blobs(30), 15))}, "`steps_per_epoch` is None"),
+        ({"steps_a_launch": "few"}, "`steps_a_launch` is 'few'"),
+    ],
+)
+def test_wrong_arguments_are_named(changed, message):
+    options = {"train": blobs(60), "epochs": 1, "batch_size": 15, **changed}
+    with pytest.raises(ValueError, match=message):
+        fit(MODEL, RULE, TX, **options)
+
+
+def test_many_steps_a_launch_are_the_same_steps():
+    images, labels = blobs(60)
+    train = batches.to_device(Split(images, labels.astype(np.int32)))
+    options = {"train": train, "epochs": 2, "batch_size": 15}
+    one = fit(MODEL, RULE, optax.sgd(0.1), steps_a_launch="one", **options)
+    many = fit(MODEL, RULE, optax.sgd(0.1), steps_a_launch="many", **options)
+    for a, b in zip(jax.tree.leaves(one.state.params), jax.tree.leaves(many.state.params)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
