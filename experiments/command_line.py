@@ -145,8 +145,8 @@ def train_command(dataset: str, description: str) -> None:
     if config.coordinator is not None:
         leave = abort_message.prepare(
             "error: this process of the run was ended: it did not connect to the others at "
-            f"coordinator {config.coordinator}, one of them was killed, or the network between them "
-            "failed; "
+            f"coordinator {config.coordinator}, one of them was killed, or the network between "
+            "them failed; "
             "see what the others say. Start the same run again, with any number of processes, to "
             "resume it from its newest checkpoint."
         )

@@ -39,8 +39,10 @@ def _row(name: str, folder: pathlib.Path, records: list[dict[str, Any]]) -> dict
     import statistics
 
     from experiments.run_config import read_config
+    from lls_jax.runs.callbacks import selection_accuracy
 
     config = read_config(folder)
+    best = max(records, key=lambda record: (selection_accuracy(record), record["epoch"]))
     environment = json.loads((folder / "environment.json").read_text())
     return {
         "run": name,
@@ -49,7 +51,7 @@ def _row(name: str, folder: pathlib.Path, records: list[dict[str, Any]]) -> dict
         "rule": config.rule,
         "epochs": records[-1]["epoch"],
         "test_accuracy": records[-1]["test_accuracy"],
-        "best_accuracy": max(record["test_accuracy"] for record in records),
+        "best_accuracy": best["test_accuracy"],
         "test_loss": records[-1]["test_loss"],
         "layer_loss": records[-1]["layer_loss"],
         "seconds": records[-1]["total_seconds"],

@@ -114,7 +114,7 @@ class TrainConfig:
     which run this command: HOST:PORT at which process 0 listens, with --num-processes and
     --process-id; or auto: as the cluster tells (Slurm, Open MPI, Kubernetes)."""
     num_processes: int | None = None
-    """How many processes meet at --coordinator."""
+    """How many processes connect at --coordinator."""
     process_id: int | None = None
     """Which of them this is, from 0; process 0 writes the run's files."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Reload a run's checkpoint and judge it on the test images."""
+"""Reload a run's checkpoint and evaluate it on the test images."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from lls_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Judge a checkpoint: loss, top-1, top-5, accuracy by class, confusion matrix."""
+    """Evaluate a checkpoint: loss, top-1, top-5, accuracy by class, confusion matrix."""
 
     workdir: str
     """Folder of the run."""
@@ -57,7 +57,7 @@ def _choose(manager: Any, wanted: str) -> int:
 
 
 def restore(folder: pathlib.Path, task: Any, wanted: str) -> tuple[int, Any, dict[str, Any]]:
-    """A run's weights and statistics to judge.
+    """A run's weights and statistics to evaluate.
 
     Args:
         folder: of the run.
@@ -93,7 +93,7 @@ def restore(folder: pathlib.Path, task: Any, wanted: str) -> tuple[int, Any, dic
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    """Judge a checkpoint and say how it did; returns the exit status."""
+    """Evaluate a checkpoint and say how it did; returns the exit status."""
     from experiments import plots
     from experiments.run_config import read_config
     from experiments.setup import load_split, make_task, prepare_data

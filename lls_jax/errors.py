@@ -26,7 +26,7 @@ class DivergedError(UserError):
 
 
 class ProcessesError(UserError):
-    """Several processes could not meet, or one was lost; the message says what to do."""
+    """Several processes could not connect, or one was lost; the message says what to do."""
 
 
 class TorchFileError(UserError):

@@ -1,4 +1,4 @@
-"""Judging a network: which weights and statistics to judge, and how good they are."""
+"""Evaluating a network: with which weights and statistics, and how good they are."""
 
 from lls_jax.runs.evaluate import Evaluation, evaluate
 from lls_jax.steps.averaging import (

@@ -26,7 +26,7 @@ def schedule_free_adamw(
         y    = (1 - c_k) y + c_k z + lr_k (b1 (1 - c_k) - 1) g'
         z    = z - lr_k g'
 
-    with the `z` before the step in both. The weights to judge are their average,
+    with the `z` before the step in both. The weights to evaluate are their average,
     ``x = y + (1 - 1 / b1) (z - y)``: :func:`lls_jax.evaluation.evaluation_state` finds it in a
     training state, ``optax.contrib.schedule_free_eval_params`` in this transformation's own state.
 

@@ -91,7 +91,7 @@ def initialize(
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ProcessesError(
-            f"the processes did not meet at {coordinator} ({reason}); check that process 0 runs "
+            f"the processes did not connect at {coordinator} ({reason}); check that process 0 runs "
             "there, and that nothing has touched a device before, and start all of them again."
         ) from error
     yield

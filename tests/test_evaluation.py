@@ -109,10 +109,11 @@ def test_a_convolution_of_flax_is_a_local_block():
 
 def test_networks_of_ones_own_take_images_and_feature_vectors():
     model = Network("own", CLASSES, (BlockSpec(DenseBlock(6), pool_size=6),))
-    state = learn(model, jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32))
+    image = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32)
+    state = evaluation.evaluation_state(model, learn(model, image), [image])
     assert training.predict(model, state, jnp.ones((3, 5))).shape == (3, CLASSES)
-    with pytest.raises(ValueError, match=r"shape \(3, 5, 1\); expected .* or \[batch, features\]"):
-        training.predict(model, state, jnp.ones((3, 5, 1)))
+    with pytest.raises(ValueError, match=r"shape \(3, 5, 1, 2, 2\); expected .*batch, features"):
+        training.predict(model, state, jnp.ones((3, 5, 1, 2, 2)))
     fixed = dataclasses.replace(model, smallest_image=4)
     with pytest.raises(ValueError, match=r"expected \[batch, height, width, channels\]"):
         training.predict(fixed, state, jnp.ones((3, 5)))

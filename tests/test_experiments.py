@@ -357,6 +357,26 @@ def test_many_steps_a_launch_are_the_same_however_they_are_cut(tmp_path, monkeyp
         np.testing.assert_allclose(ours["layer_loss"], theirs["layer_loss"], rtol=1e-2)
 
 
+def test_the_best_epoch_is_chosen_by_images_that_are_held_out(tmp_path, capsys):
+    config = tiny(
+        tmp_path, validation_examples=24, clip_norm=1.0, warmup_epochs=1, schedule="cosine",
+        patience=2,
+    )  # fmt: skip
+    assert train.train_and_evaluate(config) == 0
+    printed = capsys.readouterr().out
+    assert "64 training and 40 test images, 24 for validation" in printed
+    assert "% of the validation images after epoch" in printed
+    records = results(tmp_path)
+    assert all("validation_loss" in record for record in records)
+    best = max(records, key=lambda record: (record["validation_accuracy"], record["epoch"]))
+    evaluate.evaluate(evaluate.EvaluateConfig(str(tmp_path), json=True))
+    report = json.loads(capsys.readouterr().out)
+    assert report["epoch"] == best["epoch"]
+    assert report["accuracy"] == pytest.approx(best["test_accuracy"])
+    with pytest.raises(UserError, match="1437 training examples 1 to 1436 can be"):
+        train.train_and_evaluate(tiny(tmp_path / "all", validation_examples=1437, batch_size=1))
+
+
 # --- evaluate, compare, benchmark --------------------------------------------------------------
 
 

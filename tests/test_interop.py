@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from experiments import evaluate, export_lls_dnn, import_lls_dnn, run_config, train
 from experiments.config import TrainConfig
 from lls_jax import interop, models, rules, training
-from lls_jax.errors import TorchFileError
-from lls_jax.interop import UserError, torch_files
+from lls_jax.errors import TorchFileError, UserError
+from lls_jax.interop import torch_files
 
 CLASSES = 5
 TX = optax.sgd(0.1)

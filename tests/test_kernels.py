@@ -16,9 +16,9 @@ import pytest
 
 from lls_jax import models, rules, training
 from pallas_kernels import local_loss, timing, tune
-from pallas_kernels.local_loss import config, fused, pallas_triton, shapes
+from pallas_kernels.local_loss import config, gradient, pallas_triton, shapes
 
-STATICS = fused.Statics(pool_size=0, temperature=0.5, label_smoothing=0.1, normalize=True)
+STATICS = gradient.LossOptions(pool_size=0, temperature=0.5, label_smoothing=0.1, normalize=True)
 MAX_SHARED = 99 * 1024
 ARCHITECTURES = [90, *(pytest.param(number, marks=pytest.mark.exhaustive) for number in (80, 100))]
 # Beside the published layers: many classes, reduced bases, half precision, odd sizes.

@@ -25,3 +25,23 @@ def test_the_plain_jax_example_learns():
         losses.append(float(loss))
     assert losses[-1] < losses[0] - 0.02
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(layers))
+
+
+def test_the_fit_example_trains_and_predicts():
+    (code,) = re.findall(r"<!-- example: fit -->\n```python\n(.*?)```", README.read_text(), re.S)
+    rng = np.random.default_rng(0)
+    # Bright and dark images, more or less.
+    labels, test_labels = rng.integers(0, 10, 400), rng.integers(0, 10, 50)
+    images, test_images = (
+        (20 * own[:, None, None, None] + rng.integers(0, 60, (len(own), 8, 8, 3))).astype(np.uint8)
+        for own in (labels, test_labels)
+    )
+    scope = {
+        **{"images": images, "labels": labels, "floats": jnp.ones((2, 8, 8, 3))},
+        **{"test_images": test_images, "test_labels": test_labels},
+    }
+    exec(code, scope)
+    assert scope["logits"].shape == (2, 10)
+    records = scope["result"].records
+    assert len(records) == 5 and records[-1]["train_loss"] < records[0]["train_loss"]
+    assert {"validation_accuracy", "test_accuracy"} <= set(records[0])

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from experiments.config import TrainConfig
 from lls_jax import models, rules, training
 from lls_jax.blocks import ConvBlock, LocalBlock
 from lls_jax.errors import UserError
+from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -238,6 +240,129 @@ def test_a_fixed_matrix_is_neither_trained_nor_decayed(name):
         assert ("modulation" in new) == (name in ("lls_m_random", "lls_mxm_random"))
         if "modulation" in new:
             assert not np.array_equal(old["modulation"], new["modulation"])
+
+
+def test_a_fixed_matrix_is_no_parameter_of_a_block_in_anybodys_loop():
+    """AdamW decays whatever is a parameter; a random basis is none."""
+    batch = make_batch()
+    block = LocalBlock(ConvBlock(4), rule=make_rule("lls_m_random"), pool_size=2)
+    variables = block.init(jax.random.key(0), batch["image"])
+    assert set(variables["params"]["rule"]) == {"modulation"}
+    assert set(variables["fixed"]["rule"]) == {"feedback"}
+
+    def loss(params):
+        (_, loss), _ = block.apply(
+            {**variables, "params": params}, batch["image"], batch["label"],
+            train=True, mutable=["batch_stats"],
+        )  # fmt: skip
+        return loss
+
+    tx = optax.adamw(1e-2, weight_decay=0.5)
+    params, opt_state = variables["params"], tx.init(variables["params"])
+    first = float(loss(params))
+    for _ in range(10):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    assert loss(params) < first
+    # In a loop of plain JAX the two are taken apart by hand.
+    rule = make_rule("lls_m_random")
+    trained, fixed = rules.split_fixed(rule, rule.init(jax.random.key(0), (8,), 8))
+    assert (list(trained), list(fixed)) == (["modulation"], ["feedback"])
+    assert rules.split_fixed(make_rule("lls_mxm"), {"modulation": 1}) == ({"modulation": 1}, {})
+
+
+HEADS = [name for name in rules.NAMES if isinstance(make_rule(name), rules.HeadRule)]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.2, "label_smoothing": 0.1}])
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_is_the_loss(name, options):
+    """What a head says of one example is what the op computes of a batch, gradients too."""
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    rule = make_rule(name, **options)
+    activation = jnp.asarray(rng.normal(size=(6, 4, 4, 3)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, CLASSES, 6), jnp.int32)
+    params = rule.init(jax.random.key(seed), (4, 4, 3), 2)
+    params = jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32), params)
+
+    def of(loss):
+        return jax.value_and_grad(
+            lambda params, a: loss(rule, params, a, labels, pool_size=2), argnums=(0, 1)
+        )(params, activation)
+
+    ours, theirs = of(rules.HeadRule.loss), of(type(rule).loss)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    # Latents that are pooled already, and without a size.
+    latents = rule.observe(activation, 2)
+    assert latents.shape == (6, 12)
+    pooled = rule.loss(params, latents, labels, pool_size=None)
+    np.testing.assert_allclose(pooled, ours[0], rtol=1e-5)
+
+
+class Pools(nn.Module):
+    """A block with fields of names that a library might probe for."""
+
+    pools: tuple = (2, 2)
+    init_for: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(nn.Conv(4, self.pools)(x))
+
+
+def test_rules_are_classes_and_blocks_may_have_any_fields():
+    assert rules.LLS(num_classes=CLASSES, modulation="matrix") == make_rule("lls_mxm")
+    assert rules.PredSim(CLASSES, similarity_weight=0.5) == make_rule(
+        "predsim", similarity_weight=0.5
+    )
+    batch = make_batch()
+    # A rule that sees latents, and one that sees the activation.
+    for rule in (make_rule("lls_mxm"), rules.PredSim(CLASSES)):
+        block = LocalBlock(Pools(), rule=rule, pool_size=2)
+        variables = block.init(jax.random.key(0), batch["image"])
+        activation, loss = block.apply(variables, batch["image"], batch["label"], train=True)
+        assert activation.shape == (8, 8, 8, 4) and np.isfinite(loss)
+    for wrong, message in (
+        (lambda: rules.LLS(num_classes=1), "`num_classes` is 1"),
+        (lambda: rules.LLS(CLASSES, temperature=0.0), "`temperature` is 0.0"),
+        (lambda: rules.LLS(CLASSES, waveform="round"), "unknown waveform 'round'"),
+        (lambda: rules.LLS(CLASSES, basis_rows=3), "`basis_rows` is 3 with modulation 'none'"),
+        (lambda: rules.Decoupled(CLASSES, label_smoothing=1.0), "`label_smoothing` is 1.0"),
+        (lambda: rules.RandomLLS(CLASSES, hidden_dim=(4, 4)).at_block(0, 3), "2 widths of the"),
+        (lambda: rules.RandomLLS(CLASSES, hidden_dim=(4, 4)).init(None, (4,), 4), "one a block"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            wrong()
+
+
+@pytest.mark.parametrize("name", ["lls_mxm", "lls_m_random", "predsim"])
+def test_the_update_of_one_block_in_plain_jax_is_the_step_of_a_network(name):
+    """Tokens, features: whatever `apply` gives. The network has one block, of the same weights."""
+    rule, tx = make_rule(name), optax.adam(1e-2)
+    model = Network("one", CLASSES, (BlockSpec(nn.Dense(6, use_bias=False), pool_size=6),))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32)
+    labels = jnp.arange(8) % CLASSES
+    state = training.create_train_state(model, rule, tx, jax.random.key(0), x)
+    own = state.params["block_0"]
+
+    def apply(params, batch_stats, x, key):
+        return training.BlockOutput(x @ params["kernel"])
+
+    block = training.start_block(rule, tx, jax.random.key(1), own["block"], (6,), pool_size=6)
+    block = block._replace(params=own)
+    update = jax.jit(training.local_update(apply, rule, tx, pool_size=6))
+    step = training.make_train_step(model, rule, tx, donate=False)
+    for _ in range(3):
+        block, loss, passed_on = update(block, x, labels)
+        state, metrics = step(state, {"image": x, "label": labels})
+        np.testing.assert_allclose(loss, metrics["layer_loss"][0], rtol=1e-6)
+    assert passed_on.shape == (8, 6)
+    for a, b in zip(jax.tree.leaves(block.params), jax.tree.leaves(state.params["block_0"])):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 # --- By block, in groups -------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class LocalBlock(nn.Module):
 
     Its input goes through ``stop_gradient``, so the gradient of its loss covers its own parameters
     and its rule's, and nothing below it. What a rule keeps fixed is no parameter: a periodic basis
-    is a constant, and a random one lies in the collection ``fixed``, where no optimizer sees it.
+    is a constant, and a random one is in the collection ``fixed``, where no optimizer sees it.
 
     Attributes:
         block: a Flax module, called ``block(x, train=...)``, or ``block(x)`` if it has no `train`.
@@ -96,6 +96,7 @@ class LocalBlock(nn.Module):
         pool_size: size to which the activation is pooled before the projection.
 
     >>> from lls_jax import rules
+    >>> from lls_jax.blocks import ConvBlock
     >>> block = LocalBlock(ConvBlock(4), rule=rules.make("lls_mxm", num_classes=10), pool_size=2)
     >>> images, labels = jnp.ones((2, 8, 8, 3)), jnp.array([0, 1])
     >>> variables = block.init(jax.random.key(0), images)

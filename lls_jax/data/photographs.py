@@ -269,11 +269,13 @@ def examples(
     """
     from PIL import Image, ImageOps
 
-    size = spec.image_shape[:2]
+    height, width = spec.image_shape[:2]
     for path, label in zip(data.paths, data.labels):
         try:
             with Image.open(path) as image:
-                fitted = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BILINEAR)
+                fitted = ImageOps.fit(
+                    image.convert("RGB"), (width, height), Image.Resampling.BILINEAR
+                )
                 pixels = np.asarray(fitted)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             # What Pillow raises for files that are not what they seem.

@@ -35,7 +35,7 @@ class DatasetSpec:
         layout: of the official archive; ``"embedded"`` needs none.
         downloads: the files of that archive.
         crop: height and width of the random window of an image that is trained on, and of the
-            middle one that is judged; None for all of it.
+            middle one that is evaluated; None for all of it.
     """
 
     name: str

@@ -41,7 +41,7 @@ def default_data_dir() -> pathlib.Path:
 
 
 def prepared_folder(spec: DatasetSpec, data_dir: pathlib.Path) -> pathlib.Path:
-    """Where a prepared set lies, whether it exists or not."""
+    """The folder of a prepared set, whether it exists or not."""
     return data_dir / spec.name / spec.version
 
 
@@ -58,14 +58,14 @@ def is_prepared(spec: DatasetSpec, data_dir: pathlib.Path) -> bool:
 
 
 def _replaced(folder: pathlib.Path) -> pathlib.Path:
-    """Where a set lies while another takes its place."""
+    """The folder of a set while another takes its place."""
     return folder.with_name(f".{folder.name}.replaced")
 
 
 def put_in_place(new: pathlib.Path, target: pathlib.Path) -> None:
     """Move a set to its place; the one that was there is gone only after that.
 
-    Between the two renames that it takes, the old set lies beside its place, from where
+    Between the two renames that it takes, the old set is beside its place, from where
     :func:`is_prepared` brings it back.
 
     Args:
@@ -151,7 +151,7 @@ def load(spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | Non
 
     The first whole read decodes every PNG and keeps the pixels in a file beside the sets
     (``lls_jax_decoded``), from which later reads take them. Of photographs that file is mapped into
-    memory, so that a set may be larger than it; where `data_dir` cannot be written it lies in the
+    memory, so that a set may be larger than it; where `data_dir` cannot be written it is in the
     user's cache folder (``$XDG_CACHE_HOME/lls_jax``, by default ``~/.cache/lls_jax``).
 
     Args:

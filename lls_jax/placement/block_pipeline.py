@@ -175,7 +175,7 @@ def measure_units(
     Args:
         model: the network.
         rule: a local rule, or one a block.
-        tx: the optimiser of `state`.
+        tx: the optimizer of `state`.
         state: any state; not modified.
         batch: ``image`` and ``label`` of the size that is trained with.
         repeats: updates that are timed.

@@ -134,7 +134,7 @@ def options_of(name: str) -> frozenset[str]:
         ValueError: an unknown name.
 
     >>> sorted(options_of("contrastive"))
-    ['temperature']
+    ['temperature', 'width']
     """
     return _maker(name).options
 

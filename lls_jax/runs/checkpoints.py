@@ -42,7 +42,7 @@ class Checkpoint(NamedTuple):
     Attributes:
         step: number of updates done.
         training: all that training goes on with: a pytree of arrays.
-        evaluation: ``{"params", "batch_stats"}``, the weights and statistics to judge.
+        evaluation: ``{"params", "batch_stats"}``, the weights and statistics to evaluate.
         meta: JSON values: where in the run it was taken, its accuracy, the run's config.
     """
 
@@ -78,7 +78,7 @@ def _check_structure(step: int, saved: dict[str, str], wanted: dict[str, str]) -
     """Raise StructureError, naming an array that differs."""
     differing = {path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path)}
     if differing:
-        # A parameter rather than the optimiser's arrays of the same shape, which lie deeper.
+        # A parameter rather than the optimizer's arrays of the same shape, which lie deeper.
         path = min(differing, key=lambda path: (path.count("/"), path))
         raise StructureError(
             f"checkpoint {step} has {path} {saved.get(path, 'nowhere')}, but what is to be "
@@ -265,7 +265,7 @@ def restore_training(
 def restore_evaluation(
     manager: ocp.CheckpointManager, step: int, abstract: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The weights and statistics to judge, verified: ``(evaluation, meta)``.
+    """The weights and statistics to evaluate, verified: ``(evaluation, meta)``.
 
     Args and errors are those of :func:`restore_training`.
     """

@@ -145,7 +145,7 @@ def evaluate(
     if is_schedule_free(state.opt_state) and int(state.step):
         raise ValueError(
             f"`state` is after {int(state.step)} steps of a schedule-free optimizer, whose weights "
-            "are not those to judge; give `lls_jax.evaluation.evaluation_state(...)`, or "
+            "are not those to evaluate; give `lls_jax.evaluation.evaluation_state(...)`, or "
             "`fit(...).evaluation`."
         )
     split = to_split("examples", examples)

@@ -170,7 +170,7 @@ def write_settings(folder: pathlib.Path, settings: Settings) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file lies in, if it is one."""
+    """The commit of the checkout that this file belongs to, if it is one."""
     here = pathlib.Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

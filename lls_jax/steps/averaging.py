@@ -1,4 +1,4 @@
-"""From a training state to the weights and statistics that are to be judged."""
+"""From a training state to the weights and statistics that are to be evaluated."""
 
 import functools
 from collections.abc import Iterable
@@ -131,7 +131,7 @@ def _mean(batch_stats: Any, total: Any, kept: Any, count: jax.Array) -> Any:
 
 
 def evaluation_state(model: Network, state: TrainState, images: Iterable[jax.Array]) -> TrainState:
-    """The state to judge: averaged weights and statistics that belong to them.
+    """The state to evaluate: averaged weights and statistics that belong to them.
 
     With a schedule-free optimizer, the average of the weights, and BatchNorm statistics estimated
     anew at that average: the running ones belong to other weights, and every accuracy would be

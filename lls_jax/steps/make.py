@@ -49,7 +49,9 @@ def make_train_step(
         ``layer_loss`` ``[local blocks]`` (none for baselines), ``loss``, the classifier's, and
         ``logits`` ``[batch, classes]``.
 
+    >>> import jax.numpy as jnp, optax
     >>> from lls_jax import models, rules
+    >>> from lls_jax.training import create_train_state
     >>> model = models.make("small_conv", num_classes=10)
     >>> rule, tx = rules.make("lls", num_classes=10), optax.sgd(0.1)
     >>> images, labels = jnp.ones((4, 8, 8, 3)), jnp.arange(4)
@@ -92,7 +94,7 @@ def predict(model: Network, state: TrainState, image: jax.Array) -> jax.Array:
     if is_schedule_free(state.opt_state) and int(state.step):
         raise ValueError(
             f"`state` is after {int(state.step)} steps of a schedule-free optimizer, whose weights "
-            "are not those to judge; predict with `lls_jax.evaluation.evaluation_state(model, "
+            "are not those to evaluate; predict with `lls_jax.evaluation.evaluation_state(model, "
             "state, image_batches)`, with a few batches of training images."
         )
     return _predict(model, state.params, state.batch_stats, image)

@@ -18,7 +18,7 @@ from pallas_kernels.local_loss.availability import (
     shape_obstacle,
 )
 from pallas_kernels.local_loss.config import Config, Problem, choose
-from pallas_kernels.local_loss.fused import Fused, Launch, Statics, differentiable
+from pallas_kernels.local_loss.gradient import KernelOutputs, Launch, LossOptions, differentiable
 from pallas_kernels.local_loss.pooling import latent_dim
 
 IMPLEMENTATIONS = ("xla", "pallas", "triton")
@@ -35,14 +35,14 @@ def _launcher(implementation: str, config: Config | None, interpret: bool) -> La
     )
 
     def launch(
-        statics: Statics,
+        statics: LossOptions,
         activation: jax.Array,
         projection: jax.Array,
         modulation: jax.Array | None,
         labels: jax.Array,
         *,
         save_latents: bool,
-    ) -> Fused:
+    ) -> KernelOutputs:
         problem = make_problem(activation, projection.shape[1], modulation, statics.pool_size)
         kind = None if interpret else current_device().kind
         return backend.launch(
@@ -93,19 +93,6 @@ def explain(
     """
     problem = make_problem(activation, projection.shape[0], modulation, pool_size)
     return choose_implementation(current_device(), problem)
-
-
-def takes_pooled(implementation: str | None) -> bool:
-    """Whether :func:`local_loss` may as well be given the pooled activation.
-
-    So it is where XLA computes it, which would pool in a pass of its own; a kernel pools while it
-    reads the activation.
-
-    Args:
-        implementation: as of :func:`local_loss`.
-    """
-    on_cpu = implementation is None and jax.default_backend() == "cpu"
-    return on_cpu or implementation == "xla"
 
 
 def _check(
@@ -230,7 +217,7 @@ def local_loss(
     problem = make_problem(activation, projection.shape[0], modulation, pool_size)
     device = current_device()
     name = implementation or choose_implementation(device, problem).implementation
-    statics = Statics(pool_size, temperature, label_smoothing, normalize)
+    statics = LossOptions(pool_size, temperature, label_smoothing, normalize)
     classes = problem.classes
     one = jnp.where((labels >= 0) & (labels < classes), jnp.float32(1.0), jnp.float32(jnp.nan))
     labels = jnp.clip(labels, 0, classes - 1)

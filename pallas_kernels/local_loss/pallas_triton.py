@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.local_loss.config import Config, Problem, next_power_of_2, widest_window
-from pallas_kernels.local_loss.fused import Fused, Statics, output_shapes
+from pallas_kernels.local_loss.gradient import KernelOutputs, LossOptions, output_shapes
 from pallas_kernels.local_loss.reference import NORM_FLOOR_SQUARED
 
 
@@ -79,7 +79,7 @@ def _pool_features(activation_ref: Any, example: Any, latent: Any, problem: Prob
 
 
 def _local_loss_kernel(
-    *refs: Any, problem: Problem, config: Config, statics: Statics, interpret: bool
+    *refs: Any, problem: Problem, config: Config, statics: LossOptions, interpret: bool
 ) -> None:
     activation_ref, projection_ref, label_ref, *rest = refs
     modulation_ref: Any = rest.pop(0) if problem.modulation != "none" else None
@@ -223,7 +223,7 @@ def _local_loss_kernel(
 def launch(
     problem: Problem,
     config: Config,
-    statics: Statics,
+    statics: LossOptions,
     activation: jax.Array,
     projection: jax.Array,
     modulation: jax.Array | None,
@@ -231,7 +231,7 @@ def launch(
     *,
     save_latents: bool,
     interpret: bool,
-) -> Fused:
+) -> KernelOutputs:
     """Launch the kernel once.
 
     Args:
@@ -270,4 +270,4 @@ def launch(
         ),
     )(*inputs)
     loss, d_latents, scores, d_logits, d_scores, *saved = results
-    return Fused(loss, d_latents, scores, d_logits, d_scores, saved[0] if saved else None)
+    return KernelOutputs(loss, d_latents, scores, d_logits, d_scores, saved[0] if saved else None)

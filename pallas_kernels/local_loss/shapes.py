@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pallas_kernels.local_loss.config import Problem
+from pallas_kernels.local_loss.pooling import latent_dim
 
 MODULATIONS = ("none", "vector", "matrix")
 
@@ -48,13 +49,13 @@ LAYERS: dict[str, tuple[Layer, ...]] = {
 
 
 def problem(layer: Layer, modulation: str, classes: int, dtype: str) -> Problem:
-    """A layer as the kernels know it."""
-    spatial = len(layer.activation) == 3
+    """A layer's loss as training asks for it: on latents that are pooled already."""
+    latents = latent_dim(layer.activation, layer.pool_size)
     return Problem(
-        height=layer.activation[0] if spatial else 0,
-        width=layer.activation[1] if spatial else 0,
-        channels=layer.activation[-1],
-        pool_size=layer.pool_size,
+        height=0,
+        width=0,
+        channels=latents,
+        pool_size=latents,
         rows=classes,
         classes=classes,
         modulation=modulation,

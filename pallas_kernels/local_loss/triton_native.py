@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from pallas_kernels.local_loss.availability import KernelUnavailableError
 from pallas_kernels.local_loss.config import Config, Problem, next_power_of_2, widest_window
-from pallas_kernels.local_loss.fused import Fused, Statics, output_shapes
+from pallas_kernels.local_loss.gradient import KernelOutputs, LossOptions, output_shapes
 from pallas_kernels.local_loss.reference import NORM_FLOOR_SQUARED
 
 NAME = "local_loss"
@@ -205,7 +205,7 @@ def local_loss_kernel(  # type: ignore[no-untyped-def]
 
 
 def constants(
-    problem: Problem, config: Config, statics: Statics, save_latents: bool
+    problem: Problem, config: Config, statics: LossOptions, save_latents: bool
 ) -> dict[str, Any]:
     """What the kernel is specialised for, by parameter."""
     size = problem.width if problem.is_spatial else problem.channels
@@ -236,7 +236,7 @@ def constants(
 def launch(
     problem: Problem,
     config: Config,
-    statics: Statics,
+    statics: LossOptions,
     activation: jax.Array,
     projection: jax.Array,
     modulation: jax.Array | None,
@@ -244,7 +244,7 @@ def launch(
     *,
     save_latents: bool,
     interpret: bool,
-) -> Fused:
+) -> KernelOutputs:
     """Launch the kernel once; the arguments are those of the Pallas kernel's `launch`."""
     batch = activation.shape[0]
     shapes = output_shapes(batch, projection.shape, problem.classes)
@@ -276,7 +276,9 @@ def launch(
             **fixed,
         )
     loss, d_latents, scores, d_logits, d_scores, saved = results
-    return Fused(loss, d_latents, scores, d_logits, d_scores, saved if save_latents else None)
+    return KernelOutputs(
+        loss, d_latents, scores, d_logits, d_scores, saved if save_latents else None
+    )
 
 
 class _Buffer:

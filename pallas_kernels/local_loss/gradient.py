@@ -12,7 +12,7 @@ from pallas_kernels.local_loss.pooling import adaptive_average_pool
 from pallas_kernels.local_loss.reference import NORM_FLOOR_SQUARED
 
 
-class Statics(NamedTuple):
+class LossOptions(NamedTuple):
     """What a kernel is compiled with, besides shapes.
 
     Attributes:
@@ -28,7 +28,7 @@ class Statics(NamedTuple):
     normalize: bool
 
 
-class Fused(NamedTuple):
+class KernelOutputs(NamedTuple):
     """What a kernel makes, all float32: losses, and gradients for a cotangent of 1.
 
     Attributes:
@@ -48,11 +48,11 @@ class Fused(NamedTuple):
     latents: jax.Array | None
 
 
-Launch = Callable[..., Fused]
+Launch = Callable[..., KernelOutputs]
 
 
 def output_shapes(batch: int, projection: tuple[int, ...], classes: int) -> list[Any]:
-    """The arrays that a kernel writes, in the order of :class:`Fused`, without the latents.
+    """The arrays that a kernel writes, in the order of :class:`KernelOutputs`, without the latents.
 
     Args:
         batch: examples.
@@ -86,7 +86,7 @@ def spread(d_latents: jax.Array, activation: jax.ShapeDtypeStruct, pool_size: in
 
 
 @functools.lru_cache(maxsize=64)
-def differentiable(launch: Launch, statics: Statics) -> Callable[..., jax.Array]:
+def differentiable(launch: Launch, statics: LossOptions) -> Callable[..., jax.Array]:
     """The per-example loss with its gradient, from a kernel.
 
     Args:
@@ -105,7 +105,7 @@ def differentiable(launch: Launch, statics: Statics) -> Callable[..., jax.Array]
         modulation: jax.Array | None,
         labels: jax.Array,
         save_latents: bool,
-    ) -> Fused:
+    ) -> KernelOutputs:
         bins = by_bin(projection, activation.ndim == 4, statics.pool_size)
         labels = labels.astype(jnp.int32)
         return launch(statics, activation, bins, modulation, labels, save_latents=save_latents)
