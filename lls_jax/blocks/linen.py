@@ -14,6 +14,7 @@ from lls_jax.layers.normalization import (
     normalize_activate,
     normalize_activate_pool,
 )
+from lls_jax.layers.pointwise import pointwise
 
 _RUNNING_AVERAGE = 0.9
 
@@ -226,7 +227,7 @@ class Pointwise(nn.Module):
         channels = x.shape[-1]
         kernel = self.param("kernel", fan_in_uniform(channels), (1, 1, channels, self.features))
         # A matrix product: XLA's CPU convolution is slower at the same arithmetic.
-        return x.astype(self.dtype) @ kernel[0, 0].astype(self.dtype)
+        return pointwise(x.astype(self.dtype), kernel[0, 0].astype(self.dtype))
 
 
 class DepthwiseSeparableBlock(PoolingBlock):
