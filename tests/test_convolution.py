@@ -9,6 +9,8 @@ import pytest
 
 from lls_jax.layers import winograd
 from lls_jax.layers.convolution import convolve_3x3, depthwise_3x3
+from lls_jax.layers.normalization import Statistics, window_sums
+from lls_jax.layers.pointwise import pointwise
 
 
 def oracle(x, kernel, dy, stride):
@@ -81,10 +83,10 @@ def test_winograd_in_slices_equals_loops_over_taps(monkeypatch, slices):
     np.testing.assert_allclose(gradient, d_kernel, atol=tolerance)
 
 
-# Batches that are added up in eight parts, in two, and one after the other.
-@pytest.mark.parametrize(("batch", "stride"), [(16, 1), (2, 2), (3, 2)])
-def test_depthwise_equals_loops_over_taps(batch, stride):
-    height, width, channels = 6, 5, 4
+# Rows that are added up by two, and one by one.
+@pytest.mark.parametrize(("batch", "height", "stride"), [(16, 6, 1), (2, 6, 2), (3, 7, 2), (2, 5, 1)])
+def test_depthwise_equals_loops_over_taps(batch, height, stride):
+    width, channels = 5, 4
     seed = int(np.random.default_rng().integers(2**31))
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
@@ -117,3 +119,36 @@ def test_depthwise_equals_loops_over_taps(batch, stride):
     narrow = (jnp.asarray(value, jnp.float32) for value in (x, kernel, dy))
     for ours, expected in zip(both(*narrow), (y, d_x, d_kernel), strict=True):
         np.testing.assert_allclose(ours, expected, atol=tolerance)
+
+
+def test_pointwise_equals_products():
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    x, kernel, dy = (rng.normal(size=shape) for shape in ((3, 5, 4, 6), (6, 7), (3, 5, 4, 7)))
+    expected = (x @ kernel, dy @ kernel.T, np.einsum("bhwc,bhwk->ck", x, dy))
+
+    @jax.jit
+    def both(x, kernel, dy):
+        y, pullback = jax.vjp(pointwise, x, kernel)
+        return y, *pullback(dy)
+
+    narrow = (jnp.asarray(value, jnp.float32) for value in (x, kernel, dy))
+    for ours, theirs in zip(both(*narrow), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=4e-6 * np.sqrt(60))
+
+
+@pytest.mark.parametrize(("height", "width", "pool_size"), [(8, 4, 2), (6, 9, 3), (2, 2, 2)])
+def test_window_sums_equal_sums_over_windows(height, width, pool_size):
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    # On a grid, so that the sign of no element depends on rounding.
+    x = rng.integers(-8, 8, size=(3, height, width, 5)) + 0.5
+    mean, variance, scale, bias = np.zeros(5), np.ones(5) - 1e-5, np.ones(5), np.zeros(5)
+    m = np.where(x >= 0, 1.0, 0.01)
+    shape = (3, pool_size, height // pool_size, pool_size, width // pool_size, 5)
+    expected = (m.reshape(shape).sum((2, 4)), (m * x).reshape(shape).sum((2, 4)))
+    statistics = Statistics(*(jnp.float32(v) for v in (mean, variance, scale, bias)))
+    for ours, theirs in zip(window_sums(jnp.float32(x), statistics, pool_size), expected):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=2e-6 * 8 * height * width)

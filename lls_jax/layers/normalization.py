@@ -165,11 +165,46 @@ def window_sums(x: jax.Array, statistics: Statistics, pool_size: int) -> tuple[A
     Returns:
         Two float32 arrays ``[batch, p, p, channels]``.
     """
-    slope, offset = _affine(*statistics)
+    return jax.lax.platform_dependent(
+        *(x, *_affine(*statistics)),
+        cpu=functools.partial(_window_sums_by_rows, pool_size=pool_size),
+        default=functools.partial(_window_sums, pool_size=pool_size),
+    )
+
+
+def _slope_at(x: jax.Array, slope: jax.Array, offset: jax.Array) -> jax.Array:
+    inside = x * _along(slope, x) + _along(offset, x) >= 0
+    return jnp.where(inside, jnp.float32(1.0), jnp.float32(NEGATIVE_SLOPE))
+
+
+def _window_sums(
+    x: jax.Array, slope: jax.Array, offset: jax.Array, *, pool_size: int
+) -> tuple[jax.Array, jax.Array]:
     windows = _windows(x.astype(jnp.float32), pool_size)
-    slope, offset = _along(slope, windows), _along(offset, windows)
-    m = jnp.where(windows * slope + offset >= 0, 1.0, NEGATIVE_SLOPE)
+    m = _slope_at(windows, slope, offset)
     return jnp.sum(m, (2, 4)), jnp.sum(m * windows, (2, 4))
+
+
+def _window_sums_by_rows(
+    x: jax.Array, slope: jax.Array, offset: jax.Array, *, pool_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`_window_sums`, row after row of the windows.
+
+    XLA's CPU backend would write ``m`` to memory and read it twice (32 images of 64x64 pixels and
+    64 channels, 4x4 windows, jax 0.10.2 / 0.12.0.1: 13.7 / 12.8 ms of CPU time, so 6.1 / 5.7).
+    """
+    batch, height, width, channels = x.shape
+    rows = x.reshape(batch * pool_size, height // pool_size, width, channels)
+
+    def add_row(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        row = jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False).astype(jnp.float32)
+        m = _slope_at(row, slope, offset)
+        return sums[0] + m, sums[1] + m * row
+
+    zeros = jnp.zeros((batch * pool_size, width, channels), jnp.float32)
+    sums = jax.lax.fori_loop(0, rows.shape[1], add_row, (zeros, zeros))
+    shape = (batch, pool_size, pool_size, width // pool_size, channels)
+    return jnp.sum(sums[0].reshape(shape), 3), jnp.sum(sums[1].reshape(shape), 3)
 
 
 def pool_from_sums(sums: Sequence[jax.Array], statistics: Statistics, window: int) -> jax.Array:
