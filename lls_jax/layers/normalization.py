@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from lls_jax.platforms import by_platform
+
 EPSILON = 1e-5
 NEGATIVE_SLOPE = 0.01
 
@@ -165,10 +167,10 @@ def window_sums(x: jax.Array, statistics: Statistics, pool_size: int) -> tuple[A
     Returns:
         Two float32 arrays ``[batch, p, p, channels]``.
     """
-    return jax.lax.platform_dependent(
+    return by_platform(
         *(x, *_affine(*statistics)),
         cpu=functools.partial(_window_sums_by_rows, pool_size=pool_size),
-        default=functools.partial(_window_sums, pool_size=pool_size),
+        elsewhere=functools.partial(_window_sums, pool_size=pool_size),
     )
 
 
