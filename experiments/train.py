@@ -12,7 +12,7 @@ from experiments.signals import Signals
 from lls_jax import fit, processes
 from lls_jax.runs import folder as folders
 from lls_jax.runs.callbacks import selection_accuracy
-from lls_jax.runs.loop import FitResult
+from lls_jax.runs.run import FitResult
 
 
 def resume_command(config: TrainConfig) -> str:
@@ -57,30 +57,29 @@ def train_and_evaluate(config: TrainConfig) -> int:
         # Before anything is downloaded for it.
         folders.check_settings(folder, settings)
         run = setup.make_run(config)
-        with setup.mendable():
-            result = fit(
-                run.task.model,
-                run.task.rule,
-                run.tx,
-                train=run.train,
-                test=run.test,
-                validation=run.validation,
-                epochs=config.epochs,
-                batch_size=config.batch_size,
-                eval_batch_size=config.eval_batch_size,
-                augmentation=config.augmentation,
-                spec=run.task.spec,
-                seed=config.seed,
-                workdir=folder,
-                callbacks=console.callbacks(config, run),
-                early_stopping=config.patience,
-                checkpoint_every=config.checkpoint_every,
-                remat_above=setup.remat_above(config),
-                execution=run.execution,
-                steps_a_launch=setup.STEPS_A_LAUNCH[config.loop],
-                settings=settings,
-                should_stop=lambda: signals.received or 0,
-            )
+        result = fit(
+            run.task.model,
+            run.task.rule,
+            run.tx,
+            train=run.train,
+            test=run.test,
+            validation=run.validation,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            eval_batch_size=config.eval_batch_size,
+            augmentation=config.augmentation,
+            spec=run.task.spec,
+            seed=config.seed,
+            workdir=folder,
+            callbacks=console.callbacks(config, run),
+            early_stopping=config.patience,
+            checkpoint_every=config.checkpoint_every,
+            remat_above=setup.remat_above(config),
+            execution=run.execution,
+            steps_a_launch=setup.STEPS_A_LAUNCH[config.loop],
+            settings=settings,
+            should_stop=lambda: signals.received or 0,
+        )
     return _ended(config, folder, result, signals.is_signal(result.stopped))
 
 

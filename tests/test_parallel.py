@@ -266,7 +266,7 @@ def test_sums_of_gradients_need_not_be_awaited(in_order):
             in [math.prod(map(int, d.split(","))) for d in re.findall(r"\[([\d,]+)", result)]
         ]
 
-    inside = r"/jvp\(LocalBlock\)/block/conv/"
+    inside = r"/jvp\(ConvBlock[^/]*\)/conv/"
     product = rf'op_name="[^"(]*\([^"(]*\){inside}[^"(]*dot_general"'
     # The first gradient comes as one product for four outputs of a row, the second in a piece for
     # each row of the kernel; maps as small as those above are convolved by one product.

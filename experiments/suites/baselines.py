@@ -8,44 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from lls_jax import training
-from lls_jax.blocks import apply_module
 from lls_jax.layers.ordering import batch_slices, token_of, wait_for
-from lls_jax.models import BlockSpec, Network
-from lls_jax.steps.backpropagation import update_whole
-from lls_jax.steps.state import CLASSIFIER
-
-
-def _run_block(
-    spec: BlockSpec, params: Any, batch_stats: Any, x: jax.Array, key: jax.Array
-) -> tuple[jax.Array, Any]:
-    """A block and what follows it: the next block's input, and the new statistics."""
-    activation, batch_stats = apply_module(
-        spec.module, params, batch_stats, x, train=True, rngs={"dropout": key}
-    )
-    return spec.transition(activation, key), batch_stats
-
-
-def _checkpointed_step(
-    model: Network,
-    tx: optax.GradientTransformation,
-    state: training.TrainState,
-    batch: training.Batch,
-) -> tuple[training.TrainState, training.Metrics]:
-    dropout_key = jax.random.fold_in(state.key, state.step)
-
-    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-        x = batch["image"].astype(model.dtype)
-        batch_stats = {}
-        for i, (name, spec) in enumerate(zip(model.block_names, model.specs)):
-            run = jax.checkpoint(functools.partial(_run_block, spec))
-            own, stats = params[name]["block"], state.batch_stats[name]["block"]
-            x, stats = run(own, stats, x, jax.random.fold_in(dropout_key, i))
-            batch_stats[name] = {"block": stats}
-        logits = model.classify(params[CLASSIFIER], x)
-        return training.classifier_loss(logits, batch["label"]), (logits, batch_stats)
-
-    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    return update_whole(tx, state, batch_stats, grads, loss, logits)
+from lls_jax.models import Network
+from lls_jax.rules import Backpropagation
+from lls_jax.steps.backpropagation import backpropagation_step, update_whole
 
 
 def _accumulating_step(
@@ -84,10 +50,6 @@ def _accumulating_step(
     return update_whole(tx, state, batch_stats, grads, loss, jnp.concatenate(all_logits))
 
 
-def _compiled(step: Any, tx: optax.GradientTransformation) -> training.TrainStep:
-    return jax.jit(functools.partial(step, tx), donate_argnums=0)
-
-
 def make_checkpointed_step(model: Network, tx: optax.GradientTransformation) -> training.TrainStep:
     """The step of ``bp`` that keeps each block's input alone, and computes the rest again.
 
@@ -99,7 +61,9 @@ def make_checkpointed_step(model: Network, tx: optax.GradientTransformation) -> 
         ``step(state, batch) -> (state, metrics)`` as of :func:`lls_jax.training.make_train_step`,
         with the same numbers; jit-compiled, it donates its state.
     """
-    return _compiled(functools.partial(_checkpointed_step, model), tx)
+    rule = Backpropagation(model.num_classes)
+    step = functools.partial(backpropagation_step, model, rule, tx, around=jax.checkpoint)
+    return jax.jit(step, donate_argnums=0)
 
 
 def make_accumulating_step(
@@ -118,4 +82,4 @@ def make_accumulating_step(
         ``step(state, batch) -> (state, metrics)`` as of :func:`lls_jax.training.make_train_step`;
         jit-compiled, it donates its state.
     """
-    return _compiled(functools.partial(_accumulating_step, model, parts), tx)
+    return jax.jit(functools.partial(_accumulating_step, model, parts, tx), donate_argnums=0)

@@ -95,6 +95,7 @@ class LocalBlock(nn.Module):
         rule: a local rule, from :func:`lls_jax.rules.make` or your own.
         pool_size: size to which the activation is pooled before the projection.
 
+    >>> import jax.numpy as jnp
     >>> from lls_jax import rules
     >>> from lls_jax.blocks import ConvBlock
     >>> block = LocalBlock(ConvBlock(4), rule=rules.make("lls_mxm", num_classes=10), pool_size=2)

@@ -256,6 +256,7 @@ class Network:
         *,
         train: bool = False,
         dropout_key: jax.Array | None = None,
+        around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run,
     ) -> tuple[jax.Array, Variables]:
         """The whole forward pass, differentiable from end to end.
 
@@ -265,6 +266,7 @@ class Network:
             image: normalised, ``[batch, height, width, channels]``.
             train: whether BatchNorm uses, and averages, this batch's statistics.
             dropout_key: random key of the dropout; None leaves it out.
+            around: of each block's function, like ``jax.checkpoint``.
 
         Returns:
             Logits, float32 ``[batch, classes]``, and the new statistics.
@@ -272,12 +274,15 @@ class Network:
         x = image.astype(self.dtype)
         new_stats: Variables = {}
         for i, (name, spec) in enumerate(zip(self.block_names, self.specs)):
-            block_key = fold_in(dropout_key, i)
-            rngs = {} if block_key is None else {"dropout": block_key}
+
+            def run(own: Any, stats: Any, x: jax.Array, key: Any, spec: Any = spec) -> Any:
+                rngs = {} if key is None else {"dropout": key}
+                x, stats = apply_module(spec.module, own, stats, x, train=train, rngs=rngs)
+                return spec.transition(x, key), stats
+
             own, stats = params[name]["block"], batch_stats[name]["block"]
-            x, stats = apply_module(spec.module, own, stats, x, train=train, rngs=rngs)
+            x, stats = around(run)(own, stats, x, fold_in(dropout_key, i))
             new_stats[name] = {"block": stats}
-            x = spec.transition(x, block_key)
         return self.classify(params["classifier"], x), new_stats
 
     def classify(self, params: Variables, features: jax.Array) -> jax.Array:

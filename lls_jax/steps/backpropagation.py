@@ -1,5 +1,6 @@
 """The baseline's step: one gradient of the classifier's loss through every block."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,16 +13,29 @@ from lls_jax.steps.state import Batch, Metrics, Optimizer, TrainState, optimizer
 
 
 def backpropagation_step(
-    model: Network, rule: Rule, tx: Optimizer, state: TrainState, batch: Batch
+    model: Network,
+    rule: Rule,
+    tx: Optimizer,
+    state: TrainState,
+    batch: Batch,
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run,
 ) -> tuple[TrainState, Metrics]:
-    """One step of ``bp``; see :func:`lls_jax.training.make_train_step`."""
+    """One step of ``bp``; see :func:`lls_jax.training.make_train_step`.
+
+    `around` is that of :meth:`lls_jax.models.Network.apply`.
+    """
     del rule
     labels = batch["label"]
     dropout_key = jax.random.fold_in(state.key, state.step)
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         logits, batch_stats = model.apply(
-            params, state.batch_stats, batch["image"], train=True, dropout_key=dropout_key
+            params,
+            state.batch_stats,
+            batch["image"],
+            train=True,
+            dropout_key=dropout_key,
+            around=around,
         )
         return classifier_loss(logits, labels), (logits, batch_stats)
 
