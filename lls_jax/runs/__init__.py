@@ -1,0 +1,1 @@
+"""Whole runs: training with callbacks, evaluation, metrics, checkpoints, resuming."""

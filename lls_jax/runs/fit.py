@@ -1,0 +1,238 @@
+"""The whole of training, from Python: data, epochs, evaluation, checkpoints, resuming."""
+
+import contextlib
+import pathlib
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lls_jax import platforms, processes
+from lls_jax.data import DatasetSpec, Split, batches
+from lls_jax.models import Network
+from lls_jax.placement import Execution, single
+from lls_jax.rules import Rule
+from lls_jax.runs import callbacks as listening
+from lls_jax.runs import epoch_sums
+from lls_jax.runs import folder as folders
+from lls_jax.runs import source as sources
+from lls_jax.runs.loop import train as train_run
+from lls_jax.runs.run import FitResult, Run
+from lls_jax.steps.loop import make_loop
+from lls_jax.training import Optimizer, make_train_step
+
+
+class _Warnings(listening.Callback):
+    """Passes a run's warnings on to Python's."""
+
+    def on_warning(self, message: str) -> None:
+        warnings.warn(message, stacklevel=2)
+
+
+def fit(
+    model: Network,
+    rule: Rule,
+    tx: Optimizer,
+    *,
+    train: sources.Arrays | Iterable[Any] | Callable[[int], Iterable[Any]],
+    test: sources.Arrays | None = None,
+    validation: sources.Arrays | int | None = None,
+    epochs: int,
+    batch_size: int = 128,
+    eval_batch_size: int = 500,
+    steps_per_epoch: int | None = None,
+    augmentation: str = "none",
+    spec: DatasetSpec | None = None,
+    seed: int = 0,
+    workdir: str | pathlib.Path | None = None,
+    callbacks: Sequence[listening.Callback] = (),
+    early_stopping: int | None = None,
+    checkpoint_every: int = 0,
+    remat_above: int | None = None,
+    execution: Execution | None = None,
+    steps_a_launch: Literal["auto", "one", "many"] = "auto",
+    settings: folders.Settings | None = None,
+    should_stop: Callable[[], int] = lambda: 0,
+) -> FitResult:
+    """Train a network to its end, epoch by epoch, and evaluate it after each.
+
+    The same arguments give the same numbers; with a `workdir` the same call resumes a run that was
+    stopped or killed, to the bit, and a larger number of epochs extends one.
+
+    Args:
+        model: from :func:`lls_jax.models.make`, or a :class:`lls_jax.models.Network` of your own.
+        rule: from :func:`lls_jax.rules.make`, or your own.
+        tx: any optax transformation, :func:`lls_jax.optimizers.schedule_free_adamw` for instance;
+            or one a block, ``{name: tx}`` or ``tx(name)``, with the names ``block_0``, ...,
+            ``classifier``. ``optax.chain(optax.clip_by_global_norm(c), tx)`` clips by block.
+        train: ``(images, labels)``: images uint8 ``[count, height, width, channels]``, or floats
+            ``[count, ...]`` that are normalised already; labels integers ``[count]``. Or batches
+            ``{"image", "label"}`` of such floats: a list or a data loader, which is gone over once
+            an epoch; a function of the epoch's number, from 0, that gives such; or an iterator that
+            does not end (one that cannot be resumed exactly).
+        test: images and labels that each epoch is evaluated on; None for none.
+        validation: likewise, and the best epoch is chosen by them; or how many of the last training
+            examples are held out for it. None: the best epoch is chosen by the test images, and
+            their accuracy is no honest estimate of that epoch's on new ones.
+        epochs: passes over the training examples, at least 1.
+        batch_size: examples a step; an epoch's last partial batch is dropped.
+        eval_batch_size: examples a step of evaluation; changes speed and memory only.
+        steps_per_epoch: of training batches whose number is not known.
+        augmentation: of :func:`lls_jax.data.batches.make_augment`; of uint8 images only.
+        spec: how uint8 images are normalised and cut; None: by the mean and the deviation of the
+            training images, and not cut.
+        seed: of every random draw of the run.
+        workdir: the run's own folder: settings, metrics.jsonl, checkpoints; None to write nothing.
+        callbacks: are told of each step, epoch and checkpoint, and may stop the run.
+        early_stopping: epochs without a better accuracy after which the run stops; None for never.
+        checkpoint_every: steps between checkpoints inside an epoch; 0: ends of epochs only, those
+            within 20 seconds of a checkpoint left out.
+        remat_above: as of :func:`lls_jax.training.make_train_step`.
+        execution: where steps run, from :mod:`lls_jax.placement`; None for the default device.
+        steps_a_launch: ``"many"``: a compiled loop over steps, with the images on the device;
+            ``"auto"``: where such loops are fast (:mod:`lls_jax.platforms`).
+        settings: what the folder's config.json has, and who may go on with it; None: the arguments.
+        should_stop: is asked before each step; a number other than 0 stops the run, all saved.
+
+    Returns:
+        The state, the state to predict with, and a record an epoch.
+
+    Raises:
+        ValueError: an argument is wrong.
+        lls_jax.errors.UserError: the folder belongs to another run, or a loss is not finite.
+
+    >>> import numpy as np, optax
+    >>> from lls_jax import models, rules
+    >>> rng = np.random.default_rng(0)
+    >>> images = rng.integers(0, 256, (32, 8, 8, 3), np.uint8)
+    >>> labels = rng.integers(0, 4, 32)
+    >>> model = models.make("small_conv", num_classes=4)
+    >>> rule = rules.make("lls_mxm", num_classes=4)
+    >>> result = fit(model, rule, optax.sgd(0.1), train=(images, labels), epochs=2, batch_size=16)
+    >>> [record["epoch"] for record in result.records], int(result.state.step)
+    ([1, 2], 4)
+    """
+    if epochs < 1:
+        raise ValueError(f"`epochs` is {epochs}; it must be at least 1.")
+    listeners: list[listening.Callback] = [*callbacks] if callbacks else [_Warnings()]
+    if early_stopping is not None:
+        listeners.append(listening.EarlyStopping(early_stopping))
+    on_one_device = execution is None
+    if execution is None:
+        execution = single(model, rule, tx, remat_above)
+    model_key, data_key = jax.random.split(jax.random.key(seed))
+    evaluation_sets: dict[str, Any] = {}
+    if isinstance(train, tuple | Split | batches.DeviceSplit):
+        examples = sources.to_split("train", train)
+        if isinstance(validation, int):
+            examples, evaluation_sets["validation"] = sources.hold_out(examples, validation)
+        spec = spec or sources.describe(examples, model.num_classes)
+        _check_classes("train", examples, model)
+        source = sources.from_arrays(
+            examples, spec, augmentation, batch_size, data_key, execution.sharding
+        )
+        example = jnp.zeros((1, *spec.input_shape))
+    else:
+        if isinstance(validation, int):
+            raise ValueError("`validation` is a number, and the training examples come in batches.")
+        if augmentation != "none":
+            raise ValueError(f"`augmentation` is {augmentation!r}; batches are taken as they are.")
+        source, example = sources.from_batches(train, steps_per_epoch, execution.sharding)
+        # Of floats, which are normalised already.
+        spec = spec or sources.describe(_on_host(example), model.num_classes)
+    for name, given in (("validation", validation), ("test", test)):
+        if given is not None and not isinstance(given, int):
+            evaluation_sets[name] = sources.to_split(name, given)
+    for name, examples in evaluation_sets.items():
+        _check_classes(name, examples, model)
+    if settings is None:
+        settings = folders.Settings(
+            {
+                "format": 1,
+                "made_by": "lls_jax.fit",
+                "model": repr(model),
+                "rule": repr(rule),
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "augmentation": augmentation,
+                "seed": seed,
+                "validation": validation if isinstance(validation, int) else None,
+            }
+        )
+    if not on_one_device:
+        source = source._replace(arrays=None)
+    run = Run(
+        model=model,
+        rule=rule,
+        tx=tx,
+        execution=execution,
+        compiled_loop=_compiled_loop(
+            steps_a_launch, model, rule, tx, remat_above, source, spec, augmentation
+        ),
+        source=source,
+        example=example,
+        spec=spec,
+        evaluation_sets=evaluation_sets,
+        key=model_key,
+        epochs=epochs,
+        eval_batch_size=eval_batch_size,
+        checkpoint_every=checkpoint_every,
+        settings=settings.values,
+        callbacks=listeners,
+        should_stop=should_stop,
+    )
+    if workdir is None:
+        return train_run(run, None)
+    folder = pathlib.Path(workdir)
+    with contextlib.ExitStack() as stack:
+        if processes.is_first():
+            stack.enter_context(folders.claim(folder))
+        processes.wait_for_all("the folder is claimed")
+        folders.check_settings(folder, settings)
+        if processes.is_first():
+            folders.write_settings(folder, settings)
+            folders.write_environment(folder)
+        processes.wait_for_all("the settings are written")
+        folders.check_settings(folder, settings, must_exist=True)
+        return train_run(run, folder)
+
+
+def _on_host(images: jax.Array) -> Split:
+    return Split(np.asarray(images), np.zeros(images.shape[0], np.int32))
+
+
+def _check_classes(name: str, examples: Any, model: Network) -> None:
+    least, most = int(examples.labels.min()), int(examples.labels.max())
+    if least < 0 or most >= model.num_classes:
+        raise ValueError(
+            f"the labels of `{name}` go from {least} to {most}; expected indices of the model's "
+            f"{model.num_classes} classes, from 0."
+        )
+
+
+def _compiled_loop(
+    wanted: str,
+    model: Network,
+    rule: Rule,
+    tx: Optimizer,
+    remat_above: int | None,
+    source: sources.Source,
+    spec: DatasetSpec,
+    augmentation: str,
+) -> Any:
+    """The compiled loop over steps, where it is wanted and there can be one; else None."""
+    if wanted not in ("auto", "one", "many"):
+        raise ValueError(f"`steps_a_launch` is {wanted!r}; expected 'auto', 'one' or 'many'.")
+    is_fast = platforms.choices(jax.default_backend()).compiled_loops
+    if wanted == "one" or (wanted == "auto" and (source.arrays is None or not is_fast)):
+        return None
+    if source.arrays is None:
+        raise ValueError(
+            "`steps_a_launch` is 'many', which needs the images on one device: give "
+            "`lls_jax.data.batches.to_device(...)`, and no execution on several devices."
+        )
+    step = make_train_step(model, rule, tx, remat_above=remat_above)
+    return make_loop(step, epoch_sums.add, spec, augmentation, source.batch_size)

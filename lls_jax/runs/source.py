@@ -1,0 +1,244 @@
+"""Where a run's training batches come from: arrays, or batches that somebody else makes."""
+
+import functools
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lls_jax import processes
+from lls_jax.data import DatasetSpec, Split, batches
+
+Arrays = tuple[Any, Any] | Split | batches.DeviceSplit
+Batch = dict[str, jax.Array]
+
+# Stands in for an epoch's number where batches are drawn for BatchNorm's statistics.
+_STATS_EPOCH = 2**31 - 1
+
+
+def to_split(name: str, arrays: Any) -> Split | batches.DeviceSplit:
+    """Images and labels as a split.
+
+    Args:
+        name: of the argument, for errors.
+        arrays: ``(images, labels)``, or a split already.
+
+    Raises:
+        ValueError: they do not fit each other, or are none.
+    """
+    if isinstance(arrays, Split | batches.DeviceSplit):
+        return arrays
+    if not isinstance(arrays, tuple) or len(arrays) != 2:
+        raise ValueError(
+            f"`{name}` is a {type(arrays).__name__}; expected (images, labels), two arrays."
+        )
+    images, labels = np.asarray(arrays[0]), np.asarray(arrays[1])
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(
+            f"the images of `{name}` have dtype {images.dtype}; expected uint8, or floats that "
+            "are normalised already."
+        )
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"the labels of `{name}` have shape {labels.shape} and dtype {labels.dtype}; expected "
+            "integers, one an example."
+        )
+    if len(images) != len(labels) or not len(images):
+        raise ValueError(f"`{name}` has {len(images)} images and {len(labels)} labels.")
+    if images.dtype != np.uint8:
+        images = images.astype(np.float32)
+    return Split(images, labels.astype(np.int32))
+
+
+def describe(split: Split | batches.DeviceSplit, num_classes: int) -> DatasetSpec:
+    """A description of images by themselves: mean and deviation of each channel, no windows.
+
+    Args:
+        split: the training images.
+        num_classes: number of classes.
+    """
+    channels = split.images.shape[-1]
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if split.images.dtype == np.uint8:
+        axes = tuple(range(split.images.ndim - 1))
+        pixels = np.asarray(split.images)
+        mean = tuple(float(v) / 255 for v in pixels.mean(axes, dtype=np.float64))
+        std = tuple(float(v) / 255 or 1.0 for v in pixels.std(axes, dtype=np.float64))
+    return DatasetSpec(
+        name="arrays",
+        version="1.0.0",
+        image_shape=tuple(split.images.shape[1:]),
+        class_names=tuple(map(str, range(num_classes))),
+        mean=mean,
+        std=std,
+        train_size=split.images.shape[0],
+        test_size=0,
+        layout="embedded",
+    )
+
+
+def first_examples(examples: Any, count: int) -> Any:
+    """The first `count` examples of a split."""
+    return type(examples)(examples.images[:count], examples.labels[:count])
+
+
+def hold_out(examples: Any, count: int) -> tuple[Any, Any]:
+    """The last `count` examples of a split apart: ``(the others, these)``.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    size = int(examples.labels.shape[0])
+    if not 0 < count < size:
+        raise ValueError(
+            f"{count} examples are to be held out for validation; of {size} training examples 1 to "
+            f"{size - 1} can be."
+        )
+    cut = size - count
+    held_out = type(examples)(examples.images[cut:], examples.labels[cut:])
+    return first_examples(examples, cut), held_out
+
+
+class Source(NamedTuple):
+    """A run's training batches.
+
+    Attributes:
+        steps_per_epoch: batches of an epoch.
+        batch_size: examples a batch.
+        size: examples; None where only the batches are known.
+        epoch: ``epoch(number, start)``: the batches of an epoch, from 0, from batch `start` on.
+        for_statistics: ``for_statistics(count)``: images from which BatchNorm's statistics are
+            estimated anew, always the same.
+        arrays: the data and the order of an epoch's examples, for a compiled loop over steps; None
+            where they are not on the device.
+        key: the random key of the data, for such a loop.
+    """
+
+    steps_per_epoch: int
+    batch_size: int
+    size: int | None
+    epoch: Callable[[int, int], Generator[Batch, None, None]]
+    for_statistics: Callable[[int], Iterator[jax.Array]]
+    arrays: tuple[batches.DeviceSplit, Callable[[int], jax.Array]] | None = None
+    key: jax.Array | None = None
+
+
+def from_arrays(
+    split: Split | batches.DeviceSplit,
+    spec: DatasetSpec,
+    augmentation: str,
+    batch_size: int,
+    key: jax.Array,
+    sharding: jax.sharding.NamedSharding | None = None,
+) -> Source:
+    """Batches of images and labels, in a new order each epoch; a function of the key alone.
+
+    Args:
+        split: the training images, on the device or on the host.
+        spec: how they are normalised and cut.
+        augmentation: of :func:`lls_jax.data.batches.make_augment`.
+        batch_size: examples a batch; an epoch's last partial batch is dropped.
+        key: the run's random key of the data.
+        sharding: that the batches are to have.
+
+    Raises:
+        ValueError: there are fewer examples than a batch has.
+    """
+    size = int(split.labels.shape[0])
+    if batch_size > size:
+        raise ValueError(
+            f"`batch_size` is {batch_size}, but there are only {size} training examples; use a "
+            "smaller one."
+        )
+    if augmentation != "none" and split.images.ndim != 4:
+        raise ValueError(
+            f"`augmentation` is {augmentation!r}, and the training examples have shape "
+            f"{split.images.shape[1:]}; only images [height, width, channels] can be augmented."
+        )
+    steps = size // batch_size
+    read = batches.make_reader(spec, augmentation, batch_size, sharding)
+
+    def order(epoch: int) -> jax.Array:
+        return batches.epoch_permutation(key, epoch, size)
+
+    def epoch(number: int, start: int) -> Generator[Batch, None, None]:
+        first = number * steps
+        return read(split, order(number), start, lambda index: batches.fold_in(key, first + index))
+
+    def for_statistics(count: int) -> Iterator[jax.Array]:
+        key_of = functools.partial(batches.fold_in, batches.fold_in(key, _STATS_EPOCH))
+        for batch in itertools.islice(read(split, order(_STATS_EPOCH), 0, key_of), count):
+            yield batch["image"]
+
+    on_device = isinstance(split, batches.DeviceSplit) and sharding is None
+    arrays: Any = (split, order) if on_device else None
+    return Source(steps, batch_size, size, epoch, for_statistics, arrays, key)
+
+
+# Of an iterator, what BatchNorm's statistics are estimated from: what it has given is gone.
+_KEPT_BATCHES = 50
+
+
+def from_batches(
+    made: Iterable[Any] | Callable[[int], Iterable[Any]],
+    steps_per_epoch: int | None,
+    sharding: jax.sharding.NamedSharding | None = None,
+) -> tuple[Source, jax.Array]:
+    """Batches that somebody else makes, normalised already.
+
+    Args:
+        made: batches ``{"image": [batch, ...], "label": integers [batch]}``: something that can be
+            gone over once an epoch, like a list or a data loader; a function of the epoch's number,
+            from 0, that gives such; or an iterator that does not end.
+        steps_per_epoch: batches of an epoch; None for ``len(made)``.
+        sharding: that the batches are to have.
+
+    Returns:
+        The source, and the images of its first batch.
+
+    Raises:
+        ValueError: the number of batches is not known, or there is none.
+    """
+    if steps_per_epoch is None:
+        if not isinstance(made, Sized):
+            raise ValueError(
+                "`steps_per_epoch` is None and the training batches have no length; give it."
+            )
+        steps_per_epoch = len(made)
+    endless = isinstance(made, Iterator)
+    first = next(iter(made(0) if callable(made) else made), None)
+    if first is None or steps_per_epoch < 1:
+        raise ValueError("there is no training batch to go over.")
+    if not isinstance(first, Mapping) or not {"image", "label"} <= set(first):
+        raise ValueError(
+            f'a training batch is a {type(first).__name__}; expected a dict with "image" and '
+            '"label" (images and labels of all examples are a tuple).'
+        )
+    rest: Iterator[Any] = itertools.chain([first], made) if endless else iter(())  # type: ignore[arg-type]
+    kept: list[Any] = [first]
+
+    def of_epoch(number: int) -> Iterator[Any]:
+        if endless:
+            return rest
+        return iter(made(number) if callable(made) else made)
+
+    def placed(batch: Any) -> Batch:
+        batch = {name: jnp.asarray(batch[name]) for name in ("image", "label")}
+        return batch if sharding is None else processes.shard_batch(batch, sharding)
+
+    def epoch(number: int, start: int) -> Generator[Batch, None, None]:
+        skip = 0 if endless else start
+        for batch in itertools.islice(of_epoch(number), skip, steps_per_epoch - start + skip):
+            if endless and len(kept) < _KEPT_BATCHES:
+                kept.append(batch)
+            yield placed(batch)
+
+    def for_statistics(count: int) -> Iterator[jax.Array]:
+        for batch in itertools.islice(kept if endless else of_epoch(0), count):
+            yield placed(batch)["image"]
+
+    images = jnp.asarray(first["image"])
+    return Source(steps_per_epoch, images.shape[0], None, epoch, for_statistics), images
