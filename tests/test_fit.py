@@ -255,12 +255,15 @@ def test_images_of_bytes_are_normalised_by_themselves_or_by_a_description():
         ({"train": batches_of(blobs(30), 15), "validation": 5}, "`validation` is a number"),
         ({"train": iter(batches_of(blobs(30), 15))}, "`steps_per_epoch` is None"),
         ({"steps_a_launch": "few"}, "`steps_a_launch` is 'few'"),
+        ({"rule": "lls"}, "`rule` is 'lls'; expected a rule, like"),
     ],
 )
 def test_wrong_arguments_are_named(changed, message):
+    changed = dict(changed)
+    rule = changed.pop("rule", RULE)
     options = {"train": blobs(60), "epochs": 1, "batch_size": 15, **changed}
     with pytest.raises(ValueError, match=message):
-        fit(MODEL, RULE, TX, **options)
+        fit(MODEL, rule, TX, **options)
 
 
 def test_many_steps_a_launch_are_the_same_steps():

@@ -180,8 +180,14 @@ class Network:
         """The rule of each block.
 
         Raises:
-            ValueError: there are more or fewer rules than blocks.
+            ValueError: there are more or fewer rules than blocks, or it is no rule at all.
         """
+        if not isinstance(rule, Rule):
+            raise ValueError(
+                f"`rule` is {rule!r}; expected a rule, like `lls_jax.rules.make('lls_mxm', "
+                f"num_classes={self.num_classes})`, or one of your own that derives from "
+                "`lls_jax.rules.LocalRule`."
+            )
         return tuple(rule.at_block(i, len(self.specs)) for i in range(len(self.specs)))
 
     def check_image(self, shape: tuple[int, ...]) -> None:
