@@ -221,7 +221,7 @@ def test_data_parallel_takes_no_kernel():
     """The compiler cannot cut one: a rule that chooses gets XLA, one that names one is refused."""
     model = make_mixed()[0]
     for name in ("lls", "local_classifier"):
-        assert rules.without_kernels(make_rule(name)).implementation == "xla"
+        assert make_rule(name).without_kernels().implementation == "xla"
         for rule in (
             rules.make(name, num_classes=CLASSES, implementation="pallas"),
             rules.PerBlock(
@@ -230,7 +230,7 @@ def test_data_parallel_takes_no_kernel():
         ):
             with pytest.raises(ValueError, match="which the compiler cannot cut"):
                 placement.data_parallel(model, rule, TX, jax.devices()[:2])
-    assert rules.without_kernels(make_rule("predsim")) == make_rule("predsim")
+    assert make_rule("predsim").without_kernels() == make_rule("predsim")
 
 
 @on_devices
