@@ -195,8 +195,9 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on_with_fewer(tmp_path,
                 assert status == -signal.SIGKILL, errors
             else:
                 assert status not in (0, -signal.SIGKILL), errors
-                last = errors.strip().splitlines()[-1]
-                assert last.startswith("error: ") and "to resume it" in last, errors
+                # JAX's own abort may be said after it.
+                said = [line for line in errors.splitlines() if line.startswith("error: ")]
+                assert said and "to resume it" in said[-1], errors
                 assert "Traceback" not in errors
         damaged = damage_newest(folder) if damaged is None else None
     assert len(folders.read_metrics(folder)) < EPOCHS
