@@ -8,7 +8,6 @@ from typing import Any
 from simple_parsing import flag
 
 from experiments.command_line import parse, run
-from lls_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,66 +37,13 @@ class EvaluateConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
 
 
-def _choose(manager: Any, wanted: str) -> int:
-    from lls_jax.runs import checkpoints
-
-    steps = checkpoints.list_steps(manager)
-    if not steps:
-        raise UserError("this run has no checkpoint yet; train it first.")
-    if wanted == "last":
-        return steps[-1]
-    if wanted == "best":
-        best = checkpoints.best_step(manager)
-        return steps[-1] if best is None else best
-    if int(wanted) not in steps:
-        raise UserError(
-            f"there is no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}."
-        )
-    return int(wanted)
-
-
-def restore(folder: pathlib.Path, task: Any, wanted: str) -> tuple[int, Any, dict[str, Any]]:
-    """A run's weights and statistics to evaluate.
-
-    Args:
-        folder: of the run.
-        task: of the run.
-        wanted: ``"best"``, ``"last"`` or a step.
-
-    Returns:
-        ``(step, {"params", "batch_stats"}, meta)``.
-
-    Raises:
-        UserError: there is no such checkpoint.
-    """
-    import jax
-
-    from experiments.setup import example_image
-    from lls_jax.runs import checkpoints
-    from lls_jax.runs import folder as folders
-
-    params, batch_stats = jax.eval_shape(
-        lambda key: task.model.init(task.rule, key, example_image(task.spec)), jax.random.key(0)
-    )
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        {"params": params, "batch_stats": batch_stats},
-    )
-    if not folders.checkpoints(folder).is_dir():
-        raise UserError(f"{folder} has no checkpoint yet; train it first.")
-    with checkpoints.open_checkpoints(folders.checkpoints(folder), read_only=True) as manager:
-        step = _choose(manager, wanted)
-        variables, meta = checkpoints.restore_evaluation(manager, step, abstract)
-    return step, variables, meta
-
-
 def evaluate(config: EvaluateConfig) -> int:
     """Evaluate a checkpoint and say how it did; returns the exit status."""
     from experiments import plots
     from experiments.run_config import read_config
-    from experiments.setup import load_split, make_task, prepare_data
+    from experiments.setup import example_image, load_split, make_task, prepare_data
     from lls_jax.runs.evaluate import evaluate_weights
+    from lls_jax.runs.restore import restore
 
     folder = pathlib.Path(config.workdir)
     trained = read_config(folder)
@@ -109,7 +55,9 @@ def evaluate(config: EvaluateConfig) -> int:
     trained = dataclasses.replace(trained, **changes)
     prepare_data(trained)
     task = make_task(trained)
-    step, variables, meta = restore(folder, task, config.checkpoint)
+    restored = restore(folder, task.model, task.rule, example_image(task.spec), config.checkpoint)
+    step, meta = int(restored.state.step), restored.meta
+    variables = {"params": restored.state.params, "batch_stats": restored.state.batch_stats}
     test = load_split(trained, task.spec, "test")
     result = evaluate_weights(task.model, variables, task.spec, test, trained.eval_batch_size)
     picture = folder / f"confusion-{step}.png"

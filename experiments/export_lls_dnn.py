@@ -21,29 +21,23 @@ class ExportConfig:
 
 def export_lls_dnn(config: ExportConfig) -> int:
     """Restore, convert, and write the file; returns the exit status."""
-    import jax
-    import jax.numpy as jnp
-
-    from experiments.evaluate import restore
     from experiments.run_config import read_config
-    from experiments.setup import make_task
+    from experiments.setup import example_image, make_task
     from lls_jax import interop
     from lls_jax.interop import torch_files
-    from lls_jax.training import TrainState
+    from lls_jax.runs.restore import restore
 
     folder = pathlib.Path(config.workdir)
     trained = read_config(folder)
     task = make_task(trained)
-    step, variables, meta = restore(folder, task, config.checkpoint)
-    state = TrainState(
-        jnp.int32(step), variables["params"], variables["batch_stats"], None, jax.random.key(0)
-    )
+    example = example_image(task.spec)
+    state, meta = restore(folder, task.model, task.rule, example, config.checkpoint)
     try:
         state_dict = interop.to_lls_dnn(task.model, state)
     except ValueError as error:
         raise UserError(str(error)) from error
     torch_files.write(pathlib.Path(config.out), state_dict, max(meta["epochs_done"] - 1, 0))
-    print(f"{len(state_dict)} arrays of step {step} in {config.out}")
+    print(f"{len(state_dict)} arrays of step {int(state.step)} in {config.out}")
     return 0
 
 

@@ -16,10 +16,8 @@ from lls_jax.data import batches, prepare, storage
 from lls_jax.errors import UserError
 from lls_jax.models import Network
 from lls_jax.rules import published
-from lls_jax.runs.source import first_examples, hold_out
+from lls_jax.runs.source import first_examples, hold_out, place
 from pallas_kernels import local_loss
-
-_MOST_BYTES_ON_DEVICE = 2**31
 
 
 class Task(NamedTuple):
@@ -194,10 +192,8 @@ def load_split(config: TrainConfig, spec: data.DatasetSpec, split: str) -> Examp
     limit = config.train_examples if split == "train" else config.eval_examples
     held_out = config.validation_examples if split == "train" else None
     loaded = data.load(spec, split, folder, None if held_out else limit)
-    fits = loaded.images.nbytes <= _MOST_BYTES_ON_DEVICE
-    if config.data_on_device == "yes" or (config.data_on_device == "auto" and fits):
-        return batches.to_device(loaded)
-    return loaded
+    places = {"yes": batches.to_device, "auto": place, "no": lambda split: split}
+    return places[config.data_on_device](loaded)
 
 
 def _load_splits(config: TrainConfig, spec: data.DatasetSpec) -> list[Examples]:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from lls_jax import evaluation, fit, models, rules, training
 from lls_jax.blocks import DenseBlock
 from lls_jax.data import Split, batches
-from lls_jax.errors import UserError
+from lls_jax.errors import CheckpointError, UserError
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
 from lls_jax.runs.callbacks import Callback, EarlyStopping
@@ -175,6 +176,67 @@ def test_a_run_in_a_folder_is_told_stopped_resumed_and_extended(tmp_path):
         fit(MODEL, RULE, TX, epochs=2, workdir=tmp_path / "run", **options)
 
 
+def test_a_stop_after_an_epochs_last_step_ends_the_epoch_first(tmp_path):
+    heard = Heard(stop_at=4)
+    options = {"train": blobs(60), "epochs": 3, "batch_size": 15, "callbacks": [heard]}
+    stopped = fit(MODEL, RULE, TX, workdir=tmp_path / "run", **options)
+    assert stopped.stopped == 1 and len(stopped.records) == 1
+    assert heard.events[-3:] == [("epoch", 1, 1), ("checkpoint", 4), ("exit",)]
+
+
+def test_the_folder_of_a_run_gives_its_weights_back(tmp_path):
+    options = {"train": blobs(60), "test": blobs(30, seed=1), "batch_size": 15}
+    result = fit(
+        MODEL, RULE, TX, epochs=3, workdir=tmp_path / "run", checkpoint_every=100, **options
+    )
+    example = jnp.zeros((1, 6))
+    for wanted, epoch in (("last", 3), ("best", result.best_epoch), (12, 3)):
+        state, meta = evaluation.restore(tmp_path / "run", MODEL, RULE, example, wanted)
+        assert meta["epochs_done"] == epoch and int(state.step) == 4 * epoch
+        judged = evaluation.evaluate(MODEL, state, options["test"])
+        assert judged.accuracy == result.records[epoch - 1]["test_accuracy"] == meta["accuracy"]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        evaluation.restore(tmp_path / "run", MODEL, RULE, example, "last").state.params,
+        result.evaluation.params,
+    )
+    with pytest.raises(UserError, match="no checkpoint of step 5; there are"):
+        evaluation.restore(tmp_path / "run", MODEL, RULE, example, 5)
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        evaluation.restore(tmp_path / "none", MODEL, RULE, example)
+    other = rules.LLS(num_classes=CLASSES, modulation="vector")
+    with pytest.raises(CheckpointError, match="rule/modulation"):
+        evaluation.restore(tmp_path / "run", MODEL, other, example)
+
+
+def mean_over_tokens(x):
+    return jnp.mean(x, axis=1)
+
+
+def test_sequences_of_tokens_are_learned():
+    """``[batch, length, channels]`` in, two means along the sequence to each loss."""
+    specs = (
+        BlockSpec(nn.Dense(8), pool_size=2),
+        BlockSpec(nn.Dense(8), pool_size=2, then=mean_over_tokens),
+    )
+    model = Network("tokens", CLASSES, specs, takes_tokens=True)
+    images, labels = blobs(90)
+    rng = np.random.default_rng(3)
+    tokens = (images[:, None] + rng.normal(size=(90, 5, 6))).astype(np.float32)
+    result = fit(
+        model, RULE, TX, train=(tokens, labels), test=(tokens, labels), epochs=6, batch_size=15
+    )
+    assert result.records[-1]["test_accuracy"] > 70
+    (modulation,) = {
+        result.state.params[name]["rule"]["modulation"].shape for name in model.block_names
+    }
+    assert modulation == (CLASSES, CLASSES)
+    assert training.predict(model, result.evaluation, jnp.asarray(tokens[:2])).shape == (2, CLASSES)
+    # What a loss sees: 8 channels, two means along the sequence, channel-major.
+    seen = RULE.observe(jnp.asarray(tokens), 5)
+    np.testing.assert_array_equal(seen, tokens.transpose(0, 2, 1).reshape(90, -1))
+
+
 def test_early_stopping_stops_and_stays_stopped(tmp_path):
     options = {"train": blobs(60), "test": blobs(30, seed=1), "batch_size": 15, "epochs": 60}
     first = fit(MODEL, RULE, TX, early_stopping=2, workdir=tmp_path / "run", **options)
@@ -254,6 +316,7 @@ def test_images_of_bytes_are_normalised_by_themselves_or_by_a_description():
         ({"test": (blobs(9)[0], blobs(9)[1].astype(float))}, "labels of `test` have .* float64"),
         ({"train": batches_of(blobs(30), 15), "validation": 5}, "`validation` is a number"),
         ({"train": iter(batches_of(blobs(30), 15))}, "`steps_per_epoch` is None"),
+        ({"train": batches_of(blobs(30), 15) + batches_of(blobs(4), 4)}, "has 4 examples.* had 15"),
         ({"steps_a_launch": "few"}, "`steps_a_launch` is 'few'"),
         ({"rule": "lls"}, "`rule` is 'lls'; expected a rule, like"),
     ],

@@ -16,6 +16,39 @@ from lls_jax.optimizers import schedule_free_adamw
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
 
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 2, lambda k: min((k + 1) / 4, 1)),
+        ("cosine", 0, lambda k: (1 + np.cos(np.pi * k / 12)) / 2),
+        # It rises for two epochs of two steps, and then falls over what is left of six.
+        ("cosine", 2, lambda k: (k + 1) / 4 if k < 4 else (1 + np.cos(np.pi * (k - 4) / 8)) / 2),
+        ("multistep", 1, lambda k: min((k + 1) / 2, 1) * (1 if k < 6 else 0.1 if k < 9 else 0.01)),
+    ],
+)
+def test_rates_rise_and_fall(schedule, warmup, expected):
+    config = TrainConfig(
+        optimizer="sgd", momentum=0.0, learning_rate=0.5, epochs=6, schedule=schedule,
+        warmup_epochs=warmup,
+    )  # fmt: skip
+    tx = optimizers.make(config, steps_per_epoch=2)
+    params = jnp.zeros(())
+    state = tx.init(params)
+    for k in range(12):
+        # Optax's own schedules mix dtypes.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(jnp.ones(()), state, params)
+        np.testing.assert_allclose(-updates, 0.5 * expected(k), rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_clipped_by_their_norm():
+    config = TrainConfig(optimizer="sgd", momentum=0.0, learning_rate=1.0, clip_norm=0.5)
+    tx = optimizers.make(config, steps_per_epoch=2)
+    for grads, norm in ((jnp.array([3.0, 4.0]), 0.5), (jnp.array([0.03, 0.04]), 0.05)):
+        updates, _ = tx.update(grads, tx.init(grads), grads)
+        np.testing.assert_allclose(updates, -grads / jnp.linalg.norm(grads) * norm, rtol=1e-5)
+
+
 def run(tx, initial, gradients):
     """The parameters, and their average, after every step."""
     update = jax.jit(tx.update)

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate, setup, train
+from experiments import setup, train
 from experiments.config import TrainConfig
 from lls_jax import processes, training
 from lls_jax.runs import checkpoints, epoch_sums
 from lls_jax.runs import folder as folders
+from lls_jax.runs.restore import restore
 
 ROOT = pathlib.Path(__file__).parents[1]
 EPOCHS, STEPS = 2, 16
@@ -118,8 +119,9 @@ def results(folder):
     with checkpoints.open_checkpoints(folder / "checkpoints", read_only=True) as manager:
         restored, meta = checkpoints.restore_training(manager, STEPS, abstract)
     assert meta["epochs_done"] == EPOCHS
-    step, judged, _ = evaluate.restore(folder, run.task, "last")
-    assert step == STEPS
+    last, _ = restore(folder, run.task.model, run.task.rule, example, "last")
+    assert last.step == STEPS
+    judged = {"params": last.params, "batch_stats": last.batch_stats}
     return folders.read_metrics(folder), restored["state"], judged
 
 

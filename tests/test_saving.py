@@ -13,6 +13,7 @@ from experiments import evaluate, run_config, setup, train
 from experiments.config import TrainConfig
 from lls_jax.errors import DivergedError
 from lls_jax.runs import checkpoints, epoch_sums, loop, resuming, saving
+from lls_jax.runs.restore import restore
 
 TINY = TrainConfig(
     dataset="digits", rule="lls_mxm", epochs=4, batch_size=16, train_examples=64,
@@ -44,7 +45,9 @@ def steps(folder):
 def evaluation(folder, step):
     """What a checkpoint has to be evaluated, and its description."""
     task = setup.make_task(run_config.read_config(folder))
-    return evaluate.restore(folder, task, str(step))[1:]
+    example = setup.example_image(task.spec)
+    state, meta = restore(folder, task.model, task.rule, example, step)
+    return {"params": state.params, "batch_stats": state.batch_stats}, meta
 
 
 def test_the_best_epoch_is_written_with_the_last_as_it_was(tmp_path, monkeypatch, capsys):

@@ -70,9 +70,9 @@ def fit(
             ``classifier``. ``optax.chain(optax.clip_by_global_norm(c), tx)`` clips by block.
         train: ``(images, labels)``: images uint8 ``[count, height, width, channels]``, or floats
             ``[count, ...]`` that are normalised already; labels integers ``[count]``. Or batches
-            ``{"image", "label"}`` of such floats: a list or a data loader, which is gone over once
-            an epoch; a function of the epoch's number, from 0, that gives such; or an iterator that
-            does not end (one that cannot be resumed exactly).
+            ``{"image", "label"}`` of such floats, all of one size: a list or a data loader, which
+            is gone over once an epoch; a function of the epoch's number, from 0, that gives such;
+            or an iterator that does not end (one that cannot be resumed exactly).
         test: images and labels that each epoch is evaluated on; None for none.
         validation: likewise, and the best epoch is chosen by them; or how many of the last training
             examples are held out for it. None: the best epoch is chosen by the test images, and
@@ -86,6 +86,7 @@ def fit(
             training images, and not cut.
         seed: of every random draw of the run.
         workdir: the run's own folder: settings, metrics.jsonl, checkpoints; None to write nothing.
+            An optimizer cannot be compared: whoever resumes has to give the same one.
         callbacks: are told of each step, epoch and checkpoint, and may stop the run.
         early_stopping: epochs without a better accuracy after which the run stops; None for never.
         checkpoint_every: steps between checkpoints inside an epoch; 0: ends of epochs only, those
@@ -126,7 +127,7 @@ def fit(
     model_key, data_key = jax.random.split(jax.random.key(seed))
     evaluation_sets: dict[str, Any] = {}
     if isinstance(train, tuple | Split | batches.DeviceSplit):
-        examples = sources.to_split("train", train)
+        examples = _from_user("train", train)
         if isinstance(validation, int):
             examples, evaluation_sets["validation"] = sources.hold_out(examples, validation)
         spec = spec or sources.describe(examples, model.num_classes)
@@ -145,7 +146,7 @@ def fit(
         spec = spec or sources.describe(_on_host(example), model.num_classes)
     for name, given in (("validation", validation), ("test", test)):
         if given is not None and not isinstance(given, int):
-            evaluation_sets[name] = sources.to_split(name, given)
+            evaluation_sets[name] = _from_user(name, given)
     for name, examples in evaluation_sets.items():
         _check_classes(name, examples, model)
     if settings is None:
@@ -198,6 +199,12 @@ def fit(
         processes.wait_for_all("the settings are written")
         folders.check_settings(folder, settings, must_exist=True)
         return train_run(run, folder)
+
+
+def _from_user(name: str, arrays: sources.Arrays) -> Any:
+    """Images and labels where they are best kept; a split is kept where its owner has put it."""
+    examples = sources.to_split(name, arrays)
+    return sources.place(examples) if examples is not arrays else examples
 
 
 def _on_host(images: jax.Array) -> Split:

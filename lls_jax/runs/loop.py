@@ -73,7 +73,8 @@ class _Trainer:
             self.records = resuming.records_until(folder, self.reached.epochs_done, resumed)
             if processes.is_first():
                 folders.keep_metrics(folder, self.records)
-            best = max(filter(None, map(callbacks.selection_accuracy, self.records)), default=None)
+            accuracies = map(callbacks.selection_accuracy, self.records)
+            best = max((one for one in accuracies if one is not None), default=None)
             self._saver = saving.Saver(
                 manager,
                 run.settings,
@@ -82,6 +83,7 @@ class _Trainer:
                 written=self._tell_checkpoint,
             )
         self._resumed = self.reached is not start
+        self._wants_to_stop = False
 
     def _tell_checkpoint(self, step: int) -> None:
         for one in self._run.callbacks:
@@ -188,8 +190,9 @@ class _Trainer:
         self.reached = reached = reached._replace(sums=sums, epoch_seconds=0.0)
         event = callbacks.EpochEnd(record, self.records, run.epochs, reached.state, evaluation)
         finished = reached.epochs_done == run.epochs
-        wants_to_stop = _any(one.on_epoch(event) for one in run.callbacks)
-        stopped = self._agree(run.should_stop() or int(wants_to_stop))
+        # A callback may have wanted to stop after the epoch's last step.
+        self._wants_to_stop |= _any(one.on_epoch(event) for one in run.callbacks)
+        stopped = self._agree(run.should_stop() or int(self._wants_to_stop))
         if self._saver is not None:
             accuracy = callbacks.selection_accuracy(record)
             self._saver.end_epoch(reached, evaluation, accuracy, is_last=finished or bool(stopped))
@@ -220,10 +223,9 @@ class _Trainer:
 
         # Processes must stop after the same step; with one there is nothing to wait for.
         agree, alarm, stopped = processes.make_agreement(_IN_FLIGHT), 0, 0
-        wants_to_stop = False
         try:
             while step < end:
-                stopped = agree(run.should_stop() or alarm or int(wants_to_stop))
+                stopped = agree(run.should_stop() or alarm or int(self._wants_to_stop))
                 if stopped:
                     break
                 running, sums, metrics, count = launches(running, sums, step, end)
@@ -234,7 +236,7 @@ class _Trainer:
                     jax.block_until_ready(pending.popleft())
                 if run.callbacks:
                     event = callbacks.StepEnd(step, reached.epochs_done + 1, index, metrics, sums)
-                    wants_to_stop = _any(one.on_step(event) for one in run.callbacks)
+                    self._wants_to_stop = _any(one.on_step(event) for one in run.callbacks)
                 if time.perf_counter() - checked > _CHECK_SECONDS:
                     checked = time.perf_counter()
                     if not np.isfinite(np.asarray(sums.losses)).all():

@@ -15,6 +15,7 @@ from lls_jax.data import DatasetSpec, Split, batches
 Arrays = tuple[Any, Any] | Split | batches.DeviceSplit
 Batch = dict[str, jax.Array]
 
+_MOST_BYTES_ON_DEVICE = 2**31
 # Stands in for an epoch's number where batches are drawn for BatchNorm's statistics.
 _STATS_EPOCH = 2**31 - 1
 
@@ -80,6 +81,12 @@ def describe(split: Split | batches.DeviceSplit, num_classes: int) -> DatasetSpe
     )
 
 
+def place(examples: Split | batches.DeviceSplit) -> Split | batches.DeviceSplit:
+    """The same examples on the device where they take 2 GiB at most; more stay on the host."""
+    fits = examples.images.nbytes <= _MOST_BYTES_ON_DEVICE
+    return batches.to_device(examples) if fits and isinstance(examples, Split) else examples
+
+
 def first_examples(examples: Any, count: int) -> Any:
     """The first `count` examples of a split."""
     return type(examples)(examples.images[:count], examples.labels[:count])
@@ -108,7 +115,6 @@ class Source(NamedTuple):
     Attributes:
         steps_per_epoch: batches of an epoch.
         batch_size: examples a batch.
-        size: examples; None where only the batches are known.
         epoch: ``epoch(number, start)``: the batches of an epoch, from 0, from batch `start` on.
         for_statistics: ``for_statistics(count)``: images from which BatchNorm's statistics are
             estimated anew, always the same.
@@ -119,7 +125,6 @@ class Source(NamedTuple):
 
     steps_per_epoch: int
     batch_size: int
-    size: int | None
     epoch: Callable[[int, int], Generator[Batch, None, None]]
     for_statistics: Callable[[int], Iterator[jax.Array]]
     arrays: tuple[batches.DeviceSplit, Callable[[int], jax.Array]] | None = None
@@ -175,7 +180,7 @@ def from_arrays(
 
     on_device = isinstance(split, batches.DeviceSplit) and sharding is None
     arrays: Any = (split, order) if on_device else None
-    return Source(steps, batch_size, size, epoch, for_statistics, arrays, key)
+    return Source(steps, batch_size, epoch, for_statistics, arrays, key)
 
 
 # Of an iterator, what BatchNorm's statistics are estimated from: what it has given is gone.
@@ -190,9 +195,9 @@ def from_batches(
     """Batches that somebody else makes, normalised already.
 
     Args:
-        made: batches ``{"image": [batch, ...], "label": integers [batch]}``: something that can be
-            gone over once an epoch, like a list or a data loader; a function of the epoch's number,
-            from 0, that gives such; or an iterator that does not end.
+        made: batches ``{"image": [batch, ...], "label": integers [batch]}``, all of one size:
+            something that can be gone over once an epoch, like a list or a data loader; a function
+            of the epoch's number, from 0, that gives such; or an iterator that does not end.
         steps_per_epoch: batches of an epoch; None for ``len(made)``.
         sharding: that the batches are to have.
 
@@ -225,7 +230,14 @@ def from_batches(
             return rest
         return iter(made(number) if callable(made) else made)
 
+    images = jnp.asarray(first["image"])
+
     def placed(batch: Any) -> Batch:
+        if len(batch["label"]) != images.shape[0]:
+            raise ValueError(
+                f"a training batch has {len(batch['label'])} examples, and the first one had "
+                f"{images.shape[0]}; make all of one size, and drop the last partial one."
+            )
         batch = {name: jnp.asarray(batch[name]) for name in ("image", "label")}
         return batch if sharding is None else processes.shard_batch(batch, sharding)
 
@@ -240,5 +252,4 @@ def from_batches(
         for batch in itertools.islice(kept if endless else of_epoch(0), count):
             yield placed(batch)["image"]
 
-    images = jnp.asarray(first["image"])
-    return Source(steps_per_epoch, images.shape[0], None, epoch, for_statistics), images
+    return Source(steps_per_epoch, images.shape[0], epoch, for_statistics), images
