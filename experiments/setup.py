@@ -67,7 +67,7 @@ def make_task(config: TrainConfig) -> Task:
     Raises:
         UserError: an unknown name, an option out of range, images too small for the model.
     """
-    with mendable():
+    with as_user_error():
         spec = storage.resolve(data.get_spec(config.dataset), data_folder(config))
         task = _make_task(config, spec)
         task.model.check_image((1, *spec.input_shape))
@@ -80,7 +80,7 @@ def check_task(config: TrainConfig) -> None:
     Raises:
         UserError: an unknown name, or an option out of range.
     """
-    with mendable():
+    with as_user_error():
         spec = data.get_spec(config.dataset)
         if not spec.is_resolved:
             # Its classes are known when it is prepared; any will do.
@@ -90,8 +90,8 @@ def check_task(config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def mendable() -> Iterator[None]:
-    """What is wrong about a config is its owner's to mend."""
+def as_user_error() -> Iterator[None]:
+    """Turn a ValueError about a config into an error of the person who wrote it."""
     try:
         yield
     except ValueError as error:
@@ -235,7 +235,7 @@ def make_run(config: TrainConfig) -> Run:
     task = make_task(config)
     _check_batch_size(config, task.spec.train_size - (config.validation_examples or 0))
     train, test = _load_splits(config, task.spec)
-    with mendable():
+    with as_user_error():
         train, validation = _held_out(config, train)
     _check_batch_size(config, train.labels.shape[0])
     tx = optimizers.make(config, train.labels.shape[0] // config.batch_size)

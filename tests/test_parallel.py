@@ -21,7 +21,7 @@ import pytest
 from experiments import benchmark, train
 from experiments.config import TrainConfig
 from lls_jax import models, placement, processes, rules, training
-from lls_jax.blocks import ConvBlock
+from lls_jax.blocks import ConvBlock, DepthwiseSeparableBlock
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
 from lls_jax.placement import block_pipeline
@@ -214,6 +214,30 @@ def test_data_parallel_takes_baselines_too(rule_name):
     assert_close(ours, expected, 1e-3)
     with pytest.raises(ValueError, match="a batch of 20 does not divide over 3 devices"):
         advance(placement.data_parallel(model, rule, tx, jax.devices()[:3]), state, batches)
+
+
+@on_devices
+def test_sums_in_rows_need_no_gathering():
+    """Depthwise gradients and pooled sums go row by row over every image, each where it is."""
+    specs = (
+        BlockSpec(ConvBlock(8), pool_size=4),
+        BlockSpec(DepthwiseSeparableBlock(16), pool_size=2),
+        BlockSpec(DepthwiseSeparableBlock(16, stride=2), 2, average_pool=1, flatten=True),
+    )
+    model, rule, tx = Network("three", CLASSES, specs), make_rule("lls_mxm"), optax.sgd(0.1)
+    (batch,) = make_batches(1, size=16)
+    state = training.create_train_state(model, rule, tx, jax.random.key(0), batch["image"])
+    step = training.make_train_step(model, rule, tx)
+    execution = placement.data_parallel(model, rule, tx, jax.devices()[:4])
+    spread = execution.enter(state)
+    program = step.lower(spread, processes.shard_batch(batch, execution.sharding)).compile()
+    assert "all-reduce" in program.as_text() and "all-gather" not in program.as_text()
+    running, metrics = execution.step(spread, batch)
+    alone, expected = step(state, batch)
+    np.testing.assert_allclose(metrics["layer_loss"], expected["layer_loss"], rtol=1e-5)
+    shared = execution.leave(running)
+    for a, b in zip(jax.tree.leaves(shared.params), jax.tree.leaves(alone.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @on_devices

@@ -75,7 +75,10 @@ class CrossEntropyRule(HeadRule):
         *,
         pool_size: int | None = None,
     ) -> jax.Array:
-        """The local loss, a float32 scalar: the mean over the batch; see :meth:`LocalRule.loss`."""
+        """The local loss, a float32 scalar: the mean over the batch; see :meth:`LocalRule.loss`.
+
+        The same as :meth:`HeadRule.loss` of this head, by the operation that has GPU kernels.
+        """
         latents = self.observe(seen, pool_size)
         per_example = local_loss(
             latents,
