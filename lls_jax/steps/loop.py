@@ -23,23 +23,23 @@ def make_loop(
     Args:
         step: ``step(state, batch) -> (state, metrics)``, as of
             :func:`lls_jax.training.make_train_step`.
-        add: ``add(totals, metrics) -> totals``; `metrics` has ``label`` too.
+        add: ``add(sums, metrics) -> sums``; `metrics` has ``label`` too.
         spec: the data set.
         augmentation: of :func:`lls_jax.data.batches.make_augment`.
         batch_size: examples a step.
 
     Returns:
-        ``loop(state, totals, data, permutation, key, index, count) -> (state, totals)``: `count`
+        ``loop(state, sums, data, permutation, key, index, count) -> (state, sums)``: `count`
         steps from batch `index` of the epoch on; the key of a batch is ``fold_in(key, step)``. The
         number of steps is no constant of the program: one compilation serves all, and the numbers
-        do not depend on how an epoch is cut into launches. State and totals are donated.
+        do not depend on how an epoch is cut into launches. State and sums are donated.
     """
     augment = batches.make_augment(spec, augmentation)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def loop(
         state: TrainState,
-        totals: Any,
+        sums: Any,
         data: batches.DeviceSplit,
         permutation: jax.Array,
         key: jax.Array,
@@ -47,12 +47,12 @@ def make_loop(
         count: jax.Array,
     ) -> tuple[TrainState, Any]:
         def body(i: jax.Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
-            state, totals = carry
+            state, sums = carry
             batch = batches.gather(data, permutation, index + i, batch_size)
             image = augment(jax.random.fold_in(key, state.step), batch["image"])
             state, metrics = step(state, {"image": image, "label": batch["label"]})
-            return state, add(totals, {**metrics, "label": batch["label"]})
+            return state, add(sums, {**metrics, "label": batch["label"]})
 
-        return jax.lax.fori_loop(0, count, body, (state, totals))
+        return jax.lax.fori_loop(0, count, body, (state, sums))
 
     return loop
