@@ -95,8 +95,10 @@ def _ended(config: TrainConfig, folder: pathlib.Path, result: FitResult, by_sign
     last = result.records[-1]
     best = result.records[(result.best_epoch or last["epoch"]) - 1]
     by = "validation" if config.validation_examples else "test"
+    early = last["epoch"] < config.epochs
+    why = f" (no better one for {config.patience}, of {config.epochs})" if early else ""
     console.say(
-        f"done: {last['epoch']} epochs in {result.seconds:.1f} s, test accuracy "
+        f"done: {last['epoch']} epochs{why} in {result.seconds:.1f} s, test accuracy "
         f"{last['test_accuracy']:.2f} % (best {selection_accuracy(best):.2f} % of the {by} images "
         f"after epoch {best['epoch']}); evaluate with:\n"
         f"  python -m experiments.evaluate --workdir {shlex.quote(str(folder))}"

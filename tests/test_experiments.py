@@ -373,6 +373,10 @@ def test_the_best_epoch_is_chosen_by_images_that_are_held_out(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["epoch"] == best["epoch"]
     assert report["accuracy"] == pytest.approx(best["test_accuracy"])
+    stopping = tiny(tmp_path / "early", validation_examples=24, patience=1, epochs=40)
+    assert train.train_and_evaluate(stopping) == 0
+    assert len(results(tmp_path / "early")) < 40
+    assert " epochs (no better one for 1, of 40) in" in capsys.readouterr().out
     with pytest.raises(UserError, match="only 0 training images"):
         train.train_and_evaluate(tiny(tmp_path / "all", validation_examples=1437, batch_size=1))
 
