@@ -50,6 +50,9 @@ class TrainConfig:
     groups: str | None = None
     """Blocks that share one local loss, like 2,2; with the classifier in the last one if they add
     up to one more than there are blocks [default: each block by itself]."""
+    reach: int = 1
+    """Blocks that a local loss teaches: its own and N - 1 below it; the classifier counts as the
+    block after the last. A local rule only."""
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 128
@@ -142,6 +145,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raise ValueError, naming option and value, for what no run could use."""
         for name, smallest in (
+            ("reach", 1),
             ("epochs", 1),
             ("batch_size", 1),
             ("eval_batch_size", 1),

@@ -111,6 +111,7 @@ def _make_task(config: TrainConfig, spec: data.DatasetSpec) -> Task:
     given = _rule_options(config, names)
     made = tuple(_make_rule(name, given, spec, config) for name in names)
     if len(made) == 1:
+        _check_reach(config, made[0])
         return Task(spec, model, made[0])
     for one in made:
         if not rules.has_local_losses(one):
@@ -120,6 +121,14 @@ def _make_task(config: TrainConfig, spec: data.DatasetSpec) -> Task:
     rule = rules.PerBlock(made)  # type: ignore[arg-type]
     model.block_rules(rule)
     return Task(spec, model, rule)
+
+
+def _check_reach(config: TrainConfig, rule: rules.Rule) -> None:
+    if config.reach > 1 and not rules.has_local_losses(rule):
+        raise ValueError(
+            f"--reach {config.reach} does not go with --rule {config.rule}, which has no local "
+            "losses; leave it out, or use a local rule."
+        )
 
 
 # Options of rules, by the fields of a config that hold them.
@@ -295,7 +304,7 @@ def _make_execution(
                 raise ValueError(
                     f"--batch-size is {config.batch_size}, which {wanted} devices do not divide."
                 )
-            return placement.data_parallel(task.model, task.rule, tx, devices)
+            return placement.data_parallel(task.model, task.rule, tx, devices, config.reach)
         sizes = config.stage_sizes() or _balanced(config, task, tx)
         print(f"stages of {', '.join(map(str, sizes))} units", flush=True)
         return placement.pipeline(task.model, task.rule, tx, devices, sizes, remat_above(config))

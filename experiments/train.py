@@ -74,6 +74,7 @@ def train_and_evaluate(config: TrainConfig) -> int:
             callbacks=console.callbacks(config, run),
             early_stopping=config.patience,
             checkpoint_every=config.checkpoint_every,
+            reach=config.reach,
             remat_above=setup.remat_above(config),
             execution=run.execution,
             steps_a_launch=setup.STEPS_A_LAUNCH[config.loop],

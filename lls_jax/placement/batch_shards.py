@@ -37,7 +37,9 @@ def _check_threads(devices: Sequence[Any]) -> None:
         )
 
 
-def data_parallel(model: Network, rule: Rule, tx: Optimizer, devices: Sequence[Any]) -> Execution:
+def data_parallel(
+    model: Network, rule: Rule, tx: Optimizer, devices: Sequence[Any], reach: int = 1
+) -> Execution:
     """One program over a mesh: the batch is sharded, the state is on every device.
 
     The step is the same as on one device, and so is its meaning: BatchNorm's statistics and every
@@ -53,6 +55,7 @@ def data_parallel(model: Network, rule: Rule, tx: Optimizer, devices: Sequence[A
         rule: any rule; its losses are computed by XLA, since the compiler cannot cut a kernel.
         tx: any optax transformation.
         devices: shards go to these; they divide the batch size.
+        reach: as of :func:`lls_jax.training.make_train_step`.
 
     Raises:
         ValueError: the rule names a kernel, or the devices are made of a CPU with too few threads.
@@ -63,7 +66,7 @@ def data_parallel(model: Network, rule: Rule, tx: Optimizer, devices: Sequence[A
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     in_order = platforms.choices(devices[0].platform).ordered_collectives
-    train_step = make_train_step(model, rule, tx, in_order=in_order)
+    train_step = make_train_step(model, rule, tx, reach=reach, in_order=in_order)
 
     def place(tree: Any) -> Any:
         return processes.replicate(tree, everywhere)

@@ -22,6 +22,7 @@ from lls_jax.runs import source as sources
 from lls_jax.runs.loop import train as train_run
 from lls_jax.runs.run import FitResult, Run
 from lls_jax.steps.loop import make_loop
+from lls_jax.steps.reach import check_reach
 from lls_jax.training import Optimizer, make_train_step
 
 
@@ -51,6 +52,7 @@ def fit(
     callbacks: Sequence[listening.Callback] = (),
     early_stopping: int | None = None,
     checkpoint_every: int = 0,
+    reach: int = 1,
     remat_above: int | None = None,
     execution: Execution | None = None,
     steps_a_launch: Literal["auto", "one", "many"] = "auto",
@@ -91,7 +93,8 @@ def fit(
         early_stopping: epochs without a better accuracy after which the run stops; None for never.
         checkpoint_every: steps between checkpoints inside an epoch; 0: ends of epochs only, those
             within 20 seconds of a checkpoint left out.
-        remat_above: as of :func:`lls_jax.training.make_train_step`.
+        reach: as of :func:`lls_jax.training.make_train_step`; an `execution` has its own.
+        remat_above: likewise.
         execution: where steps run, from :mod:`lls_jax.placement`; None for the default device.
         steps_a_launch: ``"many"``: a compiled loop over steps, with the images on the device;
             ``"auto"``: where such loops are fast (:mod:`lls_jax.platforms`).
@@ -116,6 +119,7 @@ def fit(
     >>> [record["epoch"] for record in result.records], int(result.state.step)
     ([1, 2], 4)
     """
+    check_reach(rule, reach)
     if epochs < 1:
         raise ValueError(f"`epochs` is {epochs}; it must be at least 1.")
     listeners: list[listening.Callback] = [*callbacks] if callbacks else [_Warnings()]
@@ -123,7 +127,7 @@ def fit(
         listeners.append(listening.EarlyStopping(early_stopping))
     on_one_device = execution is None
     if execution is None:
-        execution = single(model, rule, tx, remat_above)
+        execution = single(model, rule, tx, remat_above, reach)
     model_key, data_key = jax.random.split(jax.random.key(seed))
     evaluation_sets: dict[str, Any] = {}
     if isinstance(train, tuple | Split | batches.DeviceSplit):
@@ -159,6 +163,8 @@ def fit(
                 "epochs": epochs,
                 "batch_size": batch_size,
                 "augmentation": augmentation,
+                # Folders of before it was there have reach 1.
+                **({"reach": reach} if reach > 1 else {}),
                 "seed": seed,
                 "validation": validation if isinstance(validation, int) else None,
             }
@@ -171,7 +177,7 @@ def fit(
         tx=tx,
         execution=execution,
         compiled_loop=_compiled_loop(
-            steps_a_launch, model, rule, tx, remat_above, source, spec, augmentation
+            steps_a_launch, model, rule, tx, remat_above, reach, source, spec, augmentation
         ),
         source=source,
         example=example,
@@ -226,6 +232,7 @@ def _compiled_loop(
     rule: Rule,
     tx: Optimizer,
     remat_above: int | None,
+    reach: int,
     source: sources.Source,
     spec: DatasetSpec,
     augmentation: str,
@@ -241,5 +248,5 @@ def _compiled_loop(
             "`steps_a_launch` is 'many', which needs the images on one device: give "
             "`lls_jax.data.batches.to_device(...)`, and no execution on several devices."
         )
-    step = make_train_step(model, rule, tx, remat_above=remat_above)
+    step = make_train_step(model, rule, tx, reach=reach, remat_above=remat_above)
     return make_loop(step, epoch_sums.add, spec, augmentation, source.batch_size)

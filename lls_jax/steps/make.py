@@ -11,6 +11,7 @@ from lls_jax.steps.averaging import is_schedule_free
 from lls_jax.steps.backpropagation import backpropagation_step
 from lls_jax.steps.feedback import feedback_step
 from lls_jax.steps.local import local_step
+from lls_jax.steps.reach import check_reach, reach_step
 from lls_jax.steps.state import Optimizer, TrainState, TrainStep
 
 
@@ -19,6 +20,7 @@ def make_train_step(
     rule: Rule,
     tx: Optimizer,
     *,
+    reach: int = 1,
     remat_above: int | None = None,
     in_order: bool = True,
     donate: bool = True,
@@ -27,14 +29,18 @@ def make_train_step(
 
     With a local rule it walks block by block: the gradient of the block's own loss with respect to
     the block's own parameters, their update, then the next block, on the activation computed
-    before that update. No gradient toward a block's input is ever computed. With ``bp`` one
-    gradient of the classifier's loss updates everything; with ``dfa`` and ``drtp`` every block gets
-    a random projection of the output's error or of the target.
+    before that update. No gradient toward a block's input is computed unless `reach` asks for it.
+    With ``bp`` one gradient of the classifier's loss updates everything; with ``dfa`` and ``drtp``
+    every block gets a random projection of the output's error or of the target.
 
     Args:
         model: from :func:`lls_jax.models.make`.
         rule: from :func:`lls_jax.rules.make`, or your own.
         tx: what the state was created with: an optax transformation, or one a block.
+        reach: how many blocks a local loss teaches: its own, and ``reach - 1`` below it, for which
+            the gradient goes on down so far. The classifier counts as the block after the last.
+            Any number from the blocks and the classifier on is all of them. Local rules only
+            (:mod:`lls_jax.steps.reach`).
         remat_above: bytes; a convolution whose output takes more is computed again, in slices of
             the batch, instead of keeping it (:mod:`lls_jax.steps.sliced`). None keeps every one.
             Local rules only.
@@ -49,6 +55,9 @@ def make_train_step(
         ``layer_loss`` ``[local blocks]`` (none for baselines), ``loss``, the classifier's, and
         ``logits`` ``[batch, classes]``.
 
+    Raises:
+        ValueError: `reach` is no number of blocks, or the rule has no losses that could reach.
+
     >>> import jax.numpy as jnp, optax
     >>> from lls_jax import models, rules
     >>> from lls_jax.training import create_train_state
@@ -60,7 +69,12 @@ def make_train_step(
     >>> int(state.step), metrics["layer_loss"].shape
     (1, (4,))
     """
+    check_reach(rule, reach)
     step: Any = functools.partial(local_step, remat_above=remat_above, in_order=in_order)
+    if reach > 1:
+        step = functools.partial(
+            reach_step, reach=reach, remat_above=remat_above, in_order=in_order
+        )
     if isinstance(rule, Backpropagation):
         step = backpropagation_step
     elif isinstance(rule, DirectFeedback):

@@ -95,12 +95,14 @@ def convolve_normalize_pool(
         windows, float32 ``[batch, p, p, features]``; the batch's statistics of the convolution's
         output, float32 ``[features]``.
     """
-    return _forward(plan, x, kernel, scale, bias)[0]
+    return run_slices(plan, x, kernel, scale, bias)[0]
 
 
-def _forward(
+def run_slices(
     plan: Plan, x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple:
+    """The results of :func:`convolve_normalize_pool`, and what its gradient needs: input, kernel,
+    :class:`Statistics`, sums over windows, and the elements of a window."""
     batch, narrow = x.shape[0], kernel.astype(plan.dtype)
     total = jnp.zeros(kernel.shape[-1])
     square, token = total, jnp.float32(0.0)
@@ -151,7 +153,7 @@ def _backward(plan: Plan, residuals: tuple, cotangents: tuple) -> tuple:
     return jnp.zeros_like(x), d_kernel, gradients.scale, gradients.bias
 
 
-convolve_normalize_pool.defvjp(_forward, _backward)
+convolve_normalize_pool.defvjp(run_slices, _backward)
 
 
 def plan_block(

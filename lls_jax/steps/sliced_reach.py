@@ -1,0 +1,139 @@
+"""A convolution block in slices of the batch, for gradients that come from above and go below.
+
+As in :mod:`lls_jax.steps.sliced` the convolution's output is never kept. With a gradient from above
+the batch goes through the convolution twice more for each gradient: once for the gradients of
+BatchNorm's statistics, scale and bias, which are sums over the whole batch, and once for those of
+the weights or the input. From the pooled activation alone, once more.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from lls_jax.blocks import running_average
+from lls_jax.layers.convolution import convolve_3x3
+from lls_jax.layers.normalization import (
+    PooledGradients,
+    Statistics,
+    apply_statistics,
+    gradients_from_sums,
+    input_gradient,
+)
+from lls_jax.layers.ordering import batch_slices, slice_after, token_of
+from lls_jax.steps.sliced import Plan, run_slices
+
+
+def run_block(
+    plan: Plan, params: Any, batch_stats: Any, x: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], Any, Callable[..., Any]]:
+    """A :class:`lls_jax.blocks.ConvBlock` in training, in slices.
+
+    Args:
+        plan: from :func:`lls_jax.steps.sliced.plan_block`.
+        params: the block's.
+        batch_stats: the block's.
+        x: its input, ``[batch, height, width, channels]``.
+
+    Returns:
+        ``((downsampled, pooled), batch_stats, pull)``. ``pull(d_downsampled, d_pooled, params=...,
+        input=...)`` gives the gradients with respect to `params` and `x`, those that are asked for;
+        a cotangent may be None, for zeros.
+    """
+    conv, norm = params["conv"], params["norm"]
+    outputs, residuals = run_slices(
+        plan, x.astype(plan.dtype), conv["kernel"], norm["scale"], norm["bias"]
+    )
+    downsampled, pooled, mean, variance = outputs
+    new = running_average(batch_stats["norm"], mean + conv["bias"], variance)
+    *arrays, window = residuals
+    return (
+        (downsampled, pooled),
+        {"norm": new},
+        Partial(functools.partial(_pull, plan, window), *arrays),
+    )
+
+
+def _window_means(activation: jax.Array, pool_size: int) -> jax.Array:
+    batch, height, width, channels = activation.shape
+    rows, columns = height // pool_size, width // pool_size
+    shape = (batch, pool_size, rows, pool_size, columns, channels)
+    return jnp.mean(activation.astype(jnp.float32).reshape(shape), (2, 4))
+
+
+def _pull(
+    plan: Plan,
+    window: int,
+    x: jax.Array,
+    kernel: jax.Array,
+    statistics: Statistics,
+    sums: Any,
+    *cotangents: Any,
+    **wanted: bool,
+) -> tuple[Any, Any]:
+    batch, count = x.shape[0], x.shape[0] * window * plan.pool_size**2
+    narrow = kernel.astype(plan.dtype)
+    slices = batch_slices(batch, plan.slices)
+    d_downsampled, d_pooled = cotangents
+
+    def convolve(part: jax.Array, narrow: jax.Array) -> jax.Array:
+        return convolve_3x3(part, narrow, plan.stride, compact=True)
+
+    def own_cotangents(start: int, size: int) -> Any:
+        return tuple(
+            None if one is None else jax.lax.dynamic_slice_in_dim(one, start, size)
+            for one in cotangents
+        )
+
+    def after_convolution(y: jax.Array, statistics: Statistics) -> Any:
+        activation = apply_statistics(y, *statistics)
+        downsampled = None if d_downsampled is None else plan.downsample(activation)
+        pooled = None if d_pooled is None else _window_means(activation, plan.pool_size)
+        return downsampled, pooled
+
+    token = token_of(cotangents)
+    if d_downsampled is None:
+        pooled = gradients_from_sums(cotangents[1], sums, statistics, window)
+        d_statistics = Statistics(jnp.zeros(()), jnp.zeros(()), pooled.scale, pooled.bias)
+    else:
+        d_statistics = jax.tree.map(jnp.zeros_like, statistics)
+        for start, size in slices:
+            y = convolve(slice_after(token, x, start, size), narrow)
+            _, pullback = jax.vjp(functools.partial(after_convolution, y), statistics)
+            (own,) = pullback(own_cotangents(start, size))
+            d_statistics = jax.tree.map(jnp.add, d_statistics, own)
+            token = token_of(d_statistics)
+
+    def d_convolution(y: jax.Array, start: int, size: int) -> jax.Array:
+        own = own_cotangents(start, size)
+        if d_downsampled is None:
+            gradients = PooledGradients(own[1] / window, d_statistics.scale, d_statistics.bias)
+            return input_gradient(y, statistics, gradients, count)
+        _, pullback = jax.vjp(lambda y: after_convolution(y, statistics), y)
+        (direct,) = pullback(own)
+        # Through the batch's mean, and through its variance.
+        wide = y.astype(jnp.float32) - statistics.mean[None, None, None]
+        through = (d_statistics.mean + 2 * wide * d_statistics.variance) / count
+        return (direct.astype(jnp.float32) + through).astype(y.dtype)
+
+    d_kernel, d_input = jnp.zeros_like(kernel), jnp.zeros_like(x)
+    token = token + token_of(d_statistics)
+    for start, size in slices:
+        part = slice_after(token, x, start, size)
+        if wanted["input"]:
+            y, pullback = jax.vjp(convolve, part, narrow)
+        else:
+            y, pullback = jax.vjp(functools.partial(convolve, part), narrow)
+        gradients = pullback(d_convolution(y, start, size))
+        if wanted["params"]:
+            d_kernel = d_kernel + gradients[-1].astype(jnp.float32)
+        if wanted["input"]:
+            d_input = jax.lax.dynamic_update_slice_in_dim(d_input, gradients[0], start, axis=0)
+        token = token_of((d_kernel if wanted["params"] else None, gradients[0]))
+    norm = {"scale": d_statistics.scale, "bias": d_statistics.bias}
+    conv = {"kernel": d_kernel, "bias": jnp.zeros_like(statistics.mean)}
+    d_params = {"conv": conv, "norm": norm} if wanted["params"] else None
+    return d_params, (d_input if wanted["input"] else None)

@@ -1,0 +1,131 @@
+"""Reach: what a block learns from, against gradients of whole losses stopped by hand."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lls_jax import rules, training
+from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock, apply_module
+from lls_jax.models import BlockSpec, Network
+
+CLASSES = 5
+# Plain gradient descent: the new parameters show the gradients.
+TX = optax.sgd(0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Silent(rules.LocalRule):
+    """A rule with nothing to say: its loss is 0."""
+
+    def loss(self, params, seen, labels, *, pool_size):
+        return 0.0 * jnp.mean(seen)
+
+
+def make_rule(*names):
+    made = [
+        Silent() if name == "silent" else rules.make(name, num_classes=CLASSES) for name in names
+    ]
+    return rules.PerBlock(tuple(made))
+
+
+def mixed(dropout=0.0, dtype=jnp.float32):
+    """Blocks of every kind, with what may be between them."""
+    specs = (
+        BlockSpec(ConvBlock(6, dtype), pool_size=4, dropout=dropout),
+        BlockSpec(ConvBlock(8, dtype), pool_size=2, max_pool=True, dropout=dropout),
+        BlockSpec(DepthwiseSeparableBlock(8, dtype), pool_size=2, then=lambda x: 0.5 * x),
+        BlockSpec(ConvBlock(6, dtype, stride=2), 2, average_pool=2, flatten=True),
+        BlockSpec(DenseBlock(12, dtype), pool_size=8),
+    )
+    return Network("mixed", CLASSES, specs, dtype)
+
+
+# What a rule may learn from and with: latents from window means, the activation, fixed parameters.
+MIXED_RULES = ("lls_mxm", "predsim", "lls_m_random", "local_classifier", "decoupled")
+
+
+def make_batch(seed=0, size=6, side=8):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": jnp.asarray(rng.normal(size=(size, side, side, 3)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32),
+    }
+
+
+def start(model, rule, batch, tx=TX):
+    return training.create_train_state(model, rule, tx, jax.random.key(0), batch["image"])
+
+
+def train(model, rule, batch, tx=TX, state=None, **options):
+    step = training.make_train_step(model, rule, tx, donate=False, **options)
+    return step(start(model, rule, batch, tx) if state is None else state, batch)
+
+
+def loss_of(index, first, model, rule, state, batch, params):
+    """The loss of one block, or of the classifier, by a forward pass of its own, through which a
+    gradient reaches block `first` and those above it."""
+    x, step_key = batch["image"].astype(model.dtype), jax.random.fold_in(state.key, state.step)
+    joined = model.classifier_in_last_group
+    rows = zip(model.block_names, model.specs, model.block_rules(rule))
+    for i, (name, spec, own_rule) in enumerate(rows):
+        if i <= first:
+            x = jax.lax.stop_gradient(x)
+        key = jax.random.fold_in(step_key, i)
+        own, stats = params[name], state.batch_stats[name]["block"]
+        x, _ = apply_module(spec.module, own["block"], stats, x, train=True, rngs={"dropout": key})
+        if i == index and not (joined and i == len(model.specs) - 1):
+            return own_rule.loss(own.get("rule", {}), x, batch["label"], pool_size=spec.pool_size)
+        x = spec.transition(x, key)
+    if first >= len(model.specs):
+        x = jax.lax.stop_gradient(x)
+    logits = model.classify(params["classifier"], x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+
+def expected_params(model, rule, state, batch, reach):
+    """Every block's parameters after a step, from the sum of the losses that teach it."""
+    joined = model.classifier_in_last_group
+    count = len(model.specs) + 1 - joined
+
+    def gradient(names, first):
+        def total(own):
+            params = {**state.params, **own}
+            losses = range(first, min(first + reach, count))
+            return sum(loss_of(i, first, model, rule, state, batch, params) for i in losses)
+
+        return jax.jit(jax.grad(total))({name: state.params[name] for name in names})
+
+    grads = {}
+    for i in range(count):
+        last = (*model.block_names[count - 1 :], "classifier")
+        grads |= gradient(last if i == count - 1 else model.block_names[i : i + 1], i)
+    new = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads)
+    for name, own_rule in zip(model.block_names, model.block_rules(rule)):
+        for fixed in own_rule.fixed & new[name].get("rule", {}).keys():
+            new[name]["rule"][fixed] = state.params[name]["rule"][fixed]
+    return new
+
+
+def assert_close(ours, theirs, tolerance=2e-4):
+    ours, theirs = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (ours, theirs))
+    for (path, a), (other, b) in zip(ours, theirs, strict=True):
+        assert path == other
+        scale = max(np.abs(b).max(initial=0), 1e-2)
+        np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=0, err_msg=str(path))
+
+
+@pytest.mark.parametrize("reach", [1, 2, 3, 5, 6, 9])
+def test_a_block_learns_from_the_losses_that_reach_it(reach):
+    model, rule, batch = mixed(dropout=0.3), make_rule(*MIXED_RULES), make_batch()
+    state = start(model, rule, batch)
+    new, metrics = train(model, rule, batch, state=state, reach=reach)
+    assert_close(new.params, expected_params(model, rule, state, batch, reach))
+    one, expected = train(model, rule, batch, state=state)
+    # The forward pass is the same, and so are the statistics.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), metrics, expected)
+    assert_close(new.batch_stats, one.batch_stats)
