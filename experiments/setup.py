@@ -17,6 +17,7 @@ from lls_jax.errors import UserError
 from lls_jax.models import Network
 from lls_jax.rules import published
 from lls_jax.runs.source import first_examples, hold_out, place
+from lls_jax.steps.reach_schedule import check_reach
 from pallas_kernels import local_loss
 
 
@@ -111,7 +112,7 @@ def _make_task(config: TrainConfig, spec: data.DatasetSpec) -> Task:
     given = _rule_options(config, names)
     made = tuple(_make_rule(name, given, spec, config) for name in names)
     if len(made) == 1:
-        _check_reach(config, made[0])
+        check_reach(made[0], config.reach)
         return Task(spec, model, made[0])
     for one in made:
         if not rules.has_local_losses(one):
@@ -121,14 +122,6 @@ def _make_task(config: TrainConfig, spec: data.DatasetSpec) -> Task:
     rule = rules.PerBlock(made)  # type: ignore[arg-type]
     model.block_rules(rule)
     return Task(spec, model, rule)
-
-
-def _check_reach(config: TrainConfig, rule: rules.Rule) -> None:
-    if config.reach > 1 and not rules.has_local_losses(rule):
-        raise ValueError(
-            f"--reach {config.reach} does not go with --rule {config.rule}, which has no local "
-            "losses; leave it out, or use a local rule."
-        )
 
 
 # Options of rules, by the fields of a config that hold them.

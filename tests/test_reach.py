@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lls_jax import rules, training
+from lls_jax import models, rules, training
 from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock, apply_module
 from lls_jax.models import BlockSpec, Network
 
@@ -119,7 +119,7 @@ def assert_close(ours, theirs, tolerance=2e-4):
         np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=0, err_msg=str(path))
 
 
-@pytest.mark.parametrize("reach", [1, 2, 3, 5, 6, 9])
+@pytest.mark.parametrize("reach", [1, 2, 3, 9])
 def test_a_block_learns_from_the_losses_that_reach_it(reach):
     model, rule, batch = mixed(dropout=0.3), make_rule(*MIXED_RULES), make_batch()
     state = start(model, rule, batch)
@@ -129,3 +129,69 @@ def test_a_block_learns_from_the_losses_that_reach_it(reach):
     # The forward pass is the same, and so are the statistics.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), metrics, expected)
     assert_close(new.batch_stats, one.batch_stats)
+
+
+def test_classifier_and_last_group_reach_down_as_one():
+    model, rule = mixed().grouped((2, 1, 3)), make_rule("lls_mxm", "decoupled", "lls_random")
+    batch = make_batch()
+    # An optimizer with a state for what it trains, and for nothing else.
+    state = start(model, rule, batch, optax.sgd(0.1, momentum=0.0))
+    new, metrics = train(model, rule, batch, optax.sgd(0.1, momentum=0.0), state, reach=2)
+    assert_close(new.params, expected_params(model, rule, state, batch, 2))
+    assert metrics["layer_loss"].shape == (2,)
+
+
+@pytest.mark.parametrize("reach", [2, 3])
+def test_computing_again_in_slices_is_training_as_before(reach):
+    model = models.make("small_conv", num_classes=CLASSES, dropout=0.2)
+    rule = make_rule("lls_mxm", "lls_random", "local_classifier", "lls")
+    batch = make_batch(size=7)
+    state = start(model, rule, batch)
+    kept, ours = (
+        train(model, rule, batch, state=state, reach=reach, remat_above=above)[0]
+        for above in (None, 20 * 1024)
+    )
+    assert_close(ours.params, kept.params)
+    pairs = zip(jax.tree.leaves(ours.params), jax.tree.leaves(kept.params))
+    assert not all(np.array_equal(a, b) for a, b in pairs), "nothing was computed again"
+
+
+def test_a_reach_of_all_without_local_losses_is_backpropagation():
+    model, batch = mixed(dropout=0.3), make_batch()
+    silent = make_rule(*["silent"] * len(model.specs))
+    bp = rules.make("bp", num_classes=CLASSES)
+    ours, metrics = train(model, silent, batch, reach=len(model.specs) + 1)
+    theirs, expected = train(model, bp, batch)
+    assert_close(ours.params, theirs.params)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+
+
+def temporaries(depth, reach):
+    specs = tuple(BlockSpec(ConvBlock(16), pool_size=2) for _ in range(depth))
+    last = dataclasses.replace(specs[-1], average_pool=2, flatten=True)
+    model = Network("straight", CLASSES, (*specs[:-1], last))
+    rule, batch = rules.make("lls_mxm", num_classes=CLASSES), make_batch(size=64, side=32)
+    state = jax.eval_shape(lambda: start(model, rule, batch))
+    step = training.make_train_step(model, rule, TX, reach=reach)
+    return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="measured on CPUs")
+def test_temporaries_are_those_of_the_blocks_within_reach():
+    shallow, deep = (temporaries(depth, 2) for depth in (6, 9))
+    activation = 64 * 32 * 32 * 16 * 4
+    # 0.37 and 0.25 activations (jax 0.10.2, 0.12.0.1); backpropagation keeps two for each block.
+    assert deep - shallow < 0.6 * activation
+
+
+@pytest.mark.parametrize(
+    ("rule", "reach", "message"),
+    [
+        ("lls", 0, "`reach` is 0"),
+        ("lls", 1.5, "`reach` is 1.5"),
+        *((name, 2, "has no local losses") for name in ("bp", "dfa", "drtp")),
+    ],
+)
+def test_a_reach_that_cannot_be_is_refused(rule, reach, message):
+    with pytest.raises(ValueError, match=message):
+        training.make_train_step(mixed(), rules.make(rule, num_classes=CLASSES), TX, reach=reach)

@@ -22,7 +22,7 @@ from lls_jax.runs import source as sources
 from lls_jax.runs.loop import train as train_run
 from lls_jax.runs.run import FitResult, Run
 from lls_jax.steps.loop import make_loop
-from lls_jax.steps.reach import check_reach
+from lls_jax.steps.reach_schedule import check_reach
 from lls_jax.training import Optimizer, make_train_step
 
 

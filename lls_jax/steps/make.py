@@ -11,7 +11,8 @@ from lls_jax.steps.averaging import is_schedule_free
 from lls_jax.steps.backpropagation import backpropagation_step
 from lls_jax.steps.feedback import feedback_step
 from lls_jax.steps.local import local_step
-from lls_jax.steps.reach import check_reach, reach_step
+from lls_jax.steps.reach import reach_step
+from lls_jax.steps.reach_schedule import check_reach
 from lls_jax.steps.state import Optimizer, TrainState, TrainStep
 
 

@@ -18,8 +18,8 @@ References:
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from jax.tree_util import Partial
 from lls_jax.blocks import apply_module, run_block
 from lls_jax.layers.ordering import token_of, wait_for
 from lls_jax.models import BlockSpec, Network
-from lls_jax.rules import LocalRule, Rule, has_local_losses
+from lls_jax.rules import LocalRule, Rule
 from lls_jax.steps import sliced, sliced_reach
 from lls_jax.steps.block import (
     BlockState,
@@ -38,6 +38,7 @@ from lls_jax.steps.block import (
     merge_params,
     split_params,
 )
+from lls_jax.steps.reach_schedule import brings_own_loss, schedule
 from lls_jax.steps.state import (
     CLASSIFIER,
     Batch,
@@ -49,64 +50,6 @@ from lls_jax.steps.state import (
     optimizer_of,
     stack_losses,
 )
-
-
-def check_reach(rule: Rule, reach: int) -> None:
-    """Raise ValueError unless a rule's losses can reach so far."""
-    if isinstance(reach, bool) or not isinstance(reach, int) or reach < 1:
-        raise ValueError(
-            f"`reach` is {reach!r}; it must be a whole number, at least 1: the blocks that a loss "
-            "teaches, its own and those below it."
-        )
-    if reach > 1 and isinstance(rule, Rule) and not has_local_losses(rule):
-        raise ValueError(
-            f"`reach` is {reach}, but rule {rule.name!r} has no local losses that could reach "
-            "further; leave it out, or use a local rule."
-        )
-
-
-class Move(NamedTuple):
-    """One thing to do for a batch.
-
-    Attributes:
-        kind: ``"run"`` a unit forward, with its loss; ``"pass"`` a gradient from its output to its
-            input; ``"update"`` it.
-        unit: which one; the last is the classifier, alone or with the last block.
-        loss: index of the unit whose loss's gradient it is, or whose loss is the last to come.
-    """
-
-    kind: Literal["run", "pass", "update"]
-    unit: int
-    loss: int
-
-
-def schedule(units: int, reach: int) -> Iterator[Move]:
-    """What a step does, in order: at most `reach` units are between their run and their update.
-
-    >>> [f"{move.kind} {move.unit}" for move in schedule(3, 2)]
-    ['run 0', 'run 1', 'pass 1', 'update 0', 'run 2', 'pass 2', 'update 2', 'update 1']
-    """
-    together = lowest_stopping(units, reach) - 1
-    for loss in range(units):
-        yield Move("run", loss, loss)
-        if loss < together:
-            continue
-        lowest = max(loss - reach + 1, 0)
-        for unit in range(loss, lowest - 1, -1):
-            if unit > lowest:
-                yield Move("pass", unit, loss)
-            if unit == lowest or loss == units - 1:
-                yield Move("update", unit, loss)
-
-
-def lowest_stopping(units: int, reach: int) -> int:
-    """The lowest unit whose loss does not teach the first; the losses below go down together."""
-    return min(units, reach)
-
-
-def brings_own_loss(move: Move, units: int, reach: int) -> bool:
-    """Whether the gradient of a unit's own loss joins what is passed on there."""
-    return move.unit == move.loss or move.loss < lowest_stopping(units, reach)
 
 
 class UnitRun(NamedTuple):
@@ -324,7 +267,7 @@ def _last_unit(model: Network, rule: Rule, tx: Optimizer) -> ReachingUnit:
 def make_reaching_units(
     model: Network, rule: Rule, tx: Optimizer, remat_above: int | None = None
 ) -> list[ReachingUnit]:
-    """A network's units in order, for :func:`schedule`.
+    """A network's units in order, for :func:`lls_jax.steps.reach_schedule.schedule`.
 
     Args:
         model: the network.

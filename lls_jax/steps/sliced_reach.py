@@ -115,8 +115,11 @@ def _pull(
         _, pullback = jax.vjp(lambda y: after_convolution(y, statistics), y)
         (direct,) = pullback(own)
         # Through the batch's mean, and through its variance.
-        wide = y.astype(jnp.float32) - statistics.mean[None, None, None]
-        through = (d_statistics.mean + 2 * wide * d_statistics.variance) / count
+        mean, d_mean, d_variance = (
+            values[None, None, None]
+            for values in (statistics.mean, d_statistics.mean, d_statistics.variance)
+        )
+        through = (d_mean + 2 * (y.astype(jnp.float32) - mean) * d_variance) / count
         return (direct.astype(jnp.float32) + through).astype(y.dtype)
 
     d_kernel, d_input = jnp.zeros_like(kernel), jnp.zeros_like(x)
