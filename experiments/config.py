@@ -9,7 +9,7 @@ SCHEDULES = ("constant", "multistep", "cosine", "plateau")
 PRECISIONS = ("float32", "bfloat16")
 LOOPS = ("auto", "dispatch", "scan")
 ON_DEVICE = ("auto", "yes", "no")
-KERNELS = ("auto", "xla", "pallas", "triton")
+KERNELS = ("auto", "xla", "split", "pallas", "triton")
 
 # Averages of the weights take the place of a falling learning rate.
 AVERAGING = ("schedule_free_adamw", "optax_schedule_free_adamw", "schedule_free_sgd")
@@ -97,8 +97,8 @@ class TrainConfig:
     precision: str = "float32"
     """Of the activations: float32 or bfloat16. Parameters, statistics and losses are float32."""
     kernels: str = "auto"
-    """What computes the local losses: auto: a GPU kernel where `python -m pallas_kernels.tune` has
-    measured one to be faster on this device, else xla; xla; pallas; or triton."""
+    """What computes the local losses: auto: on a GPU what whole steps of this run are fastest with,
+    measured when it starts, elsewhere xla; xla; split; pallas; or triton."""
     loop: str = "auto"
     """dispatch: one launch a step; scan: many steps a launch, with the images on the device; auto:
     scan on GPUs and TPUs, dispatch on CPUs, whose loops run convolutions on one thread."""
@@ -193,11 +193,6 @@ class TrainConfig:
         self.stage_sizes()
         self._check_processes()
         sharing = "--coordinator" if self.coordinator else "--data-parallel"
-        if self.shares_batches and self.kernels not in ("auto", "xla"):
-            raise ValueError(
-                f"--kernels {self.kernels} does not go with {sharing}, because the compiler "
-                "cannot cut a kernel; use --kernels xla, or --pipeline."
-            )
         if self.shares_batches and self.remat:
             raise ValueError(
                 f"--remat {self.remat} does not go with {sharing}, whose batches are cut "

@@ -14,6 +14,7 @@ from experiments.config import TrainConfig
 from experiments.setup import Run
 from lls_jax import processes
 from lls_jax.runs.callbacks import Callback, EpochEnd, Record, RunStart, StepEnd
+from lls_jax.runs.kernels import KernelChoice
 
 _REFRESH_SECONDS = 0.5
 _REDRAW_SECONDS = 30.0
@@ -60,6 +61,12 @@ class _Lines(Callback):
     def on_epoch(self, event: EpochEnd) -> None:
         """How the epoch went."""
         say(epoch_line(event.record, event.epochs), flush=True)
+
+    def on_kernels(self, choice: KernelChoice) -> None:
+        """What computes the local losses, and what it gains."""
+        say(str(choice))
+        for name, why in choice.refused.items():
+            say(f"  {name} was not measured: {why}")
 
     def on_warning(self, message: str) -> None:
         """Something that is no error."""

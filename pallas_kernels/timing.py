@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.local_loss import Config, latent_dim, local_loss
-from pallas_kernels.local_loss.config import Problem
+from pallas_kernels.local_loss import Tiles, mean_head_loss
+from pallas_kernels.local_loss.shapes import Problem
 
 _LEAST_SECONDS = 0.01
 
@@ -54,21 +54,16 @@ def copy_bandwidth(num_bytes: int = 1 << 28) -> float:
 
 
 def arguments(problem: Problem, batch: int) -> tuple[Any, ...]:
-    """Random activation, projection, modulation and labels of a problem."""
+    """Random latents, projection, labels and parameters of a problem."""
     keys = jax.random.split(jax.random.key(0), 4)
-    shape: tuple[int, ...] = (problem.channels,)
-    if problem.is_spatial:
-        shape = (problem.height, problem.width, problem.channels)
-    latents = latent_dim(shape, problem.pool_size)
-    modulations = {"vector": (problem.rows,), "matrix": (problem.rows, problem.classes)}
-    modulation = None
-    if problem.modulation != "none":
-        modulation = jax.random.normal(keys[2], modulations[problem.modulation])
+    params = {
+        name: jax.random.normal(keys[2], shape.shape) for name, shape in problem.params.items()
+    }
     return (
-        jax.random.normal(keys[0], (batch, *shape), problem.dtype),
-        jnp.sign(jax.random.normal(keys[1], (problem.rows, latents))),
-        modulation,
+        jax.random.normal(keys[0], (batch, problem.latents)),
+        jnp.sign(jax.random.normal(keys[1], (problem.rows, problem.latents))),
         jax.random.randint(keys[3], (batch,), 0, problem.classes),
+        params,
     )
 
 
@@ -76,31 +71,29 @@ def loss_and_gradients(
     problem: Problem,
     batch: int,
     implementation: str,
-    config: Config | None = None,
+    tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Callable[[], Any]:
-    """A compiled call: the mean loss, and its gradients to the activation and the modulation."""
-    activation, projection, modulation, labels = arguments(problem, batch)
+    """A compiled call: the mean loss, and its gradients to the latents and the parameters."""
+    latents, projection, labels, params = arguments(problem, batch)
 
     def loss(learned: Any, projection: Any, labels: Any) -> Any:
-        losses = local_loss(
+        return mean_head_loss(
             learned[0],
             projection,
-            learned[1],
             labels,
-            pool_size=problem.pool_size,
-            implementation=implementation,
-            config=config,
-            interpret=interpret,
+            problem.head,
+            learned[1],
+            implementation,
+            interpret,
+            tiles=tiles,
         )
-        return jnp.mean(losses)
 
-    inputs = ((activation, modulation), projection, labels)
+    inputs = ((latents, params), projection, labels)
     compiled = jax.jit(jax.value_and_grad(loss)).lower(*inputs).compile()
     return lambda: compiled(*inputs)
 
 
 def least_bytes(problem: Problem, batch: int) -> int:
-    """What must move: the activation is read and its gradient written, once each."""
-    activation = problem.channels * (problem.height * problem.width or 1)
-    return 2 * batch * activation * jnp.dtype(problem.dtype).itemsize
+    """What must move: the latents are read and their gradient written, once each; float32."""
+    return 2 * batch * problem.latents * 4

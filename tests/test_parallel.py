@@ -241,20 +241,33 @@ def test_sums_in_rows_need_no_gathering():
 
 
 @on_devices
-def test_data_parallel_takes_no_kernel():
-    """The compiler cannot cut one: a rule that chooses gets XLA, one that names one is refused."""
-    model = make_mixed()[0]
-    for name in ("lls", "local_classifier"):
-        assert make_rule(name).without_kernels().implementation == "xla"
-        for rule in (
-            rules.make(name, num_classes=CLASSES, implementation="pallas"),
-            rules.PerBlock(
-                (rules.make(name, num_classes=CLASSES, implementation="triton"),) * len(RULES)
-            ),
-        ):
-            with pytest.raises(ValueError, match="which the compiler cannot cut"):
-                placement.data_parallel(model, rule, TX, jax.devices()[:2])
-    assert make_rule("predsim").without_kernels() == make_rule("predsim")
+@pytest.mark.parametrize("form", ["split", "pallas"])
+def test_a_kernel_runs_on_each_shard(form):
+    """What the compiler cannot cut is cut before; the losses and gradients are of all rows."""
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    rule = rules.make("lls_mxm", num_classes=CLASSES)
+    # Ten rows a device: neither a whole program nor a whole tile.
+    rng = np.random.default_rng(0)
+    latents = jnp.asarray(rng.normal(size=(20, 37)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, CLASSES, 20), jnp.int32)
+    params = {"modulation": jnp.asarray(rng.normal(size=(CLASSES, CLASSES)), jnp.float32)}
+
+    def differentiate(rule, *arrays):
+        def loss(latents, params, labels):
+            return rule.loss(params, latents, labels)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(*arrays)
+
+    expected = differentiate(rule, latents, params, labels)
+    on_mesh = rules.PerBlock((rule,)).on_mesh(mesh).rules[0]
+    shared = on_mesh.with_implementation(form).interpreted()
+    ours = differentiate(
+        shared, jax.device_put(latents, rows), params, jax.device_put(labels, rows)
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert make_rule("predsim").on_mesh(mesh) == make_rule("predsim")
 
 
 @on_devices

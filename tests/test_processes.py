@@ -223,7 +223,6 @@ def test_processes_that_do_not_fit_together_say_so(tmp_path):
         ({"process_id": 0}, ["--process-id 0", "without --coordinator"]),
         ({"coordinator": "auto", "num_processes": 0}, ["--num-processes is 0", "at least 1"]),
         ({"coordinator": "auto", "pipeline": 2}, ["--pipeline and --coordinator"]),
-        ({"coordinator": "auto", "kernels": "pallas"}, ["--kernels pallas", "--coordinator"]),
         ({"coordinator": "auto", "remat": 8}, ["--remat 8", "--coordinator"]),
     ],
 )

@@ -1,7 +1,7 @@
 """The local loss, forward and backward, by each implementation; then whole training steps.
 
-For every local layer: time by implementation, the bytes that must move (the activation read once,
-its gradient written once), the share of the device's measured copy bandwidth that this makes, and
+For every local layer: time by implementation, the bytes that must move (the latents read once,
+their gradient written once), the share of the device's measured copy bandwidth that this makes, and
 the ratio to plain XLA.
 """
 
@@ -16,17 +16,15 @@ from experiments.config import TrainConfig
 from experiments.suites import report, training
 from lls_jax.errors import UserError
 from pallas_kernels import local_loss, timing
-from pallas_kernels.local_loss.config import Problem
-from pallas_kernels.local_loss.shapes import LAYERS, MODULATIONS, problems
+from pallas_kernels.local_loss.shapes import LAYERS, MODULATIONS, Problem, problems
 
 _RULES = dict(zip(MODULATIONS, ("lls", "lls_m", "lls_mxm")))
 _CLASSES = 10
 # The whole suite is to take less than eight minutes of a GPU.
 _LAYER_SECONDS, _STEP_SECONDS = 270.0, 450.0
 _LAYER_COLUMNS = {
-    "layer": "layer",
+    "latents": "latents",
     "rule": "rule",
-    "dtype": "dtype",
     "batch_size": "batch",
     "implementation": "implementation",
     "microseconds": "us",
@@ -43,12 +41,6 @@ _STEP_COLUMNS = {
 class _Case(NamedTuple):
     problem: Problem
     batch: int
-
-    @property
-    def layer(self) -> str:
-        problem = self.problem
-        sizes = (problem.height, problem.width, problem.channels)
-        return "x".join(str(size) for size in sizes if size) + f" to {problem.pool_size}"
 
 
 def _implementations() -> Iterator[str]:
@@ -68,9 +60,8 @@ def _measure(case: _Case, names: list[str], turns: int, bandwidth: float) -> lis
     xla = seconds[names.index("xla")]
     return [
         {
-            "layer": case.layer,
+            "latents": case.problem.latents,
             "rule": _RULES[case.problem.modulation],
-            "dtype": case.problem.dtype,
             "batch_size": case.batch,
             "implementation": name,
             "microseconds": 1e6 * spent,
@@ -95,10 +86,11 @@ def run(config: Any) -> int:
     names = list(_implementations())
     bandwidth = timing.copy_bandwidth()
     print(f"{report.device_line()}, copies {bandwidth / 1e9:.0f} GB/s", flush=True)
+    layers_of_models = [layer for model in models for layer in LAYERS[model]]
     cases = [
         _Case(problem, batch)
         for batch in config.batch_sizes
-        for problem in problems(models, MODULATIONS, _CLASSES, tuple(config.precisions))
+        for problem in problems(layers_of_models, MODULATIONS, _CLASSES)
     ]
     layers: list[report.Row] = []
     measured = 0

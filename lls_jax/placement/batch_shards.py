@@ -52,17 +52,17 @@ def data_parallel(
 
     Args:
         model: the network.
-        rule: any rule; its losses are computed by XLA, since the compiler cannot cut a kernel.
+        rule: any rule; a kernel runs on each device's rows of the batch.
         tx: any optax transformation.
         devices: shards go to these; they divide the batch size.
         reach: as of :func:`lls_jax.training.make_train_step`.
 
     Raises:
-        ValueError: the rule names a kernel, or the devices are made of a CPU with too few threads.
+        ValueError: the devices are made of a CPU with too few threads.
     """
-    rule = rule.without_kernels()
     _check_threads(devices)
     mesh = jax.sharding.Mesh(list(devices), ("data",))
+    rule = rule.on_mesh(mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     in_order = platforms.choices(devices[0].platform).ordered_collectives

@@ -1,14 +1,14 @@
 """What a rule is: all that the rest of the library asks of one."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.local_loss import pool_latents
+from pallas_kernels.local_loss import mean_head_loss, pool_latents
 
 Params = dict[str, Any]
+Self = TypeVar("Self", bound="HeadRule")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,27 @@ class Rule:
         del index, num_blocks
         return self
 
-    def without_kernels(self) -> "Rule":
-        """The same rule with its losses by XLA, in programs that the compiler cuts into parts.
+    @property
+    def interprets(self) -> bool:
+        """Whether a kernel of it is interpreted, and runs anywhere."""
+        return False
 
-        Raises:
-            ValueError: the rule names a kernel, which cannot be cut.
+    def with_implementation(self, name: str) -> "Rule":
+        """The same rule with its losses computed so, where it has a head and names no other way.
+
+        Args:
+            name: of :data:`pallas_kernels.local_loss.IMPLEMENTATIONS`.
         """
+        del name
+        return self
+
+    def on_mesh(self, mesh: jax.sharding.Mesh) -> "Rule":
+        """The same rule for batches that are sharded; the compiler cannot cut a kernel itself.
+
+        Args:
+            mesh: of one axis, over which a batch is sharded.
+        """
+        del mesh
         return self
 
 
@@ -135,10 +150,19 @@ class HeadRule(LocalRule):
         s = W z,    q = |z|^2,    loss = mean over the batch of head(s, q, params, label)
 
     Normalisation, modulation, temperature and the cross-entropy are all in the head: with unit
-    latents the scores are ``s / sqrt(q)``.
+    latents the scores are ``s / sqrt(q)``. Any such rule has the GPU kernels of
+    :func:`pallas_kernels.local_loss.mean_head_loss`, with its head inside.
+
+    Attributes:
+        implementation: of :func:`pallas_kernels.local_loss.mean_head_loss`; None chooses.
+        interpret: whether to interpret the kernel: on any device, slowly, to try a rule out.
+        mesh: of one axis, over which the batch is sharded; None where it is on one device.
     """
 
     sees: ClassVar[Literal["latents", "activation"]] = "latents"
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
+    interpret: bool = dataclasses.field(default=False, kw_only=True)
+    mesh: jax.sharding.Mesh | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
     def projection(self, params: Params, latent_dim: int) -> jax.Array:
         """``W``, float32 ``[rows, latents]``; a constant, or from the parameters.
@@ -167,11 +191,35 @@ class HeadRule(LocalRule):
     ) -> jax.Array:
         """The mean of :meth:`head` over the batch; see :meth:`LocalRule.loss`."""
         latents = self.observe(seen, pool_size)
-        weights = self.projection(params, latents.shape[1])
-        scores = jnp.matmul(latents, weights.T, precision="highest")
-        square = jnp.sum(jnp.square(latents), axis=1)
-        per_example = jax.vmap(self.head, (0, 0, None, 0))(scores, square, params, labels)
-        return jnp.mean(per_example)
+        return mean_head_loss(
+            latents,
+            self.projection(params, latents.shape[1]),
+            labels,
+            self.head,
+            params,
+            implementation=self.implementation,
+            interpret=self.interpret,
+            mesh=self.mesh,
+        )
+
+    def interpreted(self: Self) -> Self:
+        """The same rule with its kernel interpreted: on any device, slowly."""
+        return dataclasses.replace(self, interpret=True)
+
+    @property
+    def interprets(self) -> bool:
+        """See :attr:`Rule.interprets`."""
+        return self.interpret
+
+    def with_implementation(self: Self, name: str) -> Self:
+        """See :meth:`Rule.with_implementation`."""
+        if self.implementation is not None:
+            return self
+        return dataclasses.replace(self, implementation=name)
+
+    def on_mesh(self: Self, mesh: jax.sharding.Mesh) -> Self:
+        """See :meth:`Rule.on_mesh`."""
+        return dataclasses.replace(self, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,9 +242,19 @@ class PerBlock(Rule):
         check_count("rules, one a block,", len(self.rules), num_blocks)
         return self.rules[index].at_block(index, num_blocks)
 
-    def without_kernels(self) -> Rule:
-        """Each rule without its kernels."""
-        return PerBlock(tuple(rule.without_kernels() for rule in self.rules))  # type: ignore[misc]
+    @property
+    def interprets(self) -> bool:
+        """Whether every kernel is interpreted."""
+        return all(rule.interprets for rule in self.rules)
+
+    def with_implementation(self, name: str) -> Rule:
+        """Each rule so."""
+        rules = tuple(rule.with_implementation(name) for rule in self.rules)
+        return PerBlock(rules)  # type: ignore[arg-type]
+
+    def on_mesh(self, mesh: jax.sharding.Mesh) -> Rule:
+        """Each rule for batches that are sharded."""
+        return PerBlock(tuple(rule.on_mesh(mesh) for rule in self.rules))  # type: ignore[misc]
 
 
 def check_options(num_classes: int, temperature: float = 1.0, label_smoothing: float = 0.0) -> None:

@@ -27,7 +27,7 @@ class RandomLLS(CrossEntropyRule):
         num_classes: number of classes, ``K``.
         temperature: divides the logits; positive, dimensionless.
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
-        implementation: of :func:`pallas_kernels.local_loss.local_loss`; None chooses.
+        implementation, interpret: see :class:`HeadRule`.
         modulation: ``"none"``, ``"vector"`` (``m`` ``[K]``) or ``"matrix"`` (``M`` ``[K, K]``).
         hidden_dim: columns of ``Q``; one number for all blocks, one for each, or None for as many
             as there are latents. :mod:`lls_jax.rules.published` has those of the published runs.

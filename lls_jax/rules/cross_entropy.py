@@ -1,20 +1,16 @@
-"""What the rules with a softmax over the classes share: the op, and its options."""
+"""What the rules with a softmax over the classes share: their head, and its options."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
 from lls_jax.rules.base import HeadRule, check_options
-from pallas_kernels.local_loss import local_loss
-
-Self = TypeVar("Self", bound="CrossEntropyRule")
+from pallas_kernels.local_loss import cross_entropy
 
 MODULATION_STDDEV = 0.01
-# The square of the 1e-12 below which PyTorch's `normalize` stops dividing by the norm.
-_NORM_FLOOR_SQUARED = 1e-24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +24,12 @@ class CrossEntropyRule(HeadRule):
         num_classes: number of classes, ``K``.
         temperature: divides the logits; positive, dimensionless.
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
-        implementation: of :func:`pallas_kernels.local_loss.local_loss`; None chooses.
+        implementation, interpret: see :class:`HeadRule`.
     """
 
     num_classes: int
     temperature: float = 0.5
     label_smoothing: float = 0.0
-    implementation: str | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for an option that is out of its range."""
@@ -53,19 +48,15 @@ class CrossEntropyRule(HeadRule):
         self, scores: jax.Array, square: jax.Array, params: dict[str, Any], label: jax.Array
     ) -> jax.Array:
         """The cross-entropy of one example; see :meth:`HeadRule.head`."""
-        if self.normalizes:
-            scores = scores * jax.lax.rsqrt(jnp.maximum(square, _NORM_FLOOR_SQUARED))
-        modulation = self.modulation_of(params)
-        if modulation is not None:
-            by_matrix = modulation.ndim == 2
-            scores = (
-                jnp.matmul(scores, modulation, precision="highest")
-                if by_matrix
-                else scores * modulation
-            )
-        target = jax.nn.one_hot(label, scores.shape[-1], dtype=jnp.float32)
-        smoothed = optax.smooth_labels(target, self.label_smoothing)
-        return optax.softmax_cross_entropy(scores / self.temperature, smoothed)
+        return cross_entropy(
+            scores,
+            square,
+            self.modulation_of(params),
+            label,
+            temperature=self.temperature,
+            label_smoothing=self.label_smoothing,
+            normalize=self.normalizes,
+        )
 
     def loss(
         self,
@@ -75,32 +66,23 @@ class CrossEntropyRule(HeadRule):
         *,
         pool_size: int | None = None,
     ) -> jax.Array:
-        """The local loss, a float32 scalar: the mean over the batch; see :meth:`LocalRule.loss`.
+        """The local loss; see :meth:`LocalRule.loss`.
 
-        The same as :meth:`HeadRule.loss` of this head, by the operation that has GPU kernels.
+        Inside a compiled function, where the values of labels are not known yet, a label that is no
+        class makes the loss and its gradient NaN.
+
+        Raises:
+            ValueError: a label is no class.
         """
-        latents = self.observe(seen, pool_size)
-        per_example = local_loss(
-            latents,
-            self.projection(params, latents.shape[1]),
-            self.modulation_of(params),
-            labels,
-            pool_size=latents.shape[1],
-            temperature=self.temperature,
-            label_smoothing=self.label_smoothing,
-            normalize=self.normalizes,
-            implementation=self.implementation,
-        )
-        return jnp.mean(per_example)
-
-    def without_kernels(self: Self) -> Self:
-        """See :meth:`Rule.without_kernels`."""
-        if self.implementation not in (None, "xla"):
-            raise ValueError(
-                f"rule {self.name!r} has the implementation {self.implementation!r}, a kernel, "
-                "which the compiler cannot cut; use 'xla' or None."
-            )
-        return dataclasses.replace(self, implementation="xla")
+        # NumPy's, because JAX's give no values while another function is traced.
+        if not isinstance(labels, jax.core.Tracer) and len(values := np.asarray(labels)):
+            wrong = values[(values < 0) | (values >= self.num_classes)]
+            if wrong.size:
+                raise ValueError(
+                    f"`labels` holds {wrong[0]}; expected indices of {self.num_classes} classes, "
+                    f"from 0 to {self.num_classes - 1}."
+                )
+        return super().loss(params, seen, labels, pool_size=pool_size)
 
 
 def draw_modulation(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

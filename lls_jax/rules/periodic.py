@@ -24,7 +24,7 @@ class LLS(CrossEntropyRule):
         num_classes: number of classes, ``K``.
         temperature: divides the logits; positive, dimensionless.
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
-        implementation: of :func:`pallas_kernels.local_loss.local_loss`; None chooses.
+        implementation, interpret: see :class:`HeadRule`.
         modulation: ``"none"``, ``"vector"`` (``m`` ``[K]``) or ``"matrix"`` (``M`` ``[R, K]``).
         basis_rows: rows of a reduced basis, ``R``, with a matrix only; None for ``K``.
         waveform: ``"square"`` or ``"cosine"``.

@@ -97,9 +97,18 @@ def _own(name: str) -> _Maker:
     def make(num_classes: int, **options: Any) -> Rule:
         if takes_all or "num_classes" in known:
             options["num_classes"] = num_classes
-        return _checked(name, function(**options))
+        kernel = None if "implementation" in known else options.pop("implementation", None)
+        rule = _checked(name, function(**options))
+        if kernel is None:
+            return rule
+        if rule.with_implementation(kernel) == rule:
+            raise ValueError(
+                f"`implementation` is {kernel!r}; rule {name!r} has no use for it: leave it out."
+            )
+        return rule.with_implementation(kernel)
 
-    return _Maker(make, OPTIONS & frozenset(known))
+    # Whether a rule has a head, which any kernel takes, is seen when it is made.
+    return _Maker(make, OPTIONS & (frozenset(known) | {"implementation"}))
 
 
 def _checked(name: str, rule: Any) -> Rule:
@@ -156,9 +165,9 @@ def make(name: str, *, num_classes: int, **options: Any) -> Rule:
             classes, in [0, 1); 0. ``basis_rows``: rows of the reduced basis, ``lls_mxm_reduced``
             only, and required there. ``hidden_dim``: width of a random or learned projection.
             ``similarity_weight``: of ``predsim``. ``width``: of ``contrastive``'s projection.
-            ``implementation``: of the local loss, ``"xla"``, ``"pallas"``, ``"triton"``
-            (:func:`pallas_kernels.local_loss.local_loss` says more). ``sign``: whether ``dfa``
-            feeds back the sign of the error alone.
+            ``implementation``: of the local loss, ``"xla"``, ``"split"``, ``"pallas"``,
+            ``"triton"`` (:func:`pallas_kernels.local_loss.head_loss` says more). ``sign``: whether
+            ``dfa`` feeds back the sign of the error alone.
 
     Returns:
         An immutable, hashable rule.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from lls_jax.models import Network
 from lls_jax.rules import Rule
 from lls_jax.runs.epoch_sums import EpochSums
+from lls_jax.runs.kernels import KernelChoice
 from lls_jax.training import Metrics, TrainState
 
 Record = dict[str, Any]
@@ -94,6 +95,9 @@ class Callback:
 
     def on_checkpoint(self, step: int) -> None:
         """After a checkpoint of that step has been written."""
+
+    def on_kernels(self, choice: KernelChoice) -> None:
+        """On a GPU, before training: what computes the local losses, and why."""
 
     def on_warning(self, message: str) -> None:
         """Something that is no error, like a damaged checkpoint that was set aside."""

@@ -16,7 +16,7 @@ from lls_jax.models import Network
 from lls_jax.placement import Execution, single
 from lls_jax.rules import Rule
 from lls_jax.runs import callbacks as listening
-from lls_jax.runs import epoch_sums
+from lls_jax.runs import epoch_sums, kernels
 from lls_jax.runs import folder as folders
 from lls_jax.runs import source as sources
 from lls_jax.runs.loop import train as train_run
@@ -66,7 +66,9 @@ def fit(
 
     Args:
         model: from :func:`lls_jax.models.make`, or a :class:`lls_jax.models.Network` of your own.
-        rule: from :func:`lls_jax.rules.make`, or your own.
+        rule: from :func:`lls_jax.rules.make`, or your own. On a GPU what computes its losses is
+            measured first, for some seconds, where the rule does not name it
+            (:mod:`lls_jax.runs.kernels`).
         tx: any optax transformation, :func:`lls_jax.optimizers.schedule_free_adamw` for instance;
             or one a block, ``{name: tx}`` or ``tx(name)``, with the names ``block_0``, ...,
             ``classifier``. ``optax.chain(optax.clip_by_global_norm(c), tx)`` clips by block.
@@ -125,9 +127,7 @@ def fit(
     listeners: list[listening.Callback] = [*callbacks] if callbacks else [_Warnings()]
     if early_stopping is not None:
         listeners.append(listening.EarlyStopping(early_stopping))
-    on_one_device = execution is None
-    if execution is None:
-        execution = single(model, rule, tx, remat_above, reach)
+    sharding = None if execution is None else execution.sharding
     model_key, data_key = jax.random.split(jax.random.key(seed))
     evaluation_sets: dict[str, Any] = {}
     if isinstance(train, tuple | Split | batches.DeviceSplit):
@@ -136,16 +136,14 @@ def fit(
             examples, evaluation_sets["validation"] = sources.hold_out(examples, validation)
         spec = spec or sources.describe(examples, model.num_classes)
         _check_classes("train", examples, model)
-        source = sources.from_arrays(
-            examples, spec, augmentation, batch_size, data_key, execution.sharding
-        )
+        source = sources.from_arrays(examples, spec, augmentation, batch_size, data_key, sharding)
         example = jnp.zeros((1, *spec.input_shape))
     else:
         if isinstance(validation, int):
             raise ValueError("`validation` is a number, and the training examples come in batches.")
         if augmentation != "none":
             raise ValueError(f"`augmentation` is {augmentation!r}; batches are taken as they are.")
-        source, example = sources.from_batches(train, steps_per_epoch, execution.sharding)
+        source, example = sources.from_batches(train, steps_per_epoch, sharding)
         # Of floats, which are normalised already.
         spec = spec or sources.describe(_on_host(example), model.num_classes)
     for name, given in (("validation", validation), ("test", test)):
@@ -169,7 +167,18 @@ def fit(
                 "validation": validation if isinstance(validation, int) else None,
             }
         )
-    if not on_one_device:
+    choice = None
+    if execution is None:
+        work = kernels.Work(
+            model, rule, tx, example.shape[1:], source.batch_size, reach, remat_above
+        )
+        choice = kernels.choose(work, None if workdir is None else pathlib.Path(workdir))
+        if choice is not None:
+            rule = rule.with_implementation(choice.implementation)
+            for listener in listeners:
+                listener.on_kernels(choice)
+        execution = single(model, rule, tx, remat_above, reach)
+    else:
         source = source._replace(arrays=None)
     run = Run(
         model=model,
@@ -202,6 +211,8 @@ def fit(
         if processes.is_first():
             folders.write_settings(folder, settings)
             folders.write_environment(folder)
+            if choice is not None:
+                kernels.keep(choice, folder)
         processes.wait_for_all("the settings are written")
         folders.check_settings(folder, settings, must_exist=True)
         return train_run(run, folder)

@@ -1,19 +1,22 @@
-"""The fused local loss: pool, project, modulate, cross-entropy."""
+"""The local loss of a block: a projection of its latents, and a head."""
 
-from pallas_kernels.local_loss.api import IMPLEMENTATIONS, explain, local_loss
-from pallas_kernels.local_loss.availability import Choice, KernelUnavailableError, require
-from pallas_kernels.local_loss.config import Config
+from pallas_kernels.errors import KernelUnavailableError
+from pallas_kernels.local_loss.api import IMPLEMENTATIONS, head_loss, mean_head_loss, require
+from pallas_kernels.local_loss.cross_entropy import cross_entropy
+from pallas_kernels.local_loss.heads import Head
 from pallas_kernels.local_loss.pooling import adaptive_average_pool, latent_dim, pool_latents
+from pallas_kernels.local_loss.tiles import Tiles
 
 __all__ = [
     "IMPLEMENTATIONS",
-    "Choice",
-    "Config",
+    "Head",
     "KernelUnavailableError",
+    "Tiles",
     "adaptive_average_pool",
-    "explain",
+    "cross_entropy",
+    "head_loss",
     "latent_dim",
-    "local_loss",
+    "mean_head_loss",
     "pool_latents",
     "require",
 ]

@@ -1,4 +1,4 @@
-"""Where the kernels can run, and which implementation a call takes."""
+"""Where the kernels can run."""
 
 import importlib
 import importlib.metadata
@@ -6,13 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels.errors import KernelUnavailableError
-from pallas_kernels.local_loss.config import Problem, tuned
-
 _LEAST_CAPABILITY = (8, 0)
-_DTYPES = ("float32", "bfloat16", "float16")
-# Rows and classes live in registers, padded to a power of two.
-_MOST_CLASSES = 1024
 
 
 class Device(NamedTuple):
@@ -27,18 +21,6 @@ class Device(NamedTuple):
     platform: str
     kind: str
     capability: tuple[int, int] | None
-
-
-class Choice(NamedTuple):
-    """An implementation, and why it is the one.
-
-    Attributes:
-        implementation: its name.
-        reason: for people.
-    """
-
-    implementation: str
-    reason: str
 
 
 def current_device() -> Device:
@@ -58,11 +40,13 @@ def current_device() -> Device:
     return Device(device.platform, device.device_kind, capability)
 
 
+_PALLAS = (
+    "jax.experimental.pallas.triton",
+    "this jax has no Triton lowering of Pallas any more; use 'triton' or 'xla'",
+)
 _PACKAGES = {
-    "pallas": (
-        "jax.experimental.pallas.triton",
-        "this jax has no Triton lowering of Pallas any more; use 'triton' or 'xla'",
-    ),
+    "split": _PALLAS,
+    "pallas": _PALLAS,
     "triton": (
         "jax_triton",
         "it needs the package jax-triton (`pip install 'lls_jax[triton]'`, Python 3.12 or newer); "
@@ -71,20 +55,13 @@ _PACKAGES = {
 }
 
 
-def obstacle(implementation: str, device: Device, problem: Problem) -> str | None:
+def obstacle(implementation: str, device: Device) -> str | None:
     """What keeps an implementation from running, and what to use instead; None for nothing.
 
     Args:
-        implementation: ``"xla"``, ``"pallas"`` or ``"triton"``.
+        implementation: ``"xla"``, ``"split"``, ``"pallas"`` or ``"triton"``.
         device: from :func:`current_device`.
-        problem: the shapes.
     """
-    if implementation == "xla":
-        return None
-    return _device_obstacle(implementation, device) or shape_obstacle(problem)
-
-
-def _device_obstacle(implementation: str, device: Device) -> str | None:
     if implementation == "xla":
         return None
     if device.platform not in ("gpu", "cuda"):
@@ -96,16 +73,6 @@ def _device_obstacle(implementation: str, device: Device) -> str | None:
         have, need = (".".join(map(str, pair)) for pair in (device.capability, _LEAST_CAPABILITY))
         return f"it needs compute capability {need} and {device.kind} has {have}; use 'xla'"
     return _package_obstacle(implementation)
-
-
-def shape_obstacle(problem: Problem) -> str | None:
-    """What about the shapes keeps any kernel from running; None for nothing."""
-    if problem.dtype not in _DTYPES:
-        return f"it takes {', '.join(_DTYPES)} and the activation is {problem.dtype}; use 'xla'"
-    largest = max(problem.rows, problem.classes)
-    if largest > _MOST_CLASSES:
-        return f"it takes up to {_MOST_CLASSES} rows and classes and there are {largest}; use 'xla'"
-    return None
 
 
 def _package_obstacle(implementation: str) -> str | None:
@@ -123,37 +90,3 @@ def _package_obstacle(implementation: str) -> str | None:
             "'jax<0.12' or a newer jax-triton, or use 'pallas' or 'xla'"
         )
     return None
-
-
-def require(implementation: str) -> None:
-    """Raise KernelUnavailableError if this device cannot run an implementation at any shape.
-
-    Args:
-        implementation: ``"xla"``, ``"pallas"`` or ``"triton"``.
-    """
-    stopped = _device_obstacle(implementation, current_device())
-    if stopped is not None:
-        raise KernelUnavailableError(
-            f"implementation {implementation!r} cannot run here: {stopped}."
-        )
-
-
-def choose_implementation(device: Device, problem: Problem) -> Choice:
-    """What ``implementation=None`` takes: a kernel where one was measured to be faster, else XLA.
-
-    The measurement is the user's own, ``python -m pallas_kernels.tune``: a kernel that has not been
-    timed on a device is not chosen for it.
-    """
-    reasons = []
-    for name in ("pallas", "triton"):
-        stopped = obstacle(name, device, problem)
-        if stopped is not None:
-            reasons.append(f"{name}: {stopped.split(';')[0]}")
-        elif tuned(name, device.kind, problem) is None:
-            reasons.append(
-                f"{name}: not measured to be faster on {device.kind} for these shapes (run "
-                "`python -m pallas_kernels.tune`)"
-            )
-        else:
-            return Choice(name, f"measured to be faster than xla on {device.kind}")
-    return Choice("xla", "; ".join(reasons))

@@ -1,273 +1,263 @@
-"""The local loss as one Pallas kernel for GPUs, through the Triton lowering.
+"""The op as one Pallas kernel for GPUs, through the Triton lowering.
 
-One program an example, one launch for the loss and its gradient:
+A program has sixteen examples, so that both products with the projection are products of matrices:
 
-1. Walk the activation once, pooling a chunk of channels of one bin at a time; keep running sums of
-   squares and of products with the projection; park the latents in the gradient's output buffer.
-2. Scores, modulation, softmax, loss, and the gradient back to the scores, from registers.
-3. Walk the latents again and overwrite each with its gradient.
+1. Walk the latents in chunks: scores ``s = z W^T`` and squares ``q = |z|^2``.
+2. The head and its gradient, interpreted at padded shapes, in registers.
+3. Walk the latents again: ``d_z = d_s W + 2 d_q z``.
 
-The gradient is taken for a cotangent of 1; the loss is linear in its cotangent, so the backward
-pass is a product, which XLA fuses with the spreading over the pooling windows into what comes next.
+Nothing passes between threads through memory, so that no barrier is needed. The parameters'
+gradients are summed in the program, and its partial sums left to XLA, whose order does not change
+between runs.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.local_loss.config import Config, Problem, next_power_of_2, widest_window
-from pallas_kernels.local_loss.gradient import KernelOutputs, LossOptions, output_shapes
-from pallas_kernels.local_loss.reference import NORM_FLOOR_SQUARED
+from pallas_kernels.local_loss import interpreter
+from pallas_kernels.local_loss.heads import EXAMPLES, Head, HeadProgram, trace
+from pallas_kernels.local_loss.padded import Lanes, Padded, dot_side, padded_shape
+from pallas_kernels.local_loss.results import (
+    Results,
+    collect,
+    gradient_shapes,
+    programs_of,
+)
+from pallas_kernels.local_loss.tiles import Tiles
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "neg": lax.neg, "abs": lax.abs, "exp": lax.exp, "log": lax.log, "sqrt": lax.sqrt,
+    "rsqrt": lax.rsqrt, "sin": lax.sin, "cos": lax.cos, "floor": lax.floor, "erf": lax.erf,
+    "not": jnp.logical_not, "add": lax.add, "sub": lax.sub, "mul": lax.mul, "div": lax.div,
+    "rem": lax.rem, "max": lax.max, "min": lax.min, "eq": lax.eq, "ne": lax.ne, "lt": lax.lt,
+    "le": lax.le, "gt": lax.gt, "ge": lax.ge, "and": lax.bitwise_and, "or": lax.bitwise_or,
+    "select": jnp.where,
+}  # fmt: skip
+_REDUCTIONS: dict[str, Callable[..., Any]] = {"sum": jnp.sum, "max": jnp.max, "min": jnp.min}
 
 
-def _bounds(index: Any, size: int, bins: int) -> tuple[Any, Any]:
-    """First element of an adaptive pooling bin, and the first one behind it."""
-    # `//` on traced integers mixes widths in the Triton lowering; these are never negative.
-    bins_32 = jnp.int32(bins)
-    start = lax.div(index * jnp.int32(size), jnp.full_like(index, bins_32))
-    stop = lax.div(
-        (index + 1) * jnp.int32(size) + jnp.int32(bins - 1), jnp.full_like(index, bins_32)
-    )
-    return start, stop
+class PallasOps:
+    """:class:`pallas_kernels.local_loss.padded.Ops` on the values of a kernel that is traced."""
+
+    def elementwise(self, name: str, dtype: np.dtype, *values: Any) -> Any:
+        """See :class:`Ops`."""
+        if name == "cast":
+            return values[0].astype(dtype)
+        shape = np.broadcast_shapes(*(np.shape(value) for value in values))
+        # Operands of lax functions have one shape.
+        same = [
+            value if np.shape(value) == shape else jnp.full(shape, value, value.dtype)
+            for value in values
+        ]
+        return _FUNCTIONS[name](*same)
+
+    def iota(self, shape: tuple[int, ...], axis: int) -> Any:
+        """See :class:`Ops`."""
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+    def broadcast(self, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """See :class:`Ops`."""
+        return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
+
+    def reshape(self, value: Any, shape: tuple[int, ...]) -> Any:
+        """See :class:`Ops`."""
+        return jnp.reshape(value, shape)
+
+    def transpose(self, value: Any, permutation: tuple[int, ...]) -> Any:
+        """See :class:`Ops`."""
+        return jnp.transpose(value, permutation)
+
+    def reduce(self, name: str, value: Any, axis: int) -> Any:
+        """See :class:`Ops`."""
+        return _REDUCTIONS[name](value, axis=axis)
+
+    def dot(self, a: Any, b: Any) -> Any:
+        """See :class:`Ops`."""
+        return jnp.dot(a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
-def _pool_window(
-    activation_ref: Any, example: Any, at: Any, channel: Any, problem: Problem, config: Config
-) -> Any:
-    """The latents of one bin and one chunk of channels, float32 ``[block_channels]``."""
-    bins = jnp.int32(problem.pool_size)
-    top, bottom = _bounds(lax.div(at, bins), problem.height, problem.pool_size)
-    left, right = _bounds(lax.rem(at, bins), problem.width, problem.pool_size)
-    offsets = lax.broadcasted_iota(jnp.int32, (config.block_columns, config.block_channels), 0)
-    is_channel = (channel < problem.channels)[None, :]
-    window = widest_window(problem.width, problem.pool_size)
-
-    def add_row(row: Any, total: Any) -> Any:
-        for first in range(0, window, config.block_columns):
-            column = left + first + offsets
-            total += plgpu.load(
-                activation_ref.at[example, row, column, channel[None, :]],
-                mask=(column < right) & is_channel,
-                other=0.0,
-            ).astype(jnp.float32)
-        return total
-
-    zeros = jnp.zeros((config.block_columns, config.block_channels), jnp.float32)
-    total = jnp.sum(lax.fori_loop(top, bottom, add_row, zeros), axis=0)
-    return total / ((bottom - top) * (right - left)).astype(jnp.float32)
+def _indices(shape: Sequence[int]) -> tuple[list[Any], Any]:
+    """The places of an array in its tile, an index an axis, and which are inside it."""
+    padded, mask = padded_shape(shape), None
+    indices = []
+    for axis, side in enumerate(shape):
+        index = lax.broadcasted_iota(jnp.int32, padded, axis)
+        indices.append(index)
+        if padded[axis] != side:
+            inside = index < side
+            mask = inside if mask is None else mask & inside
+    return indices, mask
 
 
-def _pool_features(activation_ref: Any, example: Any, latent: Any, problem: Problem) -> Any:
-    """One chunk of latents of a feature vector, float32 ``[block_channels]``."""
-    start, stop = _bounds(latent, problem.channels, problem.pool_size)
-
-    def add(offset: Any, total: Any) -> Any:
-        feature = start + offset
-        inside = (feature < stop) & (latent < problem.pool_size)
-        value = plgpu.load(activation_ref.at[example, feature], mask=inside, other=0.0)
-        return total + value.astype(jnp.float32)
-
-    window = widest_window(problem.channels, problem.pool_size)
-    zeros = jnp.zeros(latent.shape, jnp.float32)
-    total = lax.fori_loop(jnp.int32(0), jnp.int32(window), add, zeros)
-    return total / (stop - start).astype(jnp.float32)
+def _load(ref: Any, shape: tuple[int, ...]) -> Padded:
+    """A whole array; one without axes comes with one of length 1."""
+    dtype = np.dtype(ref.dtype)
+    if not shape:
+        return Padded(ref[0], shape, dtype)
+    indices, mask = _indices(shape)
+    value = plgpu.load(ref.at[tuple(indices)], mask=mask, other=None if mask is None else 0)
+    return Padded(value, shape, dtype)
 
 
-def _local_loss_kernel(
-    *refs: Any, problem: Problem, config: Config, statics: LossOptions, interpret: bool
+def _store_partial(ref: Any, program: Any, x: Padded, lanes: Lanes) -> None:
+    """A program's part of a sum over the batch, ``[programs, ...]``."""
+    if not x.shape:
+        ref[program, 0] = jnp.asarray(x.value, jnp.float32)
+        return
+    indices, mask = _indices(x.shape)
+    plgpu.store(ref.at[(program, *indices)], lanes.tile(x).astype(jnp.float32), mask=mask)
+
+
+def _kernel(
+    *refs: Any,
+    program: HeadProgram,
+    shapes: tuple[tuple[int, ...], ...],
+    tiles: Tiles,
+    wants_gradient: bool,
+    wants_scores: bool,
 ) -> None:
-    activation_ref, projection_ref, label_ref, *rest = refs
-    modulation_ref: Any = rest.pop(0) if problem.modulation != "none" else None
-    loss_ref, latents_ref, scores_ref, d_logits_ref, d_scores_ref, *saved_ref = rest
+    latents_ref, projection_ref, labels_ref, weights_ref, *rest = refs
+    held, given = rest[: len(program.consts)], rest[len(program.consts) : len(shapes)]
+    loss_ref, *out_refs = rest[len(shapes) :]
+    batch, num_latents = latents_ref.shape
+    num_rows, wide = projection_ref.shape[0], dot_side(projection_ref.shape[0])
+    block = tiles.block_latents
+    place = pl.program_id(0) * EXAMPLES + lax.broadcasted_iota(jnp.int32, (EXAMPLES,), 0)
+    is_example = place < batch
+    # Behind the batch stands its last example once more, with a weight of 0: a head is given only
+    # what is an example.
+    example = jnp.minimum(place, batch - 1)
+    row = lax.broadcasted_iota(jnp.int32, (wide,), 0)
+    lane = lax.broadcasted_iota(jnp.int32, (block,), 0)
 
-    def barrier() -> None:
-        """What any thread has stored, every thread loads from here on."""
-        if not interpret:  # Which runs one operation after the other, and knows no barrier.
-            plgpu.debug_barrier()
-
-    example = pl.program_id(0)
-    bins = problem.pool_size**2 if problem.is_spatial else 1
-    latents_a_bin = problem.channels if problem.is_spatial else problem.pool_size
-    chunks = pl.cdiv(latents_a_bin, config.block_channels)
-    rows = next_power_of_2(max(problem.rows, 16))
-    classes = next_power_of_2(max(problem.classes, 16))
-    row = lax.broadcasted_iota(jnp.int32, (rows,), 0)
-    lane = lax.broadcasted_iota(jnp.int32, (config.block_channels,), 0)
-
-    def projection_tile(at: Any, latent: Any) -> Any:
-        return plgpu.load(
-            projection_ref.at[at, row[:, None], latent[None, :]],
-            mask=(row < problem.rows)[:, None] & (latent < latents_a_bin)[None, :],
-            other=0.0,
-        ).astype(jnp.float32)
-
-    def position(step: Any) -> tuple[Any, Any]:
-        """Bin and latents of a step of the walk: the chunks of a bin, then the next bin."""
-        at = lax.div(step, jnp.int32(chunks))
-        return at, lax.rem(step, jnp.int32(chunks)) * config.block_channels + lane
-
-    # --- 1. Pool, and project as the latents come.
-    def accumulate(step: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
-        squares, products = sums
-        at, latent = position(step)
-        if problem.is_spatial:
-            pooled = _pool_window(activation_ref, example, at, latent, problem, config)
-        else:
-            pooled = _pool_features(activation_ref, example, latent, problem)
-        pooled = jnp.where(latent < latents_a_bin, pooled, 0.0)
-        for ref in (latents_ref, *saved_ref):
-            plgpu.store(ref.at[example, at, latent], pooled, mask=latent < latents_a_bin)
-        return squares + pooled * pooled, products + projection_tile(at, latent) * pooled[None, :]
-
-    start = (
-        jnp.zeros((config.block_channels,), jnp.float32),
-        jnp.zeros((rows, config.block_channels), jnp.float32),
-    )
-    steps = jnp.int32(bins * chunks)
-    squares, products = lax.fori_loop(jnp.int32(0), steps, accumulate, start)
-    scores = jnp.sum(products, axis=1)
-    square = jnp.sum(squares, axis=0)
-    scale = jnp.float32(1.0)
-    if statics.normalize:
-        scale = lax.rsqrt(jnp.maximum(square, NORM_FLOOR_SQUARED))
-        scores = scores * scale
-    plgpu.store(scores_ref.at[example, row], scores, mask=row < problem.rows)
-
-    # --- 2. Scores to loss, and back.
-    column = lax.broadcasted_iota(jnp.int32, (classes,), 0)
-    is_class = column < problem.classes
-    part = lax.broadcasted_iota(jnp.int32, (config.block_rows,), 0)
-
-    def modulation_tile(first: Any) -> Any:
-        inside = (first + part < problem.rows)[:, None] & is_class[None, :]
-        at = modulation_ref.at[(first + part)[:, None], column[None, :]]
+    def latents_tile(latent: Any) -> Any:
+        inside = jnp.broadcast_to((latent < num_latents)[None, :], (EXAMPLES, block))
+        at = latents_ref.at[example[:, None], latent[None, :]]
         return plgpu.load(at, mask=inside, other=0.0).astype(jnp.float32)
 
-    row_parts = jnp.int32(pl.cdiv(problem.rows, config.block_rows))
-    if problem.modulation == "matrix":
-        # Registers cannot be indexed, so that chunks of the scores come back from memory, where
-        # other threads have put them.
-        barrier()
+    def projection_tile(latent: Any) -> Any:
+        inside = (row < num_rows)[:, None] & (latent < num_latents)[None, :]
+        at = projection_ref.at[row[:, None], latent[None, :]]
+        return plgpu.load(at, mask=inside, other=0.0).astype(jnp.float32)
 
-        def modulate(index: Any, logits: Any) -> Any:
-            first = index * config.block_rows
-            chunk = plgpu.load(
-                scores_ref.at[example, first + part], mask=first + part < problem.rows, other=0.0
-            )
-            return logits + jnp.sum(modulation_tile(first) * chunk[:, None], axis=0)
+    def product(a: Any, b: Any) -> Any:
+        return jnp.dot(a, b, precision="highest", preferred_element_type=jnp.float32)
 
-        logits = lax.fori_loop(
-            jnp.int32(0), row_parts, modulate, jnp.zeros((classes,), jnp.float32)
-        )
-    elif problem.modulation == "vector":
-        vector = plgpu.load(modulation_ref.at[column], mask=is_class, other=0.0)
-        vector = vector.astype(jnp.float32)
-        logits = scores * vector
-    else:
-        logits = scores
-    logits = jnp.where(is_class, logits * (1.0 / statics.temperature), -jnp.inf)
-    largest = jnp.max(logits, axis=0)
-    exponentials = jnp.exp(logits - largest)
-    total = jnp.sum(exponentials, axis=0)
-    log_total = jnp.log(total) + largest
-    label = plgpu.load(label_ref.at[example])
-    smoothing = statics.label_smoothing
-    target = jnp.where(column == label, 1.0 - smoothing, 0.0) + smoothing / problem.classes
-    target = jnp.where(is_class, target, 0.0)
-    finite_logits = jnp.where(is_class, logits, 0.0)
-    loss = log_total - jnp.sum(target * finite_logits, axis=0)
-    plgpu.store(loss_ref.at[example], loss)
-    d_logits = (exponentials / total - target) * (1.0 / statics.temperature)
-    plgpu.store(d_logits_ref.at[example, column], d_logits, mask=is_class)
+    # --- 1. Latents to scores.
+    def project(step: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
+        scores, square = sums
+        latent = step * block + lane
+        z = latents_tile(latent)
+        return scores + product(z, projection_tile(latent).T), square + jnp.sum(z * z, axis=1)
 
-    if problem.modulation == "matrix":
+    steps = jnp.int32(pl.cdiv(num_latents, block))
+    start = (jnp.zeros((EXAMPLES, wide), jnp.float32), jnp.zeros((EXAMPLES,), jnp.float32))
+    scores, square = lax.fori_loop(jnp.int32(0), steps, project, start)
 
-        def demodulate(index: Any, carry: Any) -> Any:
-            first = index * config.block_rows
-            chunk = jnp.sum(modulation_tile(first) * d_logits[None, :], axis=1)
-            at = d_scores_ref.at[example, first + part]
-            plgpu.store(at, chunk, mask=first + part < problem.rows)
-            return carry
-
-        lax.fori_loop(jnp.int32(0), row_parts, demodulate, jnp.int32(0))
-        barrier()
-        d_scores = plgpu.load(d_scores_ref.at[example, row], mask=row < problem.rows, other=0.0)
-    else:
-        d_scores = d_logits * vector if problem.modulation == "vector" else d_logits
-        plgpu.store(d_scores_ref.at[example, row], d_scores, mask=row < problem.rows)
+    # --- 2. Scores to loss, and back.
+    lanes = Lanes(PallasOps())
+    float32 = np.dtype(np.float32)
+    labels = plgpu.load(labels_ref.at[example])
+    weights = plgpu.load(weights_ref.at[example], mask=is_example, other=0.0)
+    arrays = [_load(ref, shape) for ref, shape in zip((*held, *given), shapes)]
+    outputs = 3 + sum(program.learned) if wants_gradient else 1
+    loss, *gradients = interpreter.run(
+        lanes,
+        program.jaxpr,
+        arrays[: len(held)],
+        [
+            Padded(
+                lanes.narrow(scores, (EXAMPLES, wide), (EXAMPLES, num_rows)),
+                (EXAMPLES, num_rows),
+                float32,
+            ),
+            Padded(square, (EXAMPLES,), float32),
+            Padded(labels, (EXAMPLES,), np.dtype(labels.dtype)),
+            Padded(weights, (EXAMPLES,), float32),
+            *arrays[len(held) :],
+        ],
+        [index < outputs for index in range(len(program.jaxpr.outvars))],
+    )
+    plgpu.store(loss_ref.at[place], lanes.tile(loss), mask=is_example)
+    if not wants_gradient:
+        return
+    d_scores, d_square, *d_learned = gradients
+    d_scores = lanes.widened(lanes.mask(d_scores, (1,), 0))
+    d_latents_ref, *out_refs = out_refs
+    if wants_scores:
+        d_scores_ref, *out_refs = out_refs
+        inside = is_example[:, None] & (row < num_rows)[None, :]
+        at = d_scores_ref.at[place[:, None], row[None, :]]
+        plgpu.store(at, d_scores, mask=inside)
+    for ref, gradient in zip(out_refs, d_learned, strict=True):
+        _store_partial(ref, pl.program_id(0), gradient, lanes)
 
     # --- 3. Back to the latents.
-    barrier()
-    along = jnp.float32(0.0)
-    if statics.normalize:
-        along = jnp.sum(d_scores * scores, axis=0) * scale
-        along = jnp.where(square > NORM_FLOOR_SQUARED, along, 0.0)
+    d_square = lanes.tile(d_square)
 
     def back(step: Any, carry: Any) -> Any:
-        at, latent = position(step)
-        inside = latent < latents_a_bin
-        d_latent = jnp.sum(projection_tile(at, latent) * d_scores[:, None], axis=0)
-        pooled = plgpu.load(latents_ref.at[example, at, latent], mask=inside, other=0.0)
-        d_latent = scale * (d_latent - pooled * along)
-        plgpu.store(latents_ref.at[example, at, latent], d_latent, mask=inside)
+        latent = step * block + lane
+        d_z = product(d_scores, projection_tile(latent))
+        d_z = d_z + 2.0 * d_square[:, None] * latents_tile(latent)
+        inside = is_example[:, None] & (latent < num_latents)[None, :]
+        at = d_latents_ref.at[place[:, None], latent[None, :]]
+        plgpu.store(at, d_z.astype(d_latents_ref.dtype), mask=inside)
         return carry
 
     lax.fori_loop(jnp.int32(0), steps, back, jnp.int32(0))
 
 
 def launch(
-    problem: Problem,
-    config: Config,
-    statics: LossOptions,
-    activation: jax.Array,
+    head: Head,
+    params: Any,
+    latents: jax.Array,
     projection: jax.Array,
-    modulation: jax.Array | None,
     labels: jax.Array,
+    weights: jax.Array | None,
     *,
-    save_latents: bool,
-    interpret: bool,
-) -> KernelOutputs:
-    """Launch the kernel once.
-
-    Args:
-        problem: the shapes.
-        config: tile sizes.
-        statics: temperature and the like.
-        activation: ``[batch, height, width, channels]`` or ``[batch, features]``.
-        projection: by bin, ``[bins, rows, latents a bin]``.
-        modulation: None, ``[rows]`` or ``[rows, classes]``.
-        labels: int32 ``[batch]``.
-        save_latents: whether the latents themselves are wanted too.
-        interpret: whether to interpret the kernel, on any device, slowly.
-
-    Returns:
-        Losses and unit gradients.
-    """
-    batch = activation.shape[0]
-    shapes = output_shapes(batch, projection.shape, problem.classes)
-    shapes += [shapes[1]] if save_latents else []
-    inputs = [activation, projection, labels] + ([] if modulation is None else [modulation])
-    results = pl.pallas_call(
+    wants_scores: bool,
+    tiles: Tiles,
+    interpret: bool = False,
+) -> Results:
+    """Launch the kernel once; see :class:`pallas_kernels.local_loss.results.Form`."""
+    batch, num_rows = latents.shape[0], projection.shape[0]
+    program = trace(head, num_rows, params, labels.dtype)
+    leaves = jax.tree.leaves(params)
+    wants_gradient = weights is not None
+    arrays = [*map(jnp.asarray, program.consts), *leaves]
+    shapes = tuple(tuple(array.shape) for array in arrays)
+    # A reference without axes cannot be read.
+    readable = [array.reshape(array.shape or (1,)) for array in arrays]
+    learned = [leaf.shape for own, leaf in zip(program.learned, leaves) if own]
+    out_shapes = [jax.ShapeDtypeStruct((batch,), jnp.float32)]
+    if wants_gradient:
+        out_shapes += gradient_shapes(latents, num_rows, learned, wants_scores)
+    # The losses alone do not look at the weights.
+    weights = jnp.ones(batch, jnp.float32) if weights is None else weights
+    loss, *gradients = pl.pallas_call(
         functools.partial(
-            _local_loss_kernel,
-            problem=problem,
-            config=config,
-            statics=statics,
-            interpret=interpret,
+            _kernel,
+            program=program,
+            shapes=shapes,
+            tiles=tiles,
+            wants_gradient=wants_gradient,
+            wants_scores=wants_scores,
         ),
-        out_shape=shapes,
-        grid=(batch,),
+        out_shape=out_shapes,
+        grid=(programs_of(batch),),
         interpret=interpret,
-        name="local_loss",
+        name="head_loss",
         # Given, it chooses the Triton lowering; without it newer versions take another one.
         compiler_params=plgpu.CompilerParams(
-            num_warps=config.num_warps, num_stages=config.num_stages
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages
         ),
-    )(*inputs)
-    loss, d_latents, scores, d_logits, d_scores, *saved = results
-    return KernelOutputs(loss, d_latents, scores, d_logits, d_scores, saved[0] if saved else None)
+    )(latents, projection, labels, weights, *readable)
+    return collect(loss, gradients, learned, wants_scores)

@@ -1,9 +1,12 @@
 """The local layers of the published models: shapes to tune, to compile and to measure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from pallas_kernels.local_loss.config import Problem
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.local_loss.cross_entropy import cross_entropy
 from pallas_kernels.local_loss.pooling import latent_dim
 
 MODULATIONS = ("none", "vector", "matrix")
@@ -48,31 +51,56 @@ LAYERS: dict[str, tuple[Layer, ...]] = {
 }
 
 
-def problem(layer: Layer, modulation: str, classes: int, dtype: str) -> Problem:
-    """A layer's loss as training asks for it: on latents that are pooled already."""
-    latents = latent_dim(layer.activation, layer.pool_size)
-    return Problem(
-        height=0,
-        width=0,
-        channels=latents,
-        pool_size=latents,
-        rows=classes,
-        classes=classes,
-        modulation=modulation,
-        dtype=dtype,
-    )
+class Problem(NamedTuple):
+    """The local loss of a layer, on latents that are pooled already.
+
+    Attributes:
+        latents: of an example.
+        rows: of the projection.
+        classes: number of logits.
+        modulation: one of :data:`MODULATIONS`.
+    """
+
+    latents: int
+    rows: int
+    classes: int
+    modulation: str
+
+    @property
+    def params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The head's parameters."""
+        shapes = {"vector": (self.rows,), "matrix": (self.rows, self.classes)}
+        if self.modulation == "none":
+            return {}
+        return {"modulation": jax.ShapeDtypeStruct(shapes[self.modulation], jnp.float32)}
+
+    def head(
+        self, scores: jax.Array, square: jax.Array, params: dict[str, jax.Array], label: jax.Array
+    ) -> jax.Array:
+        """The softmax cross-entropy."""
+        return cross_entropy(scores, square, params.get("modulation"), label)
 
 
 def problems(
-    models: tuple[str, ...], modulations: tuple[str, ...], classes: int, dtypes: tuple[str, ...]
-) -> Iterator[Problem]:
-    """Every problem of some models, each once."""
-    seen = set()
-    for model in models:
-        for layer in LAYERS[model]:
-            for modulation in modulations:
-                for dtype in dtypes:
-                    one = problem(layer, modulation, classes, dtype)
-                    if one not in seen:
-                        seen.add(one)
-                        yield one
+    layers: Iterable[Layer], modulations: Sequence[str], classes: int, rows: int | None = None
+) -> list[Problem]:
+    """The local losses of layers, each once.
+
+    Args:
+        layers: some.
+        modulations: of :data:`MODULATIONS`.
+        classes: number of logits.
+        rows: of a reduced basis, with a matrix alone; None for as many as classes.
+    """
+    return list(
+        dict.fromkeys(
+            Problem(
+                latent_dim(layer.activation, layer.pool_size),
+                rows if rows and modulation == "matrix" else classes,
+                classes,
+                modulation,
+            )
+            for layer in layers
+            for modulation in modulations
+        )
+    )

@@ -1,0 +1,198 @@
+"""Which form of the local losses a run takes: measured on its own steps, when it starts."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lls_jax.models import Network
+from lls_jax.rules import Rule
+from lls_jax.training import Optimizer, create_train_state, make_train_step
+from pallas_kernels import timing
+from pallas_kernels.local_loss import IMPLEMENTATIONS, KernelUnavailableError, require
+
+_PLAIN = "xla"
+# A kernel is taken when a step is faster by more than what two measurements differ by.
+_MARGIN = 1.05
+_STEPS, _TURNS = 8, 5
+_FILE = "kernels.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelChoice:
+    """A form of the local losses, and why it is the one.
+
+    Attributes:
+        implementation: its name, as of :func:`pallas_kernels.local_loss.head_loss`.
+        speeds: of a step with each form, over that with ``"xla"``.
+        refused: why a form was not measured, by its name.
+        origin: ``"measured"``, ``"remembered"`` from an earlier run of the same kind, or
+            ``"resumed"`` with the run.
+    """
+
+    implementation: str
+    speeds: dict[str, float]
+    refused: dict[str, str]
+    origin: str = "measured"
+
+    def __str__(self) -> str:
+        """For people, in one line."""
+        rest = ", ".join(f"{name} {speed:.2f}" for name, speed in self.speeds.items())
+        why = f" ({self.origin}; steps over xla: {rest})" if rest else f" ({self.origin})"
+        return f"local losses by {self.implementation}{why}"
+
+
+class Work(NamedTuple):
+    """What a run's steps are.
+
+    Attributes:
+        model: the network.
+        rule: whose implementation is to be chosen.
+        tx: the optimizer.
+        image_shape: of one example.
+        batch_size: examples a step.
+        reach: as of :func:`lls_jax.training.make_train_step`.
+        remat_above: likewise.
+    """
+
+    model: Network
+    rule: Rule
+    tx: Optimizer
+    image_shape: tuple[int, ...]
+    batch_size: int
+    reach: int = 1
+    remat_above: int | None = None
+
+
+Measure = Callable[[Sequence[Callable[[], Any]], int], list[float]]
+
+
+def choose(
+    work: Work, folder: pathlib.Path | None = None, platform: str | None = None
+) -> KernelChoice | None:
+    """The form that a run takes.
+
+    Args:
+        work: what the run does.
+        folder: of the run: it goes on with what it began with; None for none.
+        platform: of the device; None for JAX's default one.
+
+    Returns:
+        None where there is nothing to choose: no GPU, no head, or an implementation named.
+    """
+    if (platform or jax.default_backend()) != "gpu" or not has_choice(work.rule):
+        return None
+    if folder is not None and (kept := _read(folder / _FILE)):
+        return KernelChoice(**{**kept, "origin": "resumed"})
+    memory, key = _memory(), _key(work)
+    if known := _read(memory).get(key):
+        return KernelChoice(**{**known, "origin": "remembered"})
+    choice = measure(work)
+    _write(memory, {**_read(memory), key: dataclasses.asdict(choice)})
+    return choice
+
+
+def keep(choice: KernelChoice, folder: pathlib.Path) -> None:
+    """Write a choice into the run's folder, for :func:`choose` when it goes on."""
+    _write(folder / _FILE, dataclasses.asdict(choice))
+
+
+def has_choice(rule: Rule) -> bool:
+    """Whether a rule has a head whose implementation is not named."""
+    return rule.with_implementation(_PLAIN) != rule
+
+
+def measure(
+    work: Work, names: Sequence[str] = IMPLEMENTATIONS, turns: Measure = timing.turns
+) -> KernelChoice:
+    """Time whole steps with each form, taking turns, and take the fastest by a margin of 5 %.
+
+    Args:
+        work: what the run does.
+        names: forms; those that cannot run are left out.
+        turns: ``turns(functions, count) -> seconds`` of each.
+    """
+    image = jax.random.normal(jax.random.key(0), (work.batch_size, *work.image_shape))
+    label = jnp.arange(work.batch_size, dtype=jnp.int32) % work.model.num_classes
+    batch = {"image": image, "label": label}
+    key = jax.random.key(1)
+    state = create_train_state(work.model, work.rule, work.tx, key, image[:1])
+    calls: dict[str, Callable[[], Any]] = {}
+    refused = {}
+    for name in (_PLAIN, *(name for name in names if name != _PLAIN)):
+        try:
+            calls[name] = _chain(work, name, state, batch)
+        except KernelUnavailableError as error:
+            refused[name] = str(error)
+    return decide(dict(zip(calls, turns(list(calls.values()), _TURNS))), refused)
+
+
+def decide(seconds: dict[str, float], refused: dict[str, str]) -> KernelChoice:
+    """The fastest form, if it is faster than ``"xla"`` by 5 %.
+
+    Args:
+        seconds: of a step, by form; ``"xla"`` among them.
+        refused: why others were not measured.
+
+    >>> decide({"xla": 1.0, "split": 0.8, "pallas": 0.5}, {}).implementation
+    'pallas'
+    """
+    speeds = {name: seconds[_PLAIN] / spent for name, spent in seconds.items()}
+    best = max(speeds, key=lambda name: speeds[name])
+    best = best if speeds[best] >= _MARGIN else _PLAIN
+    return KernelChoice(best, speeds, refused)
+
+
+def _chain(work: Work, name: str, state: Any, batch: Any) -> Callable[[], Any]:
+    """A compiled chain of steps, as a run on a GPU launches them."""
+    rule = work.rule.with_implementation(name)
+    if not rule.interprets:
+        require(name)
+    step = make_train_step(
+        work.model, rule, work.tx, reach=work.reach, remat_above=work.remat_above
+    )
+
+    def run(state: Any, batch: Any) -> Any:
+        def one(state: Any, _: Any) -> Any:
+            state, metrics = step(state, batch)
+            return state, metrics["loss"]
+
+        return jax.lax.scan(one, state, None, length=_STEPS)
+
+    compiled = jax.jit(run).lower(state, batch).compile()
+    return lambda: compiled(state, batch)
+
+
+def _key(work: Work) -> str:
+    """Device, driver, versions, shapes and head."""
+    device: Any = jax.devices()[0]
+    parts = [device.device_kind, device.client.platform_version, jax.__version__]
+    parts += [repr(work.model), repr(work.rule), work.image_shape, work.batch_size, work.reach]
+    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+    return f"{device.device_kind}, jax {jax.__version__}: {digest[:16]}"
+
+
+def _memory() -> pathlib.Path:
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return cache / "lls_jax" / _FILE
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Another process may be reading: it sees the old file or the new one.
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,74 @@
+"""Functions that back ends do not know, in terms of those that they know, as plain JAX.
+
+Each takes the equation's parameters and its operands, and is traced in the primitive's place. They
+keep their relative error near zero, where the plain formula would not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def _log1p(x: jax.Array) -> jax.Array:
+    # What `1 + x` loses, the quotient gives back (Kahan; Higham, "Accuracy and Stability of
+    # Numerical Algorithms", section 1.14.1).
+    u = 1.0 + x
+    return jnp.where(u == 1.0, x, jnp.log(u) * (x / (u - 1.0)))
+
+
+def _expm1(x: jax.Array) -> jax.Array:
+    u = jnp.exp(x)
+    small = (u - 1.0) * (x / jnp.log(u))
+    return jnp.where(u == 1.0, x, jnp.where((u < 0.5) | (u > 2.0), u - 1.0, small))
+
+
+def _tanh(x: jax.Array) -> jax.Array:
+    # Beyond 10 float32 is at 1; so far from it `exp` stays finite.
+    t = _expm1(2.0 * jnp.minimum(jnp.abs(x), 10.0))
+    size = t / (t + 2.0)
+    return jnp.where(x < 0, -size, size)
+
+
+def _sign(x: jax.Array) -> jax.Array:
+    zero = x * 0
+    return jnp.where(x > 0, zero + 1, jnp.where(x < 0, zero - 1, zero))
+
+
+def _integer_pow(x: jax.Array, exponent: int) -> jax.Array:
+    power, square, left = None, x, abs(exponent)
+    while left:
+        if left & 1:
+            power = square if power is None else power * square
+        left >>= 1
+        square = square * square if left else square
+    power = x * 0 + 1 if power is None else power
+    return 1 / power if exponent < 0 else power
+
+
+def _pow(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.where(y == 0, 1.0, jnp.exp(y * jnp.log(x)))
+
+
+def _ceil(x: jax.Array) -> jax.Array:
+    return -jnp.floor(-x)
+
+
+REWRITES: dict[str, Callable[..., Any]] = {
+    "log1p": lambda params, x: _log1p(x),
+    "expm1": lambda params, x: _expm1(x),
+    "tanh": lambda params, x: _tanh(x),
+    "logistic": lambda params, x: 1.0 / (1.0 + jnp.exp(-x)),
+    "sign": lambda params, x: _sign(x),
+    "is_finite": lambda params, x: jnp.abs(x) < jnp.inf,
+    "integer_pow": lambda params, x: _integer_pow(x, params["y"]),
+    "square": lambda params, x: x * x,
+    "one_minus_square": lambda params, x: 1.0 - x * x,
+    "pow": lambda params, x, y: _pow(x, y),
+    "exp2": lambda params, x: jnp.exp(x * 0.6931471805599453),
+    "erfc": lambda params, x: 1.0 - lax.erf(x),
+    "ceil": lambda params, x: _ceil(x),
+    "clamp": lambda params, low, x, high: jnp.minimum(jnp.maximum(x, low), high),
+}
