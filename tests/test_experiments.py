@@ -1,6 +1,7 @@
 """The commands, as a person uses them: train, stop, kill, resume, evaluate, compare, mistype."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -333,14 +334,14 @@ def test_many_steps_a_launch_are_the_same_however_they_are_cut(tmp_path, monkeyp
     make_loop = fitting.make_loop
 
     def signalled(*arguments):
-        launch, count = make_loop(*arguments), iter(range(100))
+        made, count = make_loop(*arguments), iter(range(100))
 
-        def noted(*values):
+        def noted(launch, *values):
             if next(count) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return launch(*values)
 
-        return noted
+        return type(made)(*(functools.partial(noted, launch) for launch in made))
 
     stopped = tiny(tmp_path / "stopped", checkpoint_every=2, **looped)
     monkeypatch.setattr(fitting, "make_loop", signalled)

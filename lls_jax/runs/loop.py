@@ -19,7 +19,7 @@ from lls_jax.runs.evaluate import Evaluation, evaluate_weights
 from lls_jax.runs.launches import Launches
 from lls_jax.runs.resuming import CheckpointState
 from lls_jax.runs.run import FitResult, Record, Run
-from lls_jax.steps.averaging import evaluation_state
+from lls_jax.steps.averaging import average_state, evaluation_state
 from lls_jax.training import create_train_state
 
 # Batches from which BatchNorm's statistics are estimated at the averaged weights.
@@ -144,13 +144,17 @@ class _Trainer:
     def _evaluation(self) -> Any:
         """The weights and statistics to evaluate, as ``{"params", "batch_stats"}``."""
         run, state = self._run, self.reached.state
-        images = run.source.for_statistics(min(_STATS_BATCHES, run.source.steps_per_epoch))
-        sharding = run.execution.sharding
-        if sharding is not None:
+        count = min(_STATS_BATCHES, run.source.steps_per_epoch)
+        if run.execution.sharding is not None:
             state = run.execution.place(state)
-        averaged = evaluation_state(run.model, state, images)
+        if run.compiled is None:
+            averaged = evaluation_state(run.model, state, run.source.for_statistics(count))
+        else:
+            estimate, data = run.compiled.statistics, run.compiled.data
+            drawn = (data.data, data.statistics_order, data.statistics_key, count)
+            averaged = average_state(state, lambda *variables: estimate(*variables, *drawn))
         variables = {"params": averaged.params, "batch_stats": averaged.batch_stats}
-        return variables if sharding is None else processes.local_copy(variables)
+        return variables if run.execution.sharding is None else processes.local_copy(variables)
 
     def _end_epoch(self) -> tuple[Any, int]:
         """Evaluate, record and write an epoch: ``(evaluation, stopped)``."""
@@ -166,7 +170,7 @@ class _Trainer:
                 run.spec,
                 examples,
                 run.eval_batch_size,
-                run.compiled_loop is not None,
+                run.compiled is not None,
                 sharding,
             )
             for name, examples in run.evaluation_sets.items()
@@ -231,7 +235,7 @@ class _Trainer:
                 running, sums, metrics, count = launches(running, sums, step, end)
                 step, index = step + count, index + count
                 # A copy, because a launch donates the sums.
-                pending.append(jnp.copy(sums.correct) if run.compiled_loop else sums.correct)
+                pending.append(jnp.copy(sums.correct) if run.compiled else sums.correct)
                 if len(pending) > _IN_FLIGHT:
                     jax.block_until_ready(pending.popleft())
                 if run.callbacks:
