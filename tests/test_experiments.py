@@ -233,6 +233,22 @@ KILLS = {
 }
 
 
+# Training goes on beside a checkpoint that is never done; the one before is used.
+KILLS["steps after a checkpoint was begun"] = """
+    import threading
+    save, add, count, after = checkpoints.save, epoch_sums.add, iter(range(9)), iter(range(99))
+    begun = threading.Event()
+    def endless(*arguments):
+        if next(count) == 1:
+            begun.set()
+            threading.Event().wait()
+        save(*arguments)
+    def killed(*arguments):
+        return kill() if begun.is_set() and next(after) == 1 else add(*arguments)
+    checkpoints.save, epoch_sums.add = endless, killed
+    """
+
+
 @pytest.mark.parametrize("point", KILLS)
 def test_a_killed_run_resumes_bit_identically(tmp_path, reference, point):
     config = tiny(tmp_path, checkpoint_every=0 if "not written" in point else 3)
@@ -247,7 +263,9 @@ def test_a_killed_run_resumes_bit_identically(tmp_path, reference, point):
             f"train.train_and_evaluate(TrainConfig(**{dataclasses.asdict(config)!r}))",
         ]
     )
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert train.train_and_evaluate(config) == 0
     assert_same_run(tmp_path, reference)

@@ -93,7 +93,7 @@ class Callback:
         """After each epoch and its evaluation."""
 
     def on_checkpoint(self, step: int) -> None:
-        """After a checkpoint of that step has been written."""
+        """After a checkpoint of that step has been written, which takes until some steps later."""
 
     def on_warning(self, message: str) -> None:
         """Something that is no error, like a damaged checkpoint that was set aside."""

@@ -48,7 +48,10 @@ def train(run: Run, folder: pathlib.Path | None) -> FitResult:
         if folder is not None:
             opened = checkpoints.open_checkpoints(folders.checkpoints(folder))
             manager = stack.enter_context(opened)
-        return _Trainer(run, folder, manager).run_to_end()
+        trainer = _Trainer(run, folder, manager)
+        if trainer.saver is not None:
+            stack.enter_context(trainer.saver)
+        return trainer.run_to_end()
 
 
 class _Trainer:
@@ -57,6 +60,7 @@ class _Trainer:
     Attributes:
         reached: where it is.
         records: of the epochs so far.
+        saver: writes its checkpoints; None without a folder.
     """
 
     def __init__(self, run: Run, folder: pathlib.Path | None, manager: Any) -> None:
@@ -66,7 +70,7 @@ class _Trainer:
         state = create_train_state(run.model, run.rule, run.tx, run.key, run.example)
         start = CheckpointState(state, epoch_sums.empty(run.model, run.rule), 0, 0.0, 0.0)
         self.reached, self.records = start, []
-        self._saver = None
+        self.saver: saving.Saver | None = None
         if folder is not None:
             self.reached = resuming.resume(manager, folder, start, self._warn) or start
             resumed = self.reached is not start
@@ -75,7 +79,7 @@ class _Trainer:
                 folders.keep_metrics(folder, self.records)
             accuracies = map(callbacks.selection_accuracy, self.records)
             best = max((one for one in accuracies if one is not None), default=None)
-            self._saver = saving.Saver(
+            self.saver = saving.Saver(
                 manager,
                 run.settings,
                 every_epoch=run.checkpoint_every > 0,
@@ -114,8 +118,8 @@ class _Trainer:
             try:
                 stopped = self._train_epoch()
             except DivergedError:
-                if self._saver is not None:
-                    self._saver.save_kept()
+                if self.saver is not None:
+                    self.saver.save_kept()
                 raise
             if stopped:
                 break
@@ -187,6 +191,8 @@ class _Trainer:
             "images_per_second": images / reached.epoch_seconds,
         }
         # Metrics first: a kill in between leaves a record that the resumed run drops and repeats.
+        if self.saver is not None:
+            self.saver.finish_first()
         if self._folder is not None and processes.is_first():
             folders.append_metrics(self._folder, record)
         self.records.append(record)
@@ -197,9 +203,9 @@ class _Trainer:
         # A callback may have wanted to stop after the epoch's last step.
         self._wants_to_stop |= _any(one.on_epoch(event) for one in run.callbacks)
         stopped = self._agree(run.should_stop() or int(self._wants_to_stop))
-        if self._saver is not None:
+        if self.saver is not None:
             accuracy = callbacks.selection_accuracy(record)
-            self._saver.end_epoch(reached, evaluation, accuracy, is_last=finished or bool(stopped))
+            self.saver.end_epoch(reached, evaluation, accuracy, is_last=finished or bool(stopped))
         return evaluation, 0 if finished else stopped
 
     def _train_epoch(self) -> int:
@@ -245,19 +251,21 @@ class _Trainer:
                     checked = time.perf_counter()
                     if not np.isfinite(np.asarray(sums.losses)).all():
                         alarm = _NOT_FINITE
+                if self.saver is not None:
+                    self.saver.poll()
                 every = run.checkpoint_every
-                if self._saver is not None and every and step % every == 0 and step < end:
+                if self.saver is not None and every and step % every == 0 and step < end:
                     self.reached = here()
                     resuming.check_finite(run.model, self.reached)
-                    self._saver.save(self.reached, self._evaluation())
+                    self.saver.save(self.reached, self._evaluation())
         finally:
             launches.close()
         self.reached = here()
         resuming.check_finite(run.model, self.reached)
         if step == end:
             return 0
-        if self._saver is not None and not self._saver.has(step):
-            self._saver.save(self.reached, self._evaluation())
+        if self.saver is not None and not self.saver.has(step):
+            self.saver.save(self.reached, self._evaluation())
         return stopped
 
 
