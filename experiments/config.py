@@ -123,8 +123,9 @@ class TrainConfig:
     seed: int = 0
     """Of every random draw of the run."""
     deterministic: bool = flag(default=False, negative_prefix="--no-")
-    """On a GPU: the same bits in each start of the run, resumed or anew in its folder, which keeps
-    the algorithms that XLA has chosen; each start compiles. A CPU needs it not."""
+    """On a GPU: the same bits whenever the run is resumed. XLA leaves out algorithms that add in
+    any order, and what it has compiled, with what it chose, stays in the run's folder. A CPU needs
+    it not."""
     train_examples: int | None = None
     """Use only the first N training images [default: all]."""
     validation_examples: int | None = None

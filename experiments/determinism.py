@@ -1,37 +1,42 @@
 """Runs on a GPU that repeat to the bit: what is asked of XLA, and what is kept with the run.
 
-On a GPU two starts of one program differ in the last bits for two reasons: some algorithms add in
-the order in which threads happen to come, and which algorithm is taken is decided by how long each
-takes, anew in each process. XLA leaves out the former where it is told to, and reads the latter's
-results from a folder, which is the run's. It reads its flags once, when JAX starts.
+On a GPU two starts of one program differ in the last bits for two reasons. Some algorithms add in
+the order in which threads happen to come: XLA leaves them out where it is told to. And which
+algorithm is taken is measured anew by each process that compiles: so what a run has compiled stays
+in its folder, with the results of the autotuner, and every start of the run loads it. (XLA's own
+folder of results alone does not hold all of them: openxla/xla issue 37902.) Both are read when JAX
+starts, once.
 """
 
-import atexit
-import contextlib
 import os
 import pathlib
 import re
-from importlib import metadata
 
+from experiments import startup
 from lls_jax.errors import UserError
 
+_EXACT = "xla_gpu_exclude_nondeterministic_ops"
 
-def flags(folder: pathlib.Path) -> dict[str, str]:
-    """XLA's flags for a run in that folder.
+
+def environment(folder: pathlib.Path) -> dict[str, str]:
+    """What JAX has to find in the environment, besides XLA's flag.
 
     Args:
         folder: of the run.
     """
-    # XLA does not look whether another version wrote there.
-    version = metadata.version("jaxlib")
+    # Of no other run, which may have chosen otherwise; whole, however large; and machine code of
+    # this kind of CPU.
     return {
-        "xla_gpu_exclude_nondeterministic_ops": "true",
-        "xla_gpu_per_fusion_autotune_cache_dir": str(folder.absolute() / "autotuned" / version),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(folder.absolute() / "compiled" / startup.kind_of_cpu()),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": "-1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
 
 def prepare(folder: pathlib.Path) -> None:
-    """Put the flags into the environment; to be called before JAX is imported.
+    """Set up the environment of a run; to be called before JAX is imported.
 
     Args:
         folder: of the run.
@@ -40,32 +45,15 @@ def prepare(folder: pathlib.Path) -> None:
         UserError: the environment asks XLA for something else.
     """
     given = os.environ.get("XLA_FLAGS", "")
-    missing = []
-    for name, value in flags(folder).items():
-        found = _value(given, name)
-        if found is None:
-            missing.append(
-                f'--{name}="{value}"' if re.search(r"\s", value) else f"--{name}={value}"
-            )
-        elif found != value:
-            raise UserError(
-                f"--deterministic needs XLA's flag {name} to be {value}, and XLA_FLAGS in the "
-                f"environment has it {found}; take it out there, or leave --deterministic out."
-            )
-    kept = pathlib.Path(flags(folder)["xla_gpu_per_fusion_autotune_cache_dir"])
-    made = [path for path in (kept, *kept.parents) if not path.exists()]
-    try:
-        kept.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    found = _exact(given)
+    if found is None:
+        os.environ["XLA_FLAGS"] = f"{given} --{_EXACT}=true".strip()
+    elif not found:
         raise UserError(
-            f"--deterministic keeps XLA's choices in {kept}, which cannot be made "
-            f"({error.strerror}); give another --workdir."
-        ) from error
-    # Nothing is written there without a GPU, or in a run that does not begin.
-    atexit.register(_remove_empty, made)
-    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
-    # A program that another run has compiled has that run's algorithms.
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+            f"--deterministic needs XLA's flag {_EXACT}, which XLA_FLAGS in the environment turns "
+            "off; take it out there, or leave --deterministic out."
+        )
+    os.environ.update(environment(folder))
 
 
 def check(folder: pathlib.Path, platform: str) -> None:
@@ -76,25 +64,22 @@ def check(folder: pathlib.Path, platform: str) -> None:
         platform: the kind of device that it runs on.
 
     Raises:
-        UserError: it runs on a GPU, and the flags were not there when JAX started.
+        UserError: it runs on a GPU, and JAX has started without :func:`prepare`.
     """
-    given = os.environ.get("XLA_FLAGS", "")
-    wanted = flags(folder)
-    if platform == "gpu" and any(_value(given, name) != wanted[name] for name in wanted):
+    wanted = environment(folder)
+    is_ready = _exact(os.environ.get("XLA_FLAGS", "")) and all(
+        os.environ.get(name) == value for name, value in wanted.items()
+    )
+    if platform == "gpu" and not is_ready:
         raise UserError(
-            "--deterministic needs XLA's flags before JAX starts; start the run as a command, or "
-            f"with XLA_FLAGS='{' '.join(f'--{name}={value}' for name, value in wanted.items())}' "
-            "and JAX_ENABLE_COMPILATION_CACHE=false in the environment."
+            "--deterministic has to be known before JAX starts; start the run as a command, like "
+            "`python -m experiments.cifar10 --deterministic`, or with "
+            f"XLA_FLAGS=--{_EXACT}=true {' '.join(f'{n}={value}' for n, value in wanted.items())} "
+            "in the environment."
         )
 
 
-def _value(given: str, name: str) -> str | None:
-    """What a flag is set to; the last one counts."""
-    found = re.findall(rf"""--{name}(?:=(?:"([^"]*)"|'([^']*)'|(\S*)))?(?:\s|$)""", given)
-    return None if not found else "".join(found[-1]) or "true"
-
-
-def _remove_empty(folders: list[pathlib.Path]) -> None:
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
+def _exact(given: str) -> bool | None:
+    """Whether XLA's flag is on; None where it is not there. The last one counts."""
+    found = re.findall(rf"--{_EXACT}(?:=(\S*))?(?:\s|$)", given)
+    return found[-1].lower() in ("", "true", "1") if found else None
