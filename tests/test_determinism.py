@@ -38,9 +38,9 @@ print(len(jax.devices()), "devices,", sum(hits), "hits")
 """
     for where, hits in (("a run", 0), ("a run", 1), ("another", 0)):
         ended = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / where)], cwd=ROOT, capture_output=True, text=True,
+            [sys.executable, "-c", script, str(tmp_path / where)],
+            cwd=ROOT, capture_output=True, text=True, timeout=300,
             env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-            timeout=300,
         )  # fmt: skip
         assert ended.returncode == 0, ended.stderr
         # What was in the environment is still heard.
