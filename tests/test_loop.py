@@ -1,5 +1,7 @@
 """Launches of many steps: as the program that a GPU would get, and as the steps one by one."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ from lls_jax import rules, training
 from lls_jax.blocks import ConvBlock
 from lls_jax.data import Split, batches, get_spec
 from lls_jax.models import BlockSpec, Network
-from lls_jax.runs import epoch_sums
+from lls_jax.runs import epoch_sums, launches, source
+from lls_jax.runs.run import Compiled
 from lls_jax.steps import averaging, loop
 
 SPEC = get_spec("digits")
@@ -128,12 +131,12 @@ def test_many_steps_are_the_single_steps_however_they_are_cut(training_loop):
         sums = epoch_sums.add(sums, {**metrics, "label": batch["label"]})
     cut = []
     # A whole epoch; a full launch, and a rest that is cut by a checkpoint after one step.
-    for launches in (
+    for parts in (
         [(made.constant, 7)],
         [(made.constant, 4), (made.any_count, 1), (made.any_count, 2)],
     ):
         ours, index = start(), 0
-        for launch, count in launches:
+        for launch, count in parts:
             ours = launch(*ours, data, permutation, key, index, count)
             index += count
         cut.append(jax.tree.leaves((ours[0].params, ours[0].opt_state, ours[1])))
@@ -155,3 +158,47 @@ def test_epochs_are_cut_into_launches_of_two_lengths_at_most(steps):
         assert steps % length == 0
     elif steps > 50:
         assert length == 50
+
+
+def cuts(steps, every, start=0, until=None):
+    """The launches of an epoch of ``steps``: whether of constant length, first step, steps."""
+    taken = []
+
+    def launch(constant):
+        def noted(running, sums, data, order, key, index, count):
+            taken.append((constant, index, count))
+            return running, sums
+
+        return noted
+
+    data = source.OnDevices(None, lambda epoch: None, None, None, None)
+    compiled = Compiled(loop.Loop(launch(True), launch(False)), None, data)
+    run = types.SimpleNamespace(
+        compiled=compiled,
+        checkpoint_every=every,
+        source=types.SimpleNamespace(steps_per_epoch=steps),
+    )
+    launching, step = launches.Launches(run, 0, start), start
+    while step < (until or steps):
+        *_, count = launching(None, None, step, steps)
+        step += count
+    return taken
+
+
+@pytest.mark.parametrize(("steps", "every"), [(390, 0), (97, 0), (51, 0), (390, 100), (97, 7)])
+def test_a_resumed_epoch_is_cut_where_it_would_have_been(steps, every):
+    whole = cuts(steps, every)
+    assert [index for _, index, _ in whole] == [
+        sum(count for *_, count in whole[:i]) for i in range(len(whole))
+    ]
+    assert sum(count for *_, count in whole) == steps
+    for i in range(1, len(whole)):
+        assert cuts(steps, every, start=whole[i][1]) == whole[i:]
+    # One program, or two, of constant length; none of a single step; else the one for any number.
+    lengths = {count for constant, _, count in whole if constant}
+    assert len(lengths) <= 2 and 1 not in lengths
+    if not every:
+        assert all(constant or count == 1 for constant, _, count in whole)
+    else:
+        ends = {index + count for _, index, count in whole}
+        assert set(range(every, steps, every)) <= ends
