@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import NoReturn, TypeVar
 from simple_parsing import ArgumentParser, SimpleHelpFormatter
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
-from experiments import abort_message, startup
+from experiments import abort_message, determinism, startup
 from experiments.config import TrainConfig
 from experiments.presets import PRESETS
 from lls_jax.errors import UserError
@@ -152,6 +153,8 @@ def train_command(dataset: str, description: str) -> None:
         )
 
     def command() -> int:
+        if config.deterministic:
+            determinism.prepare(pathlib.Path(config.run_folder()))
         # Imported late: JAX takes longer to start than `--help` may take to answer.
         from experiments.train import train_and_evaluate
 

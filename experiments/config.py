@@ -122,6 +122,10 @@ class TrainConfig:
     """Which of them this is, from 0; process 0 writes the run's files."""
     seed: int = 0
     """Of every random draw of the run."""
+    deterministic: bool = flag(default=False, negative_prefix="--no-")
+    """On a GPU: the same bits whenever the run is resumed. XLA leaves out algorithms that add in
+    any order, and what it has compiled, with what it chose, stays in the run's folder. A CPU needs
+    it not."""
     train_examples: int | None = None
     """Use only the first N training images [default: all]."""
     validation_examples: int | None = None
@@ -204,6 +208,11 @@ class TrainConfig:
             raise ValueError(
                 f"--reach {self.reach} does not go with --pipeline, whose blocks wait for nothing "
                 "from above; leave one of them out."
+            )
+        if self.deterministic and self.coordinator:
+            raise ValueError(
+                "--deterministic does not go with --coordinator, each of whose processes chooses "
+                "its algorithms; leave one of them out."
             )
         if self.stages is not None and self.pipeline is None:
             raise ValueError("--stages is given without --pipeline; give the number of devices.")

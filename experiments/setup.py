@@ -311,12 +311,11 @@ def _many_steps(config: TrainConfig, train: Examples) -> bool:
     Raises:
         UserError: the config asks for that where it cannot be.
     """
-    together = config.pipeline or config.shares_batches
-    fits = isinstance(train, batches.DeviceSplit) and not together
+    fits = isinstance(train, batches.DeviceSplit) and not config.pipeline
     if config.loop == "scan" and not fits:
         raise UserError(
-            "--loop scan needs the images on one device, without --pipeline, --data-parallel or "
-            "--coordinator; use --loop dispatch, or --data-on-device yes."
+            "--loop scan needs the images on the device, without --pipeline; use --loop dispatch, "
+            "or --data-on-device yes."
         )
     is_fast = platforms.choices(jax.default_backend()).compiled_loops
     return config.loop == "scan" or (config.loop == "auto" and fits and is_fast)

@@ -58,10 +58,10 @@ def keep_compiled() -> None:
 def cache_folder() -> pathlib.Path:
     """Where this machine's programs are kept: machine code for its kind of CPU, and no other."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "lls_jax" / "compiled" / _kind_of_cpu()
+    return pathlib.Path(base) / "lls_jax" / "compiled" / kind_of_cpu()
 
 
-def _kind_of_cpu() -> str:
+def kind_of_cpu() -> str:
     """A name for the instructions that this CPU has; a home folder may be shared by several."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

@@ -5,7 +5,9 @@ import dataclasses
 import pathlib
 import shlex
 
-from experiments import console, run_config, setup
+import jax
+
+from experiments import console, determinism, run_config, setup
 from experiments.config import TrainConfig, option
 from experiments.presets import PRESETS
 from experiments.signals import Signals
@@ -56,6 +58,8 @@ def train_and_evaluate(config: TrainConfig) -> int:
         settings = run_config.ConfigSettings(config)
         # Before anything is downloaded for it.
         folders.check_settings(folder, settings)
+        if config.deterministic:
+            determinism.check(folder, jax.default_backend())
         run = setup.make_run(config)
         result = fit(
             run.task.model,

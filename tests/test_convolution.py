@@ -140,7 +140,11 @@ def test_pointwise_equals_products():
         np.testing.assert_allclose(ours, theirs, atol=4e-6 * np.sqrt(60))
 
 
-@pytest.mark.parametrize(("height", "width", "pool_size"), [(8, 4, 2), (6, 9, 3), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("height", "width", "pool_size"),
+    # Windows of one size; that overlap, that differ, that repeat.
+    [(8, 4, 2), (6, 9, 3), (2, 2, 2), (7, 7, 2), (8, 5, 3), (2, 3, 4)],
+)
 def test_window_sums_equal_sums_over_windows(height, width, pool_size):
     seed = int(np.random.default_rng().integers(2**31))
     print(f"seed {seed}")
@@ -149,8 +153,14 @@ def test_window_sums_equal_sums_over_windows(height, width, pool_size):
     x = rng.integers(-8, 8, size=(3, height, width, 5)) + 0.5
     mean, variance, scale, bias = np.zeros(5), np.ones(5) - 1e-5, np.ones(5), np.zeros(5)
     m = np.where(x >= 0, 1.0, 0.01)
-    shape = (3, pool_size, height // pool_size, pool_size, width // pool_size, 5)
-    expected = (m.reshape(shape).sum((2, 4)), (m * x).reshape(shape).sum((2, 4)))
+    expected = [np.zeros((3, pool_size, pool_size, 5)) for _ in range(2)]
+    for i, j in np.ndindex(pool_size, pool_size):
+        rows, columns = (
+            slice(at * size // pool_size, -(-(at + 1) * size // pool_size))
+            for at, size in ((i, height), (j, width))
+        )
+        for sums, values in zip(expected, (m, m * x)):
+            sums[:, i, j] = values[:, rows, columns].sum((1, 2))
     statistics = Statistics(*(jnp.float32(v) for v in (mean, variance, scale, bias)))
     for ours, theirs in zip(window_sums(jnp.float32(x), statistics, pool_size), expected):
         np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=2e-6 * 8 * height * width)

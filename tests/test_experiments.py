@@ -1,6 +1,7 @@
 """The commands, as a person uses them: train, stop, kill, resume, evaluate, compare, mistype."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -232,6 +233,22 @@ KILLS = {
 }
 
 
+# Training goes on beside a checkpoint that is never done; the one before is used.
+KILLS["steps after a checkpoint was begun"] = """
+    import threading
+    save, add, count, after = checkpoints.save, epoch_sums.add, iter(range(9)), iter(range(99))
+    begun = threading.Event()
+    def endless(*arguments):
+        if next(count) == 1:
+            begun.set()
+            threading.Event().wait()
+        save(*arguments)
+    def killed(*arguments):
+        return kill() if begun.is_set() and next(after) == 1 else add(*arguments)
+    checkpoints.save, epoch_sums.add = endless, killed
+    """
+
+
 @pytest.mark.parametrize("point", KILLS)
 def test_a_killed_run_resumes_bit_identically(tmp_path, reference, point):
     config = tiny(tmp_path, checkpoint_every=0 if "not written" in point else 3)
@@ -246,7 +263,9 @@ def test_a_killed_run_resumes_bit_identically(tmp_path, reference, point):
             f"train.train_and_evaluate(TrainConfig(**{dataclasses.asdict(config)!r}))",
         ]
     )
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert train.train_and_evaluate(config) == 0
     assert_same_run(tmp_path, reference)
@@ -333,14 +352,14 @@ def test_many_steps_a_launch_are_the_same_however_they_are_cut(tmp_path, monkeyp
     make_loop = fitting.make_loop
 
     def signalled(*arguments):
-        launch, count = make_loop(*arguments), iter(range(100))
+        made, count = make_loop(*arguments), iter(range(100))
 
-        def noted(*values):
+        def noted(launch, *values):
             if next(count) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return launch(*values)
 
-        return noted
+        return type(made)(*(functools.partial(noted, launch) for launch in made))
 
     stopped = tiny(tmp_path / "stopped", checkpoint_every=2, **looped)
     monkeypatch.setattr(fitting, "make_loop", signalled)

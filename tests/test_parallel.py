@@ -20,12 +20,15 @@ import pytest
 
 from experiments import benchmark, train
 from experiments.config import TrainConfig
-from lls_jax import models, placement, processes, rules, training
+from lls_jax import fit, models, placement, processes, rules, training
 from lls_jax.blocks import ConvBlock, DepthwiseSeparableBlock
+from lls_jax.data import Split
+from lls_jax.data import batches as data
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
 from lls_jax.placement import block_pipeline
 from lls_jax.runs import folder as folders
+from lls_jax.runs.source import describe
 
 CLASSES, DEVICES = 5, 5
 HAS_DEVICES = len(jax.devices()) >= DEVICES
@@ -238,6 +241,61 @@ def test_sums_in_rows_need_no_gathering():
     shared = execution.leave(running)
     for a, b in zip(jax.tree.leaves(shared.params), jax.tree.leaves(alone.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def make_split(count=46):
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (count, 8, 8, 3), np.uint8)
+    return Split(images, rng.integers(0, CLASSES, count).astype(np.int32))
+
+
+@on_devices
+def test_each_device_takes_its_own_rows_in_one_program():
+    """Batches of what is on every device: those of one device, and no device gathers them all."""
+    split = make_split()
+    spec, key = describe(split, CLASSES), jax.random.key(2)
+    order = data.epoch_permutation(key, 0, 46)
+    sharding = placement.data_parallel(
+        make_mixed()[0], make_rule("lls"), TX, jax.devices()[:4]
+    ).sharding
+    everywhere = data.place(data.to_device(split), sharding)
+    assert all(len(leaf.devices()) == 4 for leaf in everywhere)
+    one = data.make_reader(spec, "flip", 12)(data.to_device(split), order, 1, key, 5)
+    for ours, theirs in zip(
+        data.make_reader(spec, "flip", 12, sharding)(everywhere, order, 1, key, 5), one, strict=True
+    ):
+        for name in ("image", "label"):
+            assert ours[name].sharding.is_equivalent_to(sharding, ours[name].ndim)
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    program = data.gather.lower(everywhere, order, 1, 12, sharding).compile().as_text()
+    assert "u8[3,8,8,3]" in program and "u8[12," not in program
+    assert "all-gather" not in program and "all-reduce" not in program
+    for ours, theirs in zip(
+        data.evaluation_batches(spec, everywhere, 10, sharding),
+        data.evaluation_batches(spec, data.to_device(split), 12),
+        strict=True,
+    ):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@on_devices
+def test_shards_train_with_many_steps_a_launch():
+    """As with one step a launch on the same devices, and as on one device, within rounding."""
+    model, rule, tx = make_mixed()[0].grouped((3, 3)), make_rule("lls_mxm"), optax.sgd(0.05)
+    split, devices = make_split(), jax.devices()
+    options = {"train": data.to_device(split), "test": data.to_device(split), "epochs": 2}
+    options |= {"batch_size": 12, "eval_batch_size": 10}
+    alone = fit(model, rule, tx, **options)
+    execution = placement.data_parallel(model, rule, tx, devices[:4])
+    for steps in ("many", "one"):
+        ours = fit(model, rule, tx, execution=execution, steps_a_launch=steps, **options)
+        assert_close(ours.state, alone.state, 1e-3)
+        for a, b in zip(ours.records, alone.records, strict=True):
+            np.testing.assert_allclose(a["layer_loss"], b["layer_loss"], rtol=1e-3)
+            np.testing.assert_allclose(a["test_loss"], b["test_loss"], rtol=1e-3)
+    pipeline = placement.pipeline(model, rule, tx, devices[:1], (3,))
+    with pytest.raises(ValueError, match="no pipeline as execution"):
+        fit(model, rule, tx, execution=pipeline, steps_a_launch="many", **options)
 
 
 @on_devices

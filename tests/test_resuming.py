@@ -185,6 +185,7 @@ OTHER = {
     "rule": "lls,lls_m,predsim,lls_mxm", "model": "vgg8", "groups": "2,2", "epochs": 7,
     "batch_size": 17, "eval_batch_size": 3, "learning_rate": 0.25, "optimizer": "sgd",
     "momentum": 0.5, "weight_decay": 0.125, "schedule": "multistep", "basis_rows": 4,
+    "deterministic": True,
     "feedback_sign": True, "waveform": "cosine", "temperature": 0.5, "label_smoothing": 0.1,
     "dropout": 0.25, "precision": "bfloat16", "kernels": "xla", "loop": "dispatch", "remat": 0,
     "reach": 2,

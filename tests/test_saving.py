@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import json
 import signal
+import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from experiments.config import TrainConfig
 from lls_jax.errors import DivergedError
 from lls_jax.runs import checkpoints, epoch_sums, loop, resuming, saving
 from lls_jax.runs.restore import restore
+from lls_jax.training import TrainState
 
 TINY = TrainConfig(
     dataset="digits", rule="lls_mxm", epochs=4, batch_size=16, train_examples=64,
@@ -112,3 +115,69 @@ def test_who_wants_checkpoints_inside_epochs_has_every_epochs_too(tmp_path, monk
     monkeypatch.setattr(checkpoints, "save", noted)
     assert train.train_and_evaluate(tiny(tmp_path, epochs=2, checkpoint_every=3)) == 0
     assert written == [3, 4, 6, 8]
+
+
+@pytest.fixture
+def saver(tmp_path):
+    """A saver of checkpoints into a folder, where it has told of them, and what to save."""
+    told = []
+    with checkpoints.open_checkpoints(tmp_path / "checkpoints") as manager:
+        made = saving.Saver(manager, {}, every_epoch=True, best=None, written=told.append)
+        yield made, manager, told
+
+
+def where(step, value):
+    """A run of one array at a step, all of it ``value``, and its weights."""
+    state = TrainState(
+        jnp.int32(step), {"w": jnp.full(5, value)}, {}, {"m": jnp.full(5, value)}, jax.random.key(7)
+    )
+    sums = epoch_sums.EpochSums(jnp.zeros(1), jnp.int32(0), jnp.int32(0))
+    return resuming.CheckpointState(state, sums, 0, 0.0, 0.0), {"params": {"w": jnp.full(5, value)}}
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(saver, monkeypatch):
+    """What is written is what was there when it was asked for, whatever becomes of the arrays."""
+    saver, manager, told = saver
+    save, may_go_on = checkpoints.save, threading.Event()
+
+    def held(*arguments):
+        assert may_go_on.wait(60)
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoints, "save", held)
+    with saver:
+        reached, evaluation = where(3, 1.5)
+        saver.save(reached, evaluation)
+        # A training step takes the memory of the state that it is given.
+        step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 9, tree), donate_argnums=0)
+        jax.block_until_ready(step((reached.state.params, reached.state.opt_state, evaluation)))
+        saver.poll()
+        assert saver.has(3) and not told and not checkpoints.list_steps(manager)
+        may_go_on.set()
+        saver.finish()
+        assert told == [3]
+    expected, weights = where(3, 1.5)
+    restored, _ = checkpoints.restore_training(manager, 3, expected.arrays())
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), restored, expected.arrays())
+    assert all(jax.tree.leaves(same))
+    judged, _ = checkpoints.restore_evaluation(manager, 3, weights)
+    jax.tree.map(np.testing.assert_array_equal, judged, weights)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_run(saver, monkeypatch):
+    saver, _, told = saver
+    save = checkpoints.save
+
+    def failing(manager, checkpoint):
+        if checkpoint.step == 4:
+            raise OSError(28, "No space left on device")
+        save(manager, checkpoint)
+
+    monkeypatch.setattr(checkpoints, "save", failing)
+    with pytest.raises(OSError, match="No space left"), saver:
+        saver.save(*where(3, 0.0))
+        saver.save(*where(4, 0.0))
+    assert told == [3]
+    # What has ended a run is heard before that.
+    with pytest.raises(KeyboardInterrupt), saver:
+        raise KeyboardInterrupt

@@ -10,7 +10,6 @@ from lls_jax.layers.convolution import convolve_3x3, depthwise_3x3
 from lls_jax.layers.initializers import fan_in_uniform
 from lls_jax.layers.normalization import (
     apply_statistics,
-    can_pool,
     normalize_activate,
     normalize_activate_pool,
 )
@@ -116,7 +115,7 @@ class NormalizeActivate(nn.Module):
 
         Returns:
             ``(activation, pooled)``: the activation, in the shape and dtype of `x`, and the means;
-            None without a `pool_size`, where windows of one size do not fit, and in evaluation.
+            None without a `pool_size`, of what is no image, and in evaluation.
         """
         channels = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels)
@@ -127,7 +126,7 @@ class NormalizeActivate(nn.Module):
         if not train:
             y = apply_statistics(x, mean.value - layer_bias, variance.value, scale, bias)
             return y, None
-        if pool_size is not None and can_pool(x.shape, pool_size):
+        if pool_size is not None and x.ndim == 4:
             y, pooled, batch_mean, batch_variance = normalize_activate_pool(
                 x, scale, bias, pool_size
             )

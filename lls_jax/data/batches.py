@@ -56,10 +56,6 @@ def normalize(spec: DatasetSpec, images: jax.Array) -> jax.Array:
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
-# Compiled, it takes microseconds to launch, where there is one a step.
-fold_in = jax.jit(jax.random.fold_in)
-
-
 @functools.partial(jax.jit, static_argnums=2)
 def epoch_permutation(key: jax.Array, epoch: int, count: int) -> jax.Array:
     """The order of an epoch's examples, a function of the run's key and the epoch alone."""
@@ -129,18 +125,49 @@ def make_sampler(spec: DatasetSpec, augmentation: str, batch_size: int) -> Sampl
     return sample
 
 
-@jax.jit
-def _take(data: DeviceSplit, chosen: jax.Array) -> Batch:
-    return {
-        "image": jnp.take(data.images, chosen, axis=0),
-        "label": jnp.take(data.labels, chosen),
+def whole(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
+    """The sharding of what is whole on every device over which `sharding` shares batches out."""
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+
+def place(split: DeviceSplit, sharding: jax.sharding.NamedSharding) -> DeviceSplit:
+    """A split whole on every device that takes rows of its batches."""
+    return DeviceSplit(*processes.replicate(tuple(split), whole(sharding)))
+
+
+def _take(
+    data: DeviceSplit, chosen: jax.Array, sharding: jax.sharding.NamedSharding | None
+) -> Batch:
+    if sharding is not None:
+        # Each device takes its own rows.
+        chosen = jax.lax.with_sharding_constraint(chosen, sharding)
+    # Of a permutation, or cut at the last example: in range, and no mask need be made.
+    batch = {
+        "image": jnp.take(data.images, chosen, axis=0, mode="clip"),
+        "label": jnp.take(data.labels, chosen, mode="clip"),
     }
+    return batch if sharding is None else jax.lax.with_sharding_constraint(batch, sharding)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def gather(data: DeviceSplit, permutation: jax.Array, index: jax.Array, batch_size: int) -> Batch:
-    """The pixels and labels of batch number `index` of the epoch in that order."""
-    return _take(data, jax.lax.dynamic_slice_in_dim(permutation, index * batch_size, batch_size))
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def gather(
+    data: DeviceSplit,
+    permutation: jax.Array,
+    index: jax.Array,
+    batch_size: int,
+    sharding: jax.sharding.NamedSharding | None = None,
+) -> Batch:
+    """The pixels and labels of batch number `index` of the epoch in that order.
+
+    Args:
+        data: the examples; with a `sharding`, whole on each of its devices.
+        permutation: the order.
+        index: of the batch.
+        batch_size: examples a batch.
+        sharding: that the batch is to have.
+    """
+    chosen = jax.lax.dynamic_slice_in_dim(permutation, index * batch_size, batch_size)
+    return _take(data, chosen, sharding)
 
 
 def make_reader(
@@ -155,42 +182,59 @@ def make_reader(
         spec: the data set.
         augmentation: of :func:`make_augment`.
         batch_size: examples a batch.
-        sharding: that the batches are to have; of several processes each reads its own rows, and
-            the whole batch is the one that a single process would make.
+        sharding: that the batches are to have. Of several processes each reads its own rows from
+            the host, and each device takes its own rows of what is on the devices; the whole batch
+            is the one that a single process would make.
 
     Returns:
-        ``read(data, permutation, start, key_of)``, an iterator of ``{"image", "label"}``: the
-        batches of the epoch whose order is `permutation`, from number `start` on; ``key_of(index)``
-        is the random key of one. `data` is a :class:`DeviceSplit`, or a split on the host, which
-        gives the same batches, read ahead.
+        ``read(data, permutation, start, key, first)``, an iterator of ``{"image", "label"}``: the
+        batches of the epoch whose order is `permutation`, from number `start` on; the random key
+        of one is ``fold_in(key, first + its number)``. `data` is a :class:`DeviceSplit`, of
+        :func:`place` where there is a `sharding`, or a split on the host, which gives the same
+        batches, read ahead.
 
     Raises:
         ValueError: unknown augmentation.
     """
-    # Compiled by itself: as a part of two larger programs it would round differently in each.
-    augment = jax.jit(make_augment(spec, augmentation))
+    augment = make_augment(spec, augmentation)
+
+    # Neither is compiled with the training step, in which it would round differently.
+    @jax.jit
+    def augment_at(key: jax.Array, number: jax.Array, images: jax.Array) -> jax.Array:
+        return augment(jax.random.fold_in(key, number), images)
+
+    @jax.jit
+    def sample_at(
+        data: DeviceSplit,
+        permutation: jax.Array,
+        index: jax.Array,
+        key: jax.Array,
+        number: jax.Array,
+    ) -> Batch:
+        batch = gather(data, permutation, index, batch_size, sharding)
+        return {**batch, "image": augment_at(key, number, batch["image"])}
 
     def read(
         data: DeviceSplit | Split,
         permutation: jax.Array,
         start: int,
-        key_of: Callable[[int], jax.Array],
+        key: jax.Array,
+        first: int = 0,
     ) -> Generator[Batch, None, None]:
+        if isinstance(data, DeviceSplit):
+            # One launch a batch, on whatever devices it is for.
+            for index in range(start, permutation.shape[0] // batch_size):
+                yield sample_at(data, permutation, index, key, first + index)
+            return
         size = batch_size
         if sharding is not None:
             permutation, size = _own_part(permutation, batch_size, sharding)
-        if isinstance(data, DeviceSplit):
-            count = permutation.shape[0] // size
-            ahead: Iterator[Any] = (
-                gather(data, permutation, index, size) for index in range(start, count)
-            )
-        else:
-            ahead = streaming.stream(data, np.asarray(permutation), size, start)
+        ahead: Iterator[Any] = streaming.stream(data, np.asarray(permutation), size, start)
         for index, batch in enumerate(ahead, start):
             if sharding is not None:
                 batch = processes.shard_batch(batch, sharding)
             yield {
-                "image": augment(key_of(index), batch["image"]),
+                "image": augment_at(key, first + index, batch["image"]),
                 "label": jnp.asarray(batch["label"]),
             }
 
@@ -216,29 +260,34 @@ def evaluation_batches(
 
     Args:
         spec: the data set, for its normalisation and the size of its windows.
-        data: the examples, on the device or on the host.
-        batch_size: examples a batch; with a `sharding`, rounded up to a multiple of its devices.
+        data: the examples, on the device, of :func:`place` with a `sharding`, or on the host.
+        batch_size: examples a batch; with a `sharding`, rounded up by :func:`whole_rows`.
         sharding: that the batches are to have; of several processes each reads its own rows.
 
     Yields:
         ``(image, label, weight)``; `weight` ``[batch]`` is 0 for what fills up the last batch.
     """
     count = data.labels.shape[0]
+    batch_size = whole_rows(batch_size, sharding)
     rows = slice(0, batch_size)
     if sharding is not None:
-        batch_size = -(-batch_size // sharding.num_devices) * sharding.num_devices
         rows = processes.local_rows(sharding, batch_size)
     for first in range(0, count, batch_size):
-        start, size = first + rows.start, rows.stop - rows.start
         if isinstance(data, DeviceSplit):
-            batch = _evaluation_batch(spec, data, start, size)
-        else:
-            position = np.arange(start, start + size)
-            chosen = np.minimum(position, count - 1)
-            image = _prepare(spec, data.images[chosen])
-            weight = jnp.asarray(position < count, jnp.float32)
-            batch = image, jnp.asarray(data.labels[chosen]), weight
+            yield _evaluation_batch(spec, data, first, batch_size, sharding)
+            continue
+        position = np.arange(first + rows.start, first + rows.stop)
+        chosen = np.minimum(position, count - 1)
+        image = _prepare(spec, data.images[chosen])
+        weight = jnp.asarray(position < count, jnp.float32)
+        batch = image, jnp.asarray(data.labels[chosen]), weight
         yield batch if sharding is None else processes.shard_batch(batch, sharding)
+
+
+def whole_rows(batch_size: int, sharding: jax.sharding.NamedSharding | None) -> int:
+    """The least multiple of a sharding's devices that is at least `batch_size`."""
+    devices = 1 if sharding is None else sharding.num_devices
+    return -(-batch_size // devices) * devices
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -247,13 +296,17 @@ def _prepare(spec: DatasetSpec, images: jax.Array) -> jax.Array:
 
 
 def evaluation_batch(
-    spec: DatasetSpec, data: DeviceSplit, start: jax.Array | int, batch_size: int
+    spec: DatasetSpec,
+    data: DeviceSplit,
+    start: jax.Array | int,
+    batch_size: int,
+    sharding: jax.sharding.NamedSharding | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What :func:`evaluation_batches` yields from example `start` on; to be compiled."""
     count = data.labels.shape[0]
     position = start + jnp.arange(batch_size)
-    taken = _take(data, jnp.minimum(position, count - 1))
+    taken = _take(data, jnp.minimum(position, count - 1), sharding)
     return _prepare(spec, taken["image"]), taken["label"], (position < count).astype(jnp.float32)
 
 
-_evaluation_batch = jax.jit(evaluation_batch, static_argnums=(0, 3))
+_evaluation_batch = jax.jit(evaluation_batch, static_argnums=(0, 3, 4))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from lls_jax.layers.pooling import bin_sizes, bins_of, spread_bins, sum_bins
 from lls_jax.platforms import by_platform
 
 EPSILON = 1e-5
@@ -105,7 +106,7 @@ normalize_activate.defvjp(_forward, _backward)
 
 
 def can_pool(shape: tuple[int, ...], pool_size: int) -> bool:
-    """Whether :func:`normalize_activate_pool` takes ``[batch, height, width, channels]``."""
+    """Whether ``[batch, height, width, channels]`` divides into windows of one size."""
     return len(shape) == 4 and shape[1] % pool_size == 0 and shape[2] % pool_size == 0
 
 
@@ -129,10 +130,10 @@ def normalize_activate_pool(
     Differentiable once, in reverse, with respect to both the activation and its means.
 
     Args:
-        x: ``[batch, height, width, channels]``; :func:`can_pool` says which sizes.
+        x: ``[batch, height, width, channels]``.
         scale: float32 ``[channels]``.
         bias: float32 ``[channels]``.
-        pool_size: windows along each spatial axis.
+        pool_size: windows of adaptive pooling along each spatial axis; they may overlap.
 
     Returns:
         ``(y, pooled, mean, variance)``; `pooled` is float32 ``[batch, p, p, channels]``.
@@ -167,6 +168,8 @@ def window_sums(x: jax.Array, statistics: Statistics, pool_size: int) -> tuple[A
     Returns:
         Two float32 arrays ``[batch, p, p, channels]``.
     """
+    if not can_pool(x.shape, pool_size):
+        return _uneven_window_sums(x, *_affine(*statistics), pool_size)
     return by_platform(
         *(x, *_affine(*statistics)),
         cpu=functools.partial(_window_sums_by_rows, pool_size=pool_size),
@@ -185,6 +188,20 @@ def _window_sums(
     windows = _windows(x.astype(jnp.float32), pool_size)
     m = _slope_at(windows, slope, offset)
     return jnp.sum(m, (2, 4)), jnp.sum(m * windows, (2, 4))
+
+
+def _uneven_window_sums(
+    x: jax.Array, slope: jax.Array, offset: jax.Array, pool_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`_window_sums` where windows overlap, repeat, or differ in size."""
+    rows: list[tuple[jax.Array, jax.Array]] = []
+    for ends in bins_of(x.shape[1], pool_size):
+        # Never the whole in float32, which two windows at a time read.
+        part = jax.lax.slice_in_dim(x, *ends, axis=1).astype(jnp.float32)
+        m = _slope_at(part, slope, offset)
+        rows.append((jnp.sum(m, 1), jnp.sum(m * part, 1)))
+    sum_m, sum_mx = (sum_bins(jnp.stack(sums, 1), pool_size, axes=(2,)) for sums in zip(*rows))
+    return sum_m, sum_mx
 
 
 def _window_sums_by_rows(
@@ -209,8 +226,8 @@ def _window_sums_by_rows(
     return jnp.sum(sums[0].reshape(shape), 3), jnp.sum(sums[1].reshape(shape), 3)
 
 
-def pool_from_sums(sums: Sequence[jax.Array], statistics: Statistics, window: int) -> jax.Array:
-    """Means over windows of `window` elements each, from :func:`window_sums`."""
+def pool_from_sums(sums: Sequence[jax.Array], statistics: Statistics, window: Any) -> jax.Array:
+    """Means over windows of `window` elements, a number or an array, from :func:`window_sums`."""
     sum_m, sum_mx = sums
     slope, offset = (_along(v, sum_m) for v in _affine(*statistics))
     return (slope * sum_mx + offset * sum_m) / window
@@ -234,7 +251,7 @@ def gradients_from_sums(
     d_pooled: jax.Array,
     sums: Sequence[jax.Array],
     statistics: Statistics,
-    window: int,
+    window: Any,
 ) -> PooledGradients:
     """The gradients of scale and bias, from :func:`window_sums` alone."""
     mean, variance, _, _ = statistics
@@ -277,8 +294,11 @@ def _plain(args: tuple) -> tuple:
     return tuple(getattr(arg, "value", arg) for arg in args)
 
 
-def _window_size(shape: tuple[int, ...], pool_size: int) -> int:
-    return shape[1] * shape[2] // pool_size**2
+def _window_size(shape: tuple[int, ...], pool_size: int) -> Any:
+    """Elements of a window: a number where they are of one size, else ``[1, p, p, 1]``."""
+    if can_pool(shape, pool_size):
+        return shape[1] * shape[2] // pool_size**2
+    return bin_sizes(shape, pool_size)[None, :, :, None]
 
 
 def _forward_pool(x: Any, scale: Any, bias: Any, pool_size: int) -> tuple:
@@ -311,6 +331,8 @@ def _backward_pool(pool_size: int, residuals: tuple, cotangents: tuple) -> tuple
 def _spread(windows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``[batch, p, p, channels]``, each value to all elements of its window."""
     pool_size = windows.shape[1]
+    if not can_pool(shape, pool_size):
+        return spread_bins(windows, shape)
     rows, columns = shape[1] // pool_size, shape[2] // pool_size
     wide = windows[:, :, None, :, None, :]
     full = (shape[0], pool_size, rows, pool_size, columns, shape[3])

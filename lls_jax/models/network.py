@@ -10,20 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.blocks import Classifier, LocalBlock, apply_module, call_options
+from lls_jax.layers.pooling import adaptive_average_pool, max_pool
 from lls_jax.rules import Rule
-from pallas_kernels.local_loss import adaptive_average_pool
 
 Variables = dict[str, Any]
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """2x2 maxima at stride 2, ``[batch, height, width, channels]``; an odd last row is dropped."""
-    batch, height, width, channels = x.shape
-    rows, columns = height // 2, width // 2
-    # Two maxima of contiguous halves: XLA's window reduction is 10 times slower backward on a CPU.
-    pairs = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2 * channels)
-    pairs = jnp.maximum(pairs[:, :, 0], pairs[:, :, 1])
-    return jnp.maximum(pairs[..., :channels], pairs[..., channels:])
 
 
 def flatten(x: jax.Array) -> jax.Array:

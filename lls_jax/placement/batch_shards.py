@@ -76,4 +76,4 @@ def data_parallel(
         state, metrics = train_step(state, batch)
         return state, {**metrics, "label": batch["label"]}
 
-    return Execution(place, step, processes.local_copy, place, sharded)
+    return Execution(place, step, processes.local_copy, place, sharded, train_step)

@@ -31,12 +31,12 @@ class Running(NamedTuple):
 
     Attributes:
         step: number of updates done.
-        key: the run's random key.
+        keys: the run's random key on each device.
         states: by name, blocks and classifier, each on its device.
     """
 
     step: int
-    key: jax.Array
+    keys: dict[Any, jax.Array]
     states: dict[str, BlockState]
 
 
@@ -48,6 +48,13 @@ def _compiled_units(
         unit._replace(update=jax.jit(unit.update, donate_argnums=0))
         for unit in make_units(model, rule, tx, remat_above)
     ]
+
+
+@jax.jit
+def _split_losses(losses: list[jax.Array]) -> Metrics:
+    """The units' losses, ``[1]`` each, the classifier's last, as a step's metrics have them."""
+    *blocks, (loss,) = losses
+    return {"layer_loss": jnp.concatenate([jnp.zeros(0), *blocks]), "loss": loss}
 
 
 def partition(seconds: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -127,36 +134,32 @@ def pipeline(
             name: jax.device_put(jax.tree.map(jnp.copy, block_state(state, name)), device)
             for name, device in home.items()
         }
-        return Running(int(state.step), state.key, states)
+        keys = {device: jax.device_put(state.key, device) for device in devices}
+        return Running(int(state.step), keys, states)
 
     def step(running: Running, batch: Batch) -> tuple[Running, Metrics]:
         states, losses = dict(running.states), []
         x, where = batch["image"], None
         for (names, unit), device in zip(units, places):
             if device is not where:
-                x, labels, key = jax.device_put((x, batch["label"], running.key), device)
+                x, labels = jax.device_put((x, batch["label"]), device)
                 where = device
             own = tuple(states[name] for name in names)
-            new, loss, x = unit(own, x, labels, key, running.step)
+            new, loss, x = unit(own, x, labels, running.keys[device], running.step)
             states.update(zip(names, new))
             losses.append(jax.device_put(loss, places[-1]))
         under_way.append(x)
         if len(under_way) > len(sizes) + _SPARE:
             jax.block_until_ready(under_way.popleft())
-        metrics = {
-            "layer_loss": jnp.concatenate([jnp.zeros(0, device=places[-1]), *losses[:-1]]),
-            "loss": losses[-1][0],
-            "logits": x,
-            "label": labels,
-        }
-        return Running(running.step + 1, running.key, states), metrics
+        metrics = {**_split_losses(losses), "logits": x, "label": labels}
+        return Running(running.step + 1, running.keys, states), metrics
 
     def leave(running: Running) -> TrainState:
         states = jax.device_put(
             {name: jax.tree.map(jnp.copy, state) for name, state in running.states.items()},
             devices[0],
         )
-        return join_states(states, jnp.int32(running.step), running.key)
+        return join_states(states, jnp.int32(running.step), running.keys[devices[0]])
 
     return Execution(enter, step, leave, lambda tree: jax.device_put(tree, places[-1]))
 

@@ -7,7 +7,7 @@ import jax
 
 from lls_jax.models import Network
 from lls_jax.rules import Rule
-from lls_jax.training import Batch, Metrics, Optimizer, TrainState, make_train_step
+from lls_jax.training import Batch, Metrics, Optimizer, TrainState, TrainStep, make_train_step
 
 
 class Execution(NamedTuple):
@@ -20,6 +20,8 @@ class Execution(NamedTuple):
         leave: ``leave(running) -> state``, on the first device; `running` stays valid.
         place: puts what is added to the metrics, a tree of arrays, where they are.
         sharding: of the batches, where they are shared out; else None.
+        train_step: ``train_step(state, batch) -> (state, metrics)``, the step as a function that
+            a compiled loop may have inside; None where a step is no single program.
     """
 
     enter: Callable[[TrainState], Any]
@@ -27,6 +29,7 @@ class Execution(NamedTuple):
     leave: Callable[[Any], TrainState]
     place: Callable[[Any], Any]
     sharding: jax.sharding.NamedSharding | None = None
+    train_step: TrainStep | None = None
 
 
 def single(
@@ -46,4 +49,7 @@ def single(
         state, metrics = train_step(state, batch)
         return state, {**metrics, "label": batch["label"]}
 
-    return Execution(lambda state: state, step, lambda state: state, lambda tree: tree)
+    def same(tree: Any) -> Any:
+        return tree
+
+    return Execution(same, step, same, same, train_step=train_step)

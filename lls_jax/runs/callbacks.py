@@ -94,7 +94,7 @@ class Callback:
         """After each epoch and its evaluation."""
 
     def on_checkpoint(self, step: int) -> None:
-        """After a checkpoint of that step has been written."""
+        """After a checkpoint of that step has been written, which takes until some steps later."""
 
     def on_kernels(self, choice: KernelChoice) -> None:
         """On a GPU, before training: what computes the local losses, and why."""

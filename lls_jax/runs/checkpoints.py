@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -117,7 +118,7 @@ def open_checkpoints(
         create=not read_only,
         read_only=read_only,
         preservation_policy=policy,
-        # The step that follows donates the buffers that are being written.
+        # Who wants to go on meanwhile has a thread for all of it, digests included.
         enable_async_checkpointing=False,
     )
     manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -164,6 +165,22 @@ def save(manager: ocp.CheckpointManager, checkpoint: Checkpoint) -> None:
         force=True,
     )
     manager.wait_until_finished()
+
+
+def on_host(tree: Any) -> Any:
+    """A copy in the host's memory, which stays whatever is done with the arrays afterwards.
+
+    Random keys stay arrays of JAX's: as plain numbers they would be restored as such.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    for leaf in leaves:
+        leaf.copy_to_host_async()  # All are under way before one is waited for.
+
+    def copied(leaf: jax.Array) -> Any:
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jnp.copy(leaf) if is_key else np.array(leaf)
+
+    return jax.tree.unflatten(structure, map(copied, leaves))
 
 
 def _check_room(folder: pathlib.Path, trees: Any) -> None:

@@ -63,12 +63,19 @@ def _evaluate_batch(
     return jnp.sum(weight * losses), top5, confusion
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 4))
+@functools.partial(jax.jit, static_argnums=(0, 2, 4, 5))
 def _evaluate_all(
-    model: Network, variables: Any, spec: DatasetSpec, data: batches.DeviceSplit, batch_size: int
+    model: Network,
+    variables: Any,
+    spec: DatasetSpec,
+    data: batches.DeviceSplit,
+    batch_size: int,
+    sharding: jax.sharding.NamedSharding | None,
 ) -> Any:
+    batch_size = batches.whole_rows(batch_size, sharding)
+
     def part(index: Any) -> Any:
-        batch = batches.evaluation_batch(spec, data, index * batch_size, batch_size)
+        batch = batches.evaluation_batch(spec, data, index * batch_size, batch_size, sharding)
         return _evaluate_batch(model, variables, *batch)
 
     def add(index: jax.Array, total: Any) -> Any:
@@ -103,7 +110,7 @@ def evaluate_weights(
     count = int(data.labels.shape[0])
     size = min(batch_size, count)
     if one_launch and isinstance(data, batches.DeviceSplit):
-        total: Any = _evaluate_all(model, variables, spec, data, size)
+        total: Any = _evaluate_all(model, variables, spec, data, size, sharding)
     else:
         parts = (
             _evaluate_batch(model, variables, *batch)

@@ -20,10 +20,10 @@ from lls_jax.runs import epoch_sums, kernels
 from lls_jax.runs import folder as folders
 from lls_jax.runs import source as sources
 from lls_jax.runs.loop import train as train_run
-from lls_jax.runs.run import FitResult, Run
-from lls_jax.steps.loop import make_loop
+from lls_jax.runs.run import Compiled, FitResult, Run
+from lls_jax.steps.loop import make_loop, make_statistics_loop
 from lls_jax.steps.reach_schedule import check_reach
-from lls_jax.training import Optimizer, make_train_step
+from lls_jax.training import Optimizer
 
 
 class _Warnings(listening.Callback):
@@ -136,6 +136,7 @@ def fit(
             examples, evaluation_sets["validation"] = sources.hold_out(examples, validation)
         spec = spec or sources.describe(examples, model.num_classes)
         _check_classes("train", examples, model)
+        examples = sources.on_each_device(examples, sharding)
         source = sources.from_arrays(examples, spec, augmentation, batch_size, data_key, sharding)
         example = jnp.zeros((1, *spec.input_shape))
     else:
@@ -151,6 +152,7 @@ def fit(
             evaluation_sets[name] = _from_user(name, given)
     for name, examples in evaluation_sets.items():
         _check_classes(name, examples, model)
+        evaluation_sets[name] = sources.on_each_device(examples, sharding)
     if settings is None:
         settings = folders.Settings(
             {
@@ -178,16 +180,12 @@ def fit(
             for listener in listeners:
                 listener.on_kernels(choice)
         execution = single(model, rule, tx, remat_above, reach)
-    else:
-        source = source._replace(arrays=None)
     run = Run(
         model=model,
         rule=rule,
         tx=tx,
         execution=execution,
-        compiled_loop=_compiled_loop(
-            steps_a_launch, model, rule, tx, remat_above, reach, source, spec, augmentation
-        ),
+        compiled=_compiled(steps_a_launch, model, execution, source, spec, augmentation),
         source=source,
         example=example,
         spec=spec,
@@ -237,27 +235,30 @@ def _check_classes(name: str, examples: Any, model: Network) -> None:
         )
 
 
-def _compiled_loop(
+def _compiled(
     wanted: str,
     model: Network,
-    rule: Rule,
-    tx: Optimizer,
-    remat_above: int | None,
-    reach: int,
+    execution: Execution,
     source: sources.Source,
     spec: DatasetSpec,
     augmentation: str,
-) -> Any:
-    """The compiled loop over steps, where it is wanted and there can be one; else None."""
+) -> Compiled | None:
+    """Launches of many batches, where they are wanted and there can be some; else None."""
     if wanted not in ("auto", "one", "many"):
         raise ValueError(f"`steps_a_launch` is {wanted!r}; expected 'auto', 'one' or 'many'.")
+    step, data = execution.train_step, source.on_devices
+    can_be = step is not None and data is not None
     is_fast = platforms.choices(jax.default_backend()).compiled_loops
-    if wanted == "one" or (wanted == "auto" and (source.arrays is None or not is_fast)):
+    if wanted == "one" or (wanted == "auto" and not (can_be and is_fast)):
         return None
-    if source.arrays is None:
+    if step is None or data is None:
         raise ValueError(
-            "`steps_a_launch` is 'many', which needs the images on one device: give "
-            "`lls_jax.data.batches.to_device(...)`, and no execution on several devices."
+            "`steps_a_launch` is 'many', which needs the images on the device: give "
+            "`lls_jax.data.batches.to_device(...)`, and no pipeline as execution."
         )
-    step = make_train_step(model, rule, tx, reach=reach, remat_above=remat_above)
-    return make_loop(step, epoch_sums.add, spec, augmentation, source.batch_size)
+    of_batches = (spec, augmentation, source.batch_size, execution.sharding)
+    return Compiled(
+        make_loop(step, epoch_sums.add, *of_batches),
+        make_statistics_loop(model, *of_batches),
+        data,
+    )

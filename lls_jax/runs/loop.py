@@ -19,7 +19,7 @@ from lls_jax.runs.evaluate import Evaluation, evaluate_weights
 from lls_jax.runs.launches import Launches
 from lls_jax.runs.resuming import CheckpointState
 from lls_jax.runs.run import FitResult, Record, Run
-from lls_jax.steps.averaging import evaluation_state
+from lls_jax.steps.averaging import average_state, evaluation_state
 from lls_jax.training import create_train_state
 
 # Batches from which BatchNorm's statistics are estimated at the averaged weights.
@@ -48,7 +48,10 @@ def train(run: Run, folder: pathlib.Path | None) -> FitResult:
         if folder is not None:
             opened = checkpoints.open_checkpoints(folders.checkpoints(folder))
             manager = stack.enter_context(opened)
-        return _Trainer(run, folder, manager).run_to_end()
+        trainer = _Trainer(run, folder, manager)
+        if trainer.saver is not None:
+            stack.enter_context(trainer.saver)
+        return trainer.run_to_end()
 
 
 class _Trainer:
@@ -57,6 +60,7 @@ class _Trainer:
     Attributes:
         reached: where it is.
         records: of the epochs so far.
+        saver: writes its checkpoints; None without a folder.
     """
 
     def __init__(self, run: Run, folder: pathlib.Path | None, manager: Any) -> None:
@@ -66,7 +70,7 @@ class _Trainer:
         state = create_train_state(run.model, run.rule, run.tx, run.key, run.example)
         start = CheckpointState(state, epoch_sums.empty(run.model, run.rule), 0, 0.0, 0.0)
         self.reached, self.records = start, []
-        self._saver = None
+        self.saver: saving.Saver | None = None
         if folder is not None:
             self.reached = resuming.resume(manager, folder, start, self._warn) or start
             resumed = self.reached is not start
@@ -75,7 +79,7 @@ class _Trainer:
                 folders.keep_metrics(folder, self.records)
             accuracies = map(callbacks.selection_accuracy, self.records)
             best = max((one for one in accuracies if one is not None), default=None)
-            self._saver = saving.Saver(
+            self.saver = saving.Saver(
                 manager,
                 run.settings,
                 every_epoch=run.checkpoint_every > 0,
@@ -114,8 +118,8 @@ class _Trainer:
             try:
                 stopped = self._train_epoch()
             except DivergedError:
-                if self._saver is not None:
-                    self._saver.save_kept()
+                if self.saver is not None:
+                    self.saver.save_kept()
                 raise
             if stopped:
                 break
@@ -144,13 +148,17 @@ class _Trainer:
     def _evaluation(self) -> Any:
         """The weights and statistics to evaluate, as ``{"params", "batch_stats"}``."""
         run, state = self._run, self.reached.state
-        images = run.source.for_statistics(min(_STATS_BATCHES, run.source.steps_per_epoch))
-        sharding = run.execution.sharding
-        if sharding is not None:
+        count = min(_STATS_BATCHES, run.source.steps_per_epoch)
+        if run.execution.sharding is not None:
             state = run.execution.place(state)
-        averaged = evaluation_state(run.model, state, images)
+        if run.compiled is None:
+            averaged = evaluation_state(run.model, state, run.source.for_statistics(count))
+        else:
+            estimate, data = run.compiled.statistics, run.compiled.data
+            drawn = (data.data, data.statistics_order, data.statistics_key, count)
+            averaged = average_state(state, lambda *variables: estimate(*variables, *drawn))
         variables = {"params": averaged.params, "batch_stats": averaged.batch_stats}
-        return variables if sharding is None else processes.local_copy(variables)
+        return variables if run.execution.sharding is None else processes.local_copy(variables)
 
     def _end_epoch(self) -> tuple[Any, int]:
         """Evaluate, record and write an epoch: ``(evaluation, stopped)``."""
@@ -166,7 +174,7 @@ class _Trainer:
                 run.spec,
                 examples,
                 run.eval_batch_size,
-                run.compiled_loop is not None,
+                run.compiled is not None,
                 sharding,
             )
             for name, examples in run.evaluation_sets.items()
@@ -183,6 +191,8 @@ class _Trainer:
             "images_per_second": images / reached.epoch_seconds,
         }
         # Metrics first: a kill in between leaves a record that the resumed run drops and repeats.
+        if self.saver is not None:
+            self.saver.finish_first()
         if self._folder is not None and processes.is_first():
             folders.append_metrics(self._folder, record)
         self.records.append(record)
@@ -193,9 +203,9 @@ class _Trainer:
         # A callback may have wanted to stop after the epoch's last step.
         self._wants_to_stop |= _any(one.on_epoch(event) for one in run.callbacks)
         stopped = self._agree(run.should_stop() or int(self._wants_to_stop))
-        if self._saver is not None:
+        if self.saver is not None:
             accuracy = callbacks.selection_accuracy(record)
-            self._saver.end_epoch(reached, evaluation, accuracy, is_last=finished or bool(stopped))
+            self.saver.end_epoch(reached, evaluation, accuracy, is_last=finished or bool(stopped))
         return evaluation, 0 if finished else stopped
 
     def _train_epoch(self) -> int:
@@ -231,7 +241,7 @@ class _Trainer:
                 running, sums, metrics, count = launches(running, sums, step, end)
                 step, index = step + count, index + count
                 # A copy, because a launch donates the sums.
-                pending.append(jnp.copy(sums.correct) if run.compiled_loop else sums.correct)
+                pending.append(jnp.copy(sums.correct) if run.compiled else sums.correct)
                 if len(pending) > _IN_FLIGHT:
                     jax.block_until_ready(pending.popleft())
                 if run.callbacks:
@@ -241,19 +251,21 @@ class _Trainer:
                     checked = time.perf_counter()
                     if not np.isfinite(np.asarray(sums.losses)).all():
                         alarm = _NOT_FINITE
+                if self.saver is not None:
+                    self.saver.poll()
                 every = run.checkpoint_every
-                if self._saver is not None and every and step % every == 0 and step < end:
+                if self.saver is not None and every and step % every == 0 and step < end:
                     self.reached = here()
                     resuming.check_finite(run.model, self.reached)
-                    self._saver.save(self.reached, self._evaluation())
+                    self.saver.save(self.reached, self._evaluation())
         finally:
             launches.close()
         self.reached = here()
         resuming.check_finite(run.model, self.reached)
         if step == end:
             return 0
-        if self._saver is not None and not self._saver.has(step):
-            self._saver.save(self.reached, self._evaluation())
+        if self.saver is not None and not self.saver.has(step):
+            self.saver.save(self.reached, self._evaluation())
         return stopped
 
 

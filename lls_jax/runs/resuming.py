@@ -147,36 +147,28 @@ def records_until(folder: pathlib.Path, epochs_done: int, resumed: bool) -> list
     return [record for record in records if record["epoch"] <= epochs_done]
 
 
-def save(
-    manager: Any,
-    settings: dict[str, Any],
-    reached: CheckpointState,
-    evaluation: Any,
-    accuracy: float | None,
-) -> None:
-    """Write where a run is as a checkpoint.
+def to_checkpoint(
+    settings: dict[str, Any], reached: CheckpointState, evaluation: Any, accuracy: float | None
+) -> checkpoints.Checkpoint:
+    """Where a run is, as a checkpoint.
 
     Args:
-        manager: from :func:`lls_jax.runs.checkpoints.open_checkpoints`.
         settings: of the run, JSON values.
-        reached: what to write.
+        reached: where the run is.
         evaluation: the weights and statistics to evaluate, ``{"params", "batch_stats"}``.
         accuracy: by which the best checkpoint is chosen; None inside an epoch.
     """
-    checkpoints.save(
-        manager,
-        checkpoints.Checkpoint(
-            step=int(reached.state.step),
-            training=reached.arrays(),
-            evaluation=evaluation,
-            meta={
-                "epochs_done": reached.epochs_done,
-                "seconds": reached.seconds,
-                "epoch_seconds": reached.epoch_seconds,
-                "accuracy": accuracy,
-                "config": settings,
-            },
-        ),
+    return checkpoints.Checkpoint(
+        step=int(reached.state.step),
+        training=reached.arrays(),
+        evaluation=evaluation,
+        meta={
+            "epochs_done": reached.epochs_done,
+            "seconds": reached.seconds,
+            "epoch_seconds": reached.epoch_seconds,
+            "accuracy": accuracy,
+            "config": settings,
+        },
     )
 
 
@@ -194,4 +186,4 @@ def save_start(
     """
     start = CheckpointState(state, epoch_sums.empty(model, rule), 0, 0.0, 0.0)
     evaluation = {"params": state.params, "batch_stats": state.batch_stats}
-    save(manager, settings, start, evaluation, None)
+    checkpoints.save(manager, to_checkpoint(settings, start, evaluation, None))

@@ -10,11 +10,26 @@ from lls_jax.models import Network
 from lls_jax.placement import Execution
 from lls_jax.rules import Rule
 from lls_jax.runs import callbacks
-from lls_jax.runs.source import Source
+from lls_jax.runs.source import OnDevices, Source
+from lls_jax.steps.loop import Loop
 from lls_jax.training import Optimizer, TrainState
 
 Record = dict[str, Any]
 Examples = Split | batches.DeviceSplit
+
+
+class Compiled(NamedTuple):
+    """Launches of many batches, with the data on the devices.
+
+    Attributes:
+        loop: of training steps.
+        statistics: BatchNorm's, of :func:`lls_jax.steps.loop.make_statistics_loop`.
+        data: what they take.
+    """
+
+    loop: Loop
+    statistics: Callable[..., Any]
+    data: OnDevices
 
 
 class Run(NamedTuple):
@@ -25,7 +40,7 @@ class Run(NamedTuple):
         rule: its rule.
         tx: the optimizer, or one a block.
         execution: how a step is executed.
-        compiled_loop: many steps a launch, :func:`lls_jax.steps.loop.make_loop`; None for one.
+        compiled: launches of many batches; None where each is one.
         source: of the training batches.
         example: an input, of which the shape counts.
         spec: how images are normalised and cut.
@@ -43,7 +58,7 @@ class Run(NamedTuple):
     rule: Rule
     tx: Optimizer
     execution: Execution
-    compiled_loop: Callable[..., Any] | None
+    compiled: Compiled | None
     source: Source
     example: jax.Array
     spec: DatasetSpec

@@ -1,5 +1,7 @@
 """When a run's checkpoints are written: no more often than it is worth, and with its best epoch."""
 
+import collections
+import concurrent.futures
 import math
 import time
 from collections.abc import Callable
@@ -13,6 +15,8 @@ from lls_jax.runs.resuming import CheckpointState
 
 # What a kill may cost at the end of short epochs: writing a checkpoint can take longer than one.
 _SECONDS = 20.0
+# Checkpoints in the host's memory: where a run is, and the best epoch before.
+_MOST_UNDER_WAY = 2
 
 
 class _Epoch(NamedTuple):
@@ -28,6 +32,10 @@ class Saver:
     since the last checkpoint; of those that are not, the most accurate one is kept in memory, and
     written before the next checkpoint. So whoever resumes after a kill repeats 20 seconds, or an
     epoch, and where a run ends, is stopped or diverges, its best epoch is on the disk.
+
+    Training waits for the copy to the host alone: the rest is done in a thread, one checkpoint
+    after another (with several processes it waits for all of it). To be used as a context, at whose
+    end all is written.
     """
 
     def __init__(
@@ -56,6 +64,26 @@ class Saver:
         self._written = -math.inf
         self._kept: _Epoch | None = None
         self._agree = processes.make_agreement()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+        self._under_way: collections.deque[tuple[int, concurrent.futures.Future[None]]]
+        self._under_way = collections.deque()
+        # Steps of the checkpoints that there are, or will be.
+        self._steps = set(checkpoints.list_steps(manager))
+        self._has_any = bool(self._steps)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        del error, trace
+        try:
+            self.finish()
+        except Exception:
+            # What ended the run is to be heard, and not what it led to.
+            if kind is None:
+                raise
+        finally:
+            self._thread.shutdown()
 
     def end_epoch(
         self, reached: CheckpointState, evaluation: Any, accuracy: float | None, is_last: bool
@@ -100,12 +128,54 @@ class Saver:
         self._written = time.monotonic()
 
     def _write(self, epoch: _Epoch) -> None:
-        resuming.save(self._manager, self._settings, *epoch)
-        self._tell(int(epoch.reached.state.step))
+        checkpoint = resuming.to_checkpoint(self._settings, *epoch)
+        self._steps.add(checkpoint.step)
+        if jax.process_count() > 1:
+            # All of them write, and wait for each other, in the order of everything else they do.
+            checkpoints.save(self._manager, checkpoint)
+            self._tell(checkpoint.step)
+            return
+        while len(self._under_way) >= _MOST_UNDER_WAY:
+            self._finish_oldest()
+        checkpoint = checkpoint._replace(
+            training=checkpoints.on_host(checkpoint.training),
+            evaluation=checkpoints.on_host(checkpoint.evaluation),
+        )
+        written = self._thread.submit(checkpoints.save, self._manager, checkpoint)
+        self._under_way.append((checkpoint.step, written))
+
+    def _finish_oldest(self) -> None:
+        step, written = self._under_way.popleft()
+        written.result()
+        self._has_any = True
+        self._tell(step)
+
+    def poll(self) -> None:
+        """Tell whoever listens of what has been written meanwhile; does not wait.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        while self._under_way and self._under_way[0][1].done():
+            self._finish_oldest()
+
+    def finish(self) -> None:
+        """Wait for all that is being written; see :meth:`poll`."""
+        while self._under_way:
+            self._finish_oldest()
+
+    def finish_first(self) -> None:
+        """Wait for what is being written if there is no other checkpoint yet.
+
+        To be called before an epoch's record is written: a run that has records of several epochs,
+        and nothing to go on from, cannot be resumed.
+        """
+        if not self._has_any:
+            self.finish()
 
     def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of that step."""
-        return step in checkpoints.list_steps(self._manager)
+        """Whether there is a checkpoint of that step, or one is being written."""
+        return step in self._steps
 
     def save_kept(self) -> None:
         """Write the epoch that was kept, if one was."""

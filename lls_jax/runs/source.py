@@ -1,6 +1,5 @@
 """Where a run's training batches come from: arrays, or batches that somebody else makes."""
 
-import functools
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
@@ -87,6 +86,13 @@ def place(examples: Split | batches.DeviceSplit) -> Split | batches.DeviceSplit:
     return batches.to_device(examples) if fits and isinstance(examples, Split) else examples
 
 
+def on_each_device(examples: Any, sharding: jax.sharding.NamedSharding | None) -> Any:
+    """What is on the default device on each of a sharding's instead, which take their own rows."""
+    if sharding is None or not isinstance(examples, batches.DeviceSplit):
+        return examples
+    return batches.place(examples, sharding)
+
+
 def first_examples(examples: Any, count: int) -> Any:
     """The first `count` examples of a split."""
     return type(examples)(examples.images[:count], examples.labels[:count])
@@ -109,6 +115,25 @@ def hold_out(examples: Any, count: int) -> tuple[Any, Any]:
     return first_examples(examples, cut), held_out
 
 
+class OnDevices(NamedTuple):
+    """Training examples on the devices, for compiled loops over batches.
+
+    Attributes:
+        data: the examples, whole on each device.
+        order: ``order(epoch)``: the order of an epoch's examples.
+        key: the random key of the data; of a training batch it is ``fold_in(key, step)``.
+        statistics_order: the order of the examples from whose first batches BatchNorm's statistics
+            are estimated.
+        statistics_key: of such a batch the key is ``fold_in(statistics_key, its number)``.
+    """
+
+    data: batches.DeviceSplit
+    order: Callable[[int], jax.Array]
+    key: jax.Array
+    statistics_order: jax.Array
+    statistics_key: jax.Array
+
+
 class Source(NamedTuple):
     """A run's training batches.
 
@@ -118,17 +143,15 @@ class Source(NamedTuple):
         epoch: ``epoch(number, start)``: the batches of an epoch, from 0, from batch `start` on.
         for_statistics: ``for_statistics(count)``: images from which BatchNorm's statistics are
             estimated anew, always the same.
-        arrays: the data and the order of an epoch's examples, for a compiled loop over steps; None
-            where they are not on the device.
-        key: the random key of the data, for such a loop.
+        on_devices: what a compiled loop over steps takes instead; None where the data are not on
+            the devices.
     """
 
     steps_per_epoch: int
     batch_size: int
     epoch: Callable[[int, int], Generator[Batch, None, None]]
     for_statistics: Callable[[int], Iterator[jax.Array]]
-    arrays: tuple[batches.DeviceSplit, Callable[[int], jax.Array]] | None = None
-    key: jax.Array | None = None
+    on_devices: "OnDevices | None" = None
 
 
 def from_arrays(
@@ -142,7 +165,8 @@ def from_arrays(
     """Batches of images and labels, in a new order each epoch; a function of the key alone.
 
     Args:
-        split: the training images, on the device or on the host.
+        split: the training images, on the device, those of `sharding` if there is one, or on the
+            host.
         spec: how they are normalised and cut.
         augmentation: of :func:`lls_jax.data.batches.make_augment`.
         batch_size: examples a batch; an epoch's last partial batch is dropped.
@@ -167,20 +191,25 @@ def from_arrays(
     read = batches.make_reader(spec, augmentation, batch_size, sharding)
 
     def order(epoch: int) -> jax.Array:
-        return batches.epoch_permutation(key, epoch, size)
+        permutation = batches.epoch_permutation(key, epoch, size)
+        if sharding is None or isinstance(split, Split):
+            return permutation
+        return processes.replicate(permutation, batches.whole(sharding))
 
     def epoch(number: int, start: int) -> Generator[Batch, None, None]:
-        first = number * steps
-        return read(split, order(number), start, lambda index: batches.fold_in(key, first + index))
+        return read(split, order(number), start, key, number * steps)
+
+    statistics_key = jax.random.fold_in(key, _STATS_EPOCH)
 
     def for_statistics(count: int) -> Iterator[jax.Array]:
-        key_of = functools.partial(batches.fold_in, batches.fold_in(key, _STATS_EPOCH))
-        for batch in itertools.islice(read(split, order(_STATS_EPOCH), 0, key_of), count):
+        drawn = read(split, order(_STATS_EPOCH), 0, statistics_key)
+        for batch in itertools.islice(drawn, count):
             yield batch["image"]
 
-    on_device = isinstance(split, batches.DeviceSplit) and sharding is None
-    arrays: Any = (split, order) if on_device else None
-    return Source(steps, batch_size, epoch, for_statistics, arrays, key)
+    on_devices = None
+    if isinstance(split, batches.DeviceSplit):
+        on_devices = OnDevices(split, order, key, order(_STATS_EPOCH), statistics_key)
+    return Source(steps, batch_size, epoch, for_statistics, on_devices)
 
 
 # Of an iterator, what BatchNorm's statistics are estimated from: what it has given is gone.

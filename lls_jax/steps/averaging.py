@@ -1,7 +1,7 @@
 """From a training state to the weights and statistics that are to be evaluated."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -64,9 +64,7 @@ def _is_float(leaf: jax.Array) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _new_and_kept(
-    model: Network, params: Any, batch_stats: Any, image: jax.Array
-) -> tuple[Any, Any]:
+def batch_share(model: Network, params: Any, batch_stats: Any, image: jax.Array) -> tuple[Any, Any]:
     """A batch's share of the running statistics, and the share of the old ones in the new ones.
 
     Whatever a block's momentum is: ``running = kept * old + new``, at zero and by its derivative.
@@ -109,9 +107,9 @@ def estimate_batch_stats(
     count = 0
     for image in images:
         count += 1
-        new, kept = _new_and_kept(model, params, batch_stats, image)
+        new, kept = batch_share(model, params, batch_stats, image)
         total = new if total is None else _add(total, new)
-    return batch_stats if total is None else _mean(batch_stats, total, kept, count)
+    return batch_stats if total is None else mean_of_shares(batch_stats, total, kept, count)
 
 
 # One program for all statistics, where each would be a launch by itself.
@@ -121,7 +119,8 @@ def _add(total: Any, new: Any) -> Any:
 
 
 @jax.jit
-def _mean(batch_stats: Any, total: Any, kept: Any, count: jax.Array) -> Any:
+def mean_of_shares(batch_stats: Any, total: Any, kept: Any, count: Any) -> Any:
+    """The statistics from the sum of `count` batches' :func:`batch_share`."""
     return jax.tree.map(
         lambda old, total, kept: (
             jnp.where(kept < 1, total / count / (1 - kept), old) if _is_float(old) else old
@@ -148,12 +147,23 @@ def evaluation_state(model: Network, state: TrainState, images: Iterable[jax.Arr
     References:
         Defazio et al., "The Road Less Scheduled", https://arxiv.org/abs/2405.15682.
     """
+
+    def estimate(params: dict[str, Any], batch_stats: dict[str, Any]) -> dict[str, Any]:
+        return estimate_batch_stats(model, params, batch_stats, images)
+
+    return average_state(state, estimate)
+
+
+def average_state(
+    state: TrainState, estimate: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+) -> TrainState:
+    """:func:`evaluation_state` with ``estimate(params, batch_stats)`` for the new statistics."""
     if not is_schedule_free(state.opt_state):
         return state
     params = averaged_params(state)
     return state._replace(
         params=params,
-        batch_stats=estimate_batch_stats(model, params, state.batch_stats, images),
+        batch_stats=estimate(params, state.batch_stats),
         # It belongs to other weights; nobody shall train on from here.
         opt_state=None,
     )

@@ -1,0 +1,127 @@
+"""Maxima and means over windows, read once and in any layout.
+
+Nothing here merges an axis with the channels or transposes an activation, so that a GPU may keep
+the layout that its convolutions want; and nothing but sums is in float32.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lls_jax.platforms import by_platform
+from pallas_kernels import local_loss
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """2x2 maxima at stride 2, ``[batch, height, width, channels]``; an odd last row is dropped."""
+    return by_platform(x, cpu=_max_pool_in_halves, elsewhere=_max_pool_in_strides)
+
+
+def _max_pool_in_halves(x: jax.Array) -> jax.Array:
+    batch, height, width, channels = x.shape
+    rows, columns = height // 2, width // 2
+    # Two maxima of contiguous halves: XLA's window reduction is 10 times slower backward on a CPU.
+    pairs = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2 * channels)
+    pairs = jnp.maximum(pairs[:, :, 0], pairs[:, :, 1])
+    return jnp.maximum(pairs[..., :channels], pairs[..., channels:])
+
+
+def _max_pool_in_strides(x: jax.Array) -> jax.Array:
+    """The same maxima in the same order, so that ties share a gradient in the same way."""
+    _, height, width, _ = x.shape
+    rows, columns = height // 2, width // 2
+    every = functools.partial(jax.lax.slice_in_dim, stride=2)
+    pairs = jnp.maximum(every(x, 0, 2 * rows, axis=1), every(x, 1, 2 * rows, axis=1))
+    return jnp.maximum(every(pairs, 0, 2 * columns, axis=2), every(pairs, 1, 2 * columns, axis=2))
+
+
+def bins_of(size: int, bins: int) -> list[tuple[int, int]]:
+    """Where each bin of 1-D adaptive pooling starts, and where it ends.
+
+    >>> bins_of(7, 2)
+    [(0, 4), (3, 7)]
+    """
+    return [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
+
+
+def bin_sizes(shape: tuple[int, ...], pool_size: int) -> np.ndarray:
+    """Elements of each window of ``[batch, height, width, channels]``: float32 ``[p, p]``."""
+    rows, columns = (
+        [stop - start for start, stop in bins_of(size, pool_size)] for size in shape[1:3]
+    )
+    return np.outer(rows, columns).astype(np.float32)
+
+
+def sum_bins(x: jax.Array, pool_size: int, axes: tuple[int, ...] = (1, 2)) -> jax.Array:
+    """Sums over the windows of adaptive pooling, which may overlap or repeat.
+
+    Args:
+        x: ``[batch, height, width, channels]``.
+        pool_size: ``p``, windows along each spatial axis.
+        axes: those that are left.
+
+    Returns:
+        float32 ``[batch, p, p, channels]``.
+    """
+    for axis in axes:
+        parts = (
+            jnp.sum(jax.lax.slice_in_dim(x, *ends, axis=axis), axis, dtype=jnp.float32)
+            for ends in bins_of(x.shape[axis], pool_size)
+        )
+        x = jnp.stack(list(parts), axis)
+    return x
+
+
+def spread_bins(windows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The transpose of :func:`sum_bins`: to each element the sum of its windows' values.
+
+    Args:
+        windows: ``[batch, p, p, channels]``.
+        shape: ``[batch, height, width, channels]`` of the result.
+    """
+    for axis in (1, 2):
+        windows = _spread_axis(windows, axis, shape[axis])
+    return windows
+
+
+def _spread_axis(windows: jax.Array, axis: int, size: int) -> jax.Array:
+    edges = bins_of(size, windows.shape[axis])
+    members = [
+        [i for i, (start, stop) in enumerate(edges) if start <= at < stop] for at in range(size)
+    ]
+    total = None
+    # Two windows at most where they are not larger than the axis is long.
+    for owners in itertools.zip_longest(*members):
+        chosen = np.array([0 if owner is None else owner for owner in owners])
+        # Constants, in range.
+        values = jnp.take(windows, chosen, axis=axis, mode="clip")
+        if None in owners:
+            shape = [1] * windows.ndim
+            shape[axis] = size
+            there = np.array([owner is not None for owner in owners]).reshape(shape)
+            values = jnp.where(there, values, jnp.zeros_like(values))
+        total = values if total is None else total + values
+    assert total is not None
+    return total
+
+
+def adaptive_average_pool(x: jax.Array, pool_size: int) -> jax.Array:
+    """Means over the windows of adaptive pooling, as PyTorch defines them.
+
+    Args:
+        x: ``[batch, height, width, channels]``, or ``[batch, features]``.
+        pool_size: ``p``, windows along each spatial axis, or along the features.
+
+    Returns:
+        ``[batch, p, p, channels]`` or ``[batch, p]``, in the dtype of `x`.
+
+    Raises:
+        ValueError: `x` has another number of axes, or `pool_size` is below 1.
+    """
+    if x.ndim != 4 or pool_size < 1 or not (x.shape[1] % pool_size or x.shape[2] % pool_size):
+        return local_loss.adaptive_average_pool(x, pool_size)
+    sizes = bin_sizes(x.shape, pool_size)[None, :, :, None]
+    return (sum_bins(x, pool_size) / sizes).astype(x.dtype)
