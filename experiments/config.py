@@ -46,7 +46,10 @@ class TrainConfig:
     lls_mxm_random, local_classifier, predsim, contrastive, decoupled; a baseline: bp, dfa, drtp;
     your own: package.module:function; or one of these a block, joined by commas."""
     model: str = "small_conv"
-    """Network: small_conv, small_conv_l, vgg8, vgg11, mobilenet_v1, mobilenet_v1_small."""
+    """Network: small_conv, small_conv_l, vgg8, vgg11, mobilenet_v1, mobilenet_v1_small, vgg8b,
+    vgg11b, resnet32, resnet110."""
+    width: float = 1.0
+    """Factor of the network's published widths, like 0.5 or 2."""
     groups: str | None = None
     """Blocks that share one local loss, like 2,2; with the classifier in the last one if they add
     up to one more than there are blocks [default: each block by itself]."""
@@ -166,8 +169,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{option(name)} is {value}; it must be at least {smallest}.")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"--learning-rate is {self.learning_rate}; it must be positive.")
+        for name in ("learning_rate", "width"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{option(name)} is {value}; it must be positive.")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"--clip-norm is {self.clip_norm}; it must be positive.")
         if self.warmup_epochs and self.schedule == "plateau":

@@ -105,6 +105,7 @@ def _make_task(config: TrainConfig, spec: data.DatasetSpec) -> Task:
         num_classes=spec.num_classes,
         dropout=config.dropout,
         dtype=jnp.dtype(config.precision),
+        width=config.width,
     )
     if (sizes := config.group_sizes()) is not None:
         model = model.grouped(sizes)

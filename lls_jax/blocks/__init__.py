@@ -14,6 +14,7 @@ from lls_jax.blocks.linen import (
     running_average,
 )
 from lls_jax.blocks.local import LocalBlock, apply_module, call_options, run_block
+from lls_jax.blocks.residual import ResidualBlock, ResidualStem
 
 __all__ = [
     "Classifier",
@@ -27,6 +28,8 @@ __all__ = [
     "NormalizeActivate",
     "Pointwise",
     "PoolingBlock",
+    "ResidualBlock",
+    "ResidualStem",
     "apply_module",
     "call_options",
     "run_block",
