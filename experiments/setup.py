@@ -106,6 +106,7 @@ def _make_task(config: TrainConfig, spec: data.DatasetSpec) -> Task:
         dropout=config.dropout,
         dtype=jnp.dtype(config.precision),
         width=config.width,
+        classifier_smoothing=config.classifier_smoothing,
     )
     if (sizes := config.group_sizes()) is not None:
         model = model.grouped(sizes)

@@ -15,10 +15,13 @@ from lls_jax.blocks.linen import (
 )
 from lls_jax.blocks.local import LocalBlock, apply_module, call_options, run_block
 from lls_jax.blocks.residual import ResidualBlock, ResidualStem
+from lls_jax.blocks.speedrun import FROM_IMAGES, ConvPair, ScaledClassifier, WhitenedConvPair
 
 __all__ = [
+    "FROM_IMAGES",
     "Classifier",
     "ConvBlock",
+    "ConvPair",
     "Convolution",
     "DenseBlock",
     "Depthwise",
@@ -30,6 +33,8 @@ __all__ = [
     "PoolingBlock",
     "ResidualBlock",
     "ResidualStem",
+    "ScaledClassifier",
+    "WhitenedConvPair",
     "apply_module",
     "call_options",
     "run_block",

@@ -13,9 +13,11 @@ from lls_jax.data import streaming
 from lls_jax.data.augment import (
     AUGMENTATIONS,
     middle_window,
+    mirror,
     random_crop,
     random_erase,
     random_flip,
+    random_translation,
     random_window,
 )
 from lls_jax.data.specs import DatasetSpec
@@ -66,6 +68,45 @@ def epoch_permutation(key: jax.Array, epoch: int, count: int) -> jax.Array:
     return jax.random.permutation(jax.random.fold_in(key, epoch), count)
 
 
+# Draws which images are mirrored in even epochs; the orders of epochs have small numbers.
+_FIRST_SIDES = 2**31 - 2
+
+
+def alternates(augmentation: str) -> bool:
+    """Whether an augmentation mirrors each image in every other epoch."""
+    return "alternating_flip" in AUGMENTATIONS.get(augmentation, ())
+
+
+def epoch_order(key: jax.Array, epoch: int, count: int, augmentation: str) -> jax.Array:
+    """:func:`epoch_permutation`, which says too what is mirrored, where flips alternate.
+
+    Each image is mirrored in the even epochs or in the odd ones, as is drawn once: over two epochs
+    it is shown once each way, where independent flips show half of the images the same way twice.
+
+    Args:
+        key: the run's random key of the data.
+        epoch: its number, from 0.
+        count: examples.
+        augmentation: of :func:`make_augment`.
+
+    Returns:
+        Examples' numbers, int32 ``[count]``; ``~i``, a negative number, is example `i` mirrored.
+
+    References:
+        Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", section 3.6,
+        https://arxiv.org/abs/2404.00498.
+    """
+    order = epoch_permutation(key, epoch, count)
+    return _alternated(key, order, epoch) if alternates(augmentation) else order
+
+
+@jax.jit
+def _alternated(key: jax.Array, order: jax.Array, epoch: int) -> jax.Array:
+    sides = jax.random.bernoulli(jax.random.fold_in(key, _FIRST_SIDES), 0.5, order.shape)
+    mirrored = sides[order] ^ (jnp.asarray(epoch) % 2 == 1)
+    return jnp.where(mirrored, ~order, order)
+
+
 def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
     """A function that turns pixels into what a network trains on.
 
@@ -73,7 +114,9 @@ def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
         spec: the data set, for its normalisation and the size of its windows.
         augmentation: ``"none"``, ``"flip"``, ``"crop"``, ``"flip_crop"``, ``"flip_erase"``, or
             ``"full"``: flip, crop with padding 4 (not where windows are cut anyway), random erasing
-            with probability 0.2.
+            with probability 0.2; ``"alternating_flip"``: each image mirrored in every other epoch,
+            which its order says (:func:`epoch_order`), or ``"alternating_flip_translate"``: and
+            moved by up to 2 pixels, its edges reflected (not where windows are cut anyway).
 
     Returns:
         ``augment(key, uint8 [batch, ...]) -> float32 [batch, ...]``, to be compiled.
@@ -96,6 +139,8 @@ def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
             images = random_flip(flip_key, images)
         if "crop" in steps and spec.crop is None:
             images = random_crop(crop_key, images)
+        if "translate" in steps and spec.crop is None:
+            images = random_translation(crop_key, images)
         image = normalize(spec, images)
         return random_erase(erase_key, image) if "erase" in steps else image
 
@@ -112,7 +157,8 @@ def make_sampler(spec: DatasetSpec, augmentation: str, batch_size: int) -> Sampl
 
     Returns:
         ``sample(data, permutation, index, key) -> {"image", "label"}``: batch number `index` of
-        the epoch whose order is `permutation`. The same arguments give the same batch.
+        the epoch whose order is `permutation`, from :func:`epoch_order`. The same arguments give
+        the same batch.
 
     Raises:
         ValueError: unknown augmentation.
@@ -123,7 +169,7 @@ def make_sampler(spec: DatasetSpec, augmentation: str, batch_size: int) -> Sampl
     def sample(
         data: DeviceSplit, permutation: jax.Array, index: jax.Array, key: jax.Array
     ) -> Batch:
-        batch = gather(data, permutation, index, batch_size)
+        batch = gather(data, permutation, index, batch_size, alternates(augmentation))
         return {**batch, "image": augment(key, batch["image"])}
 
     return sample
@@ -137,10 +183,30 @@ def _take(data: DeviceSplit, chosen: jax.Array) -> Batch:
     }
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def gather(data: DeviceSplit, permutation: jax.Array, index: jax.Array, batch_size: int) -> Batch:
-    """The pixels and labels of batch number `index` of the epoch in that order."""
-    return _take(data, jax.lax.dynamic_slice_in_dim(permutation, index * batch_size, batch_size))
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def gather(
+    data: DeviceSplit,
+    permutation: jax.Array,
+    index: jax.Array,
+    batch_size: int,
+    mirrors: bool = False,
+) -> Batch:
+    """The pixels and labels of batch number `index` of the epoch in that order.
+
+    Args:
+        data: the examples.
+        permutation: from :func:`epoch_order`.
+        index: of the batch, from 0.
+        batch_size: examples a batch.
+        mirrors: whether the order has negative numbers, of mirrored images.
+    """
+    chosen = jax.lax.dynamic_slice_in_dim(permutation, index * batch_size, batch_size)
+    if not mirrors:
+        return _take(data, chosen)
+    mirrored = chosen < 0
+    batch = _take(data, jnp.where(mirrored, ~chosen, chosen))
+    image = batch["image"]
+    return {**batch, "image": jnp.where(mirrored[:, None, None, None], mirror(image), image)}
 
 
 def make_reader(
@@ -169,6 +235,7 @@ def make_reader(
     """
     # Compiled by itself: as a part of two larger programs it would round differently in each.
     augment = jax.jit(make_augment(spec, augmentation))
+    mirrors = alternates(augmentation)
 
     def read(
         data: DeviceSplit | Split,
@@ -182,7 +249,7 @@ def make_reader(
         if isinstance(data, DeviceSplit):
             count = permutation.shape[0] // size
             ahead: Iterator[Any] = (
-                gather(data, permutation, index, size) for index in range(start, count)
+                gather(data, permutation, index, size, mirrors) for index in range(start, count)
             )
         else:
             ahead = streaming.stream(data, np.asarray(permutation), size, start)
@@ -239,6 +306,11 @@ def evaluation_batches(
             weight = jnp.asarray(position < count, jnp.float32)
             batch = image, jnp.asarray(data.labels[chosen]), weight
         yield batch if sharding is None else processes.shard_batch(batch, sharding)
+
+
+def first_images(spec: DatasetSpec, data: DeviceSplit | Split, count: int) -> jax.Array:
+    """The first `count` images, or all that there are, as they are evaluated: float32."""
+    return _prepare(spec, jnp.asarray(data.images[:count]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,20 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.blocks import Classifier, LocalBlock, apply_module, call_options
+from lls_jax.layers.pooling import max_pool
+from lls_jax.models.whitening import Whitening
 from lls_jax.rules import Rule
 from pallas_kernels.local_loss import adaptive_average_pool
 
 Variables = dict[str, Any]
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """2x2 maxima at stride 2, ``[batch, height, width, channels]``; an odd last row is dropped."""
-    batch, height, width, channels = x.shape
-    rows, columns = height // 2, width // 2
-    # Two maxima of contiguous halves: XLA's window reduction is 10 times slower backward on a CPU.
-    pairs = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2 * channels)
-    pairs = jnp.maximum(pairs[:, :, 0], pairs[:, :, 1])
-    return jnp.maximum(pairs[..., :channels], pairs[..., channels:])
 
 
 def flatten(x: jax.Array) -> jax.Array:
@@ -118,6 +110,11 @@ class Network:
         takes_tokens: whether an input is ``[length, channels]``, a sequence and not an image.
         classifier_in_last_group: whether the last block has no loss of its own, and learns from the
             classifier's.
+        classifier: a module ``[batch, features] -> [batch, classes]``, float32 logits; None for a
+            dense layer with its bias.
+        classifier_smoothing: share of the classifier's target that is spread evenly over the
+            classes, in [0, 1).
+        whitening: what is taken from training images before the first step; None for nothing.
     """
 
     name: str
@@ -127,6 +124,16 @@ class Network:
     smallest_image: int | None = None
     takes_tokens: bool = False
     classifier_in_last_group: bool = False
+    classifier: nn.Module | None = None
+    classifier_smoothing: float = 0.0
+    whitening: Whitening | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a smoothing that is none."""
+        if not 0 <= self.classifier_smoothing < 1:
+            raise ValueError(
+                f"`classifier_smoothing` is {self.classifier_smoothing}; it must lie in [0, 1)."
+            )
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -215,7 +222,8 @@ class Network:
         Args:
             rule: gives each block its rule's parameters.
             key: random key.
-            image: a batch or one image, or feature vectors; only its shape counts. A batch of
+            image: a batch or one image, or feature vectors; only its shape counts, but for a model
+                with a `whitening`, which is taken from it: normalised training images. A batch of
                 tokens ``[batch, length, channels]`` where the model says that it takes tokens.
 
         Returns:
@@ -228,7 +236,10 @@ class Network:
         shape = (1, *image.shape) if image.ndim in one else image.shape
         self.check_image(shape)
         # One program: block by block, every draw of every block would be compiled by itself.
-        return jax.jit(functools.partial(self._draw, rule, (1, *shape[1:])))(key)
+        params, batch_stats = jax.jit(functools.partial(self._draw, rule, (1, *shape[1:])))(key)
+        if self.whitening is not None:
+            batch_stats = self.whitening(batch_stats, image.reshape(shape))
+        return params, batch_stats
 
     def _draw(
         self, rule: Rule, shape: tuple[int, ...], key: jax.Array
@@ -250,8 +261,8 @@ class Network:
             batch_stats[name] = {"block": {}, **variables.get("batch_stats", {})}
             run = functools.partial(block.apply, variables)
             x = jax.eval_shape(lambda x, run=run, spec=spec: spec.transition(run(x), None), x)
-        classifier = Classifier(self.num_classes, self.dtype)
-        params["classifier"] = classifier.init(keys[-1], jnp.zeros(x.shape, x.dtype))["params"]
+        variables = self._classifier.init(keys[-1], jnp.zeros(x.shape, x.dtype))
+        params["classifier"] = variables["params"]
         return params, batch_stats
 
     def apply(
@@ -293,8 +304,12 @@ class Network:
 
     def classify(self, params: Variables, features: jax.Array) -> jax.Array:
         """The classifier alone: ``[batch, features]`` to float32 logits ``[batch, classes]``."""
-        logits: Any = Classifier(self.num_classes, self.dtype).apply({"params": params}, features)
+        logits: Any = self._classifier.apply({"params": params}, features)
         return logits
+
+    @property
+    def _classifier(self) -> nn.Module:
+        return self.classifier or Classifier(self.num_classes, self.dtype)
 
 
 def fold_in(key: jax.Array | None, data: int) -> jax.Array | None:

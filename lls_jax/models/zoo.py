@@ -6,16 +6,21 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lls_jax.blocks import (
     ConvBlock,
+    ConvPair,
     DenseBlock,
     DepthwiseSeparableBlock,
     ResidualBlock,
     ResidualStem,
+    ScaledClassifier,
+    WhitenedConvPair,
 )
 from lls_jax.models.network import BlockSpec, Network
+from lls_jax.models.whitening import Whitening
 
 # From a published width to that of a wider or narrower network.
 Scale = Callable[[int], int]
@@ -28,10 +33,14 @@ class _Design:
     Attributes:
         blocks: of a dtype and a scale of widths, in order.
         smallest_image: least height and width.
+        scaled_classifier: whether the classifier has no bias and is divided by its inputs' number.
+        whitening: what is taken from training images.
     """
 
     blocks: Callable[[Any, Scale], tuple[BlockSpec, ...]]
     smallest_image: int = 1
+    scaled_classifier: bool = False
+    whitening: Whitening | None = None
 
 
 def _small_conv(widths: tuple[int, int, int], dense: int, dense_pool: int) -> _Design:
@@ -119,6 +128,31 @@ def _mobilenet(layers: tuple[tuple[int, int, int], ...]) -> _Design:
     return _Design(blocks)
 
 
+@dataclasses.dataclass(frozen=True)
+class _MaximumOverImage:
+    """``[batch, height, width, channels]`` to each channel's maximum, ``[batch, channels]``."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.max(x, axis=(1, 2))
+
+
+def _airbench() -> _Design:
+    """The speed-run network: whitening, three pairs of convolutions, a scaled classifier.
+
+    A pair is a local block. On 32x32 pixels the last max-pooling is over all of its 3x3.
+    """
+
+    def blocks(dtype: Any, scale: Scale) -> tuple[BlockSpec, ...]:
+        return (
+            BlockSpec(WhitenedConvPair(scale(64), dtype), pool_size=4),
+            BlockSpec(ConvPair(scale(256), dtype), pool_size=2),
+            BlockSpec(ConvPair(scale(256), dtype), pool_size=1, then=_MaximumOverImage()),
+        )
+
+    # One pixel goes to the whitening's patches; then the sides are halved three times.
+    return _Design(blocks, smallest_image=9, scaled_classifier=True, whitening=Whitening())
+
+
 _MOBILENET_SMALL = (
     (64, 1, 4), (128, 2, 4), (128, 1, 4), (256, 2, 2), (256, 1, 2), (512, 2, 2), (512, 1, 2),
 )  # fmt: skip
@@ -136,6 +170,7 @@ _MODELS: dict[str, _Design] = {
     "vgg11b": _vgg_b((128, 128, 128, 256, "M", 256, 512, "M", 512, 512, "M", 512, "M")),
     "resnet32": _resnet(5),
     "resnet110": _resnet(18),
+    "airbench": _airbench(),
 }
 
 NAMES = tuple(_MODELS)
@@ -148,17 +183,21 @@ def make(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
     width: float = 1.0,
+    classifier_smoothing: float = 0.0,
 ) -> Network:
     """Make a model by its name.
 
     Args:
         name: ``small_conv``, ``small_conv_l``, ``vgg8``, ``vgg11``, ``mobilenet_v1``,
-            ``mobilenet_v1_small``, ``vgg8b``, ``vgg11b``, ``resnet32`` or ``resnet110``.
+            ``mobilenet_v1_small``, ``vgg8b``, ``vgg11b``, ``resnet32``, ``resnet110`` or
+            ``airbench``.
         num_classes: outputs of the classifier, at least 2.
         dropout: rate of the dropout after each pooling between blocks, in [0, 1).
         dtype: of the activations, float32 or bfloat16; parameters are float32.
         width: factor of the blocks' published widths, positive; of ``vgg8b`` and ``vgg11b`` those
             of the convolutions alone, as their authors widened them.
+        classifier_smoothing: share of the classifier's target spread evenly over the classes, in
+            [0, 1).
 
     Returns:
         An immutable, hashable description; :meth:`Network.init` draws its parameters.
@@ -176,6 +215,8 @@ def make(
         Nøkland, Eidnes, https://arxiv.org/abs/1901.06656 (``vgg8b``, ``vgg11b``).
         He, Zhang, Ren, Sun, https://arxiv.org/abs/1512.03385, section 4.2 (``resnet32``,
         ``resnet110``; shortcuts across stages are 1x1 convolutions).
+        Jordan, https://arxiv.org/abs/2404.00498 (``airbench``: the network of airbench94, whose
+        whitening filters are taken from training images).
     """
     if name not in _MODELS:
         close = difflib.get_close_matches(name, NAMES, n=1)
@@ -200,4 +241,7 @@ def make(
         specs=specs,
         dtype=dtype,
         smallest_image=design.smallest_image,
+        classifier=ScaledClassifier(num_classes, dtype) if design.scaled_classifier else None,
+        classifier_smoothing=classifier_smoothing,
+        whitening=design.whitening,
     )

@@ -167,7 +167,7 @@ def from_arrays(
     read = batches.make_reader(spec, augmentation, batch_size, sharding)
 
     def order(epoch: int) -> jax.Array:
-        return batches.epoch_permutation(key, epoch, size)
+        return batches.epoch_order(key, epoch, size, augmentation)
 
     def epoch(number: int, start: int) -> Generator[Batch, None, None]:
         first = number * steps

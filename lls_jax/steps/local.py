@@ -90,7 +90,7 @@ def update_classifier(
 
     def logits_loss(params: Any) -> tuple[jax.Array, jax.Array]:
         logits = model.classify(params, features)
-        return classifier_loss(logits, labels), logits
+        return classifier_loss(logits, labels, model.classifier_smoothing), logits
 
     (loss, logits), grads = jax.value_and_grad(logits_loss, has_aux=True)(state.params)
     params, opt_state = apply_gradients(tx, state.opt_state, state.params, grads, loss)
@@ -132,7 +132,10 @@ def update_last_group(
             rngs={"dropout": dropout_key},
         )
         logits = model.classify(classifier_params, spec.transition(activation, dropout_key))
-        return classifier_loss(logits, labels), (logits, {"block": stats})
+        return classifier_loss(logits, labels, model.classifier_smoothing), (
+            logits,
+            {"block": stats},
+        )
 
     own = {"block": block.params["block"]}
     (loss, (logits, stats)), grads = jax.value_and_grad(logits_loss, has_aux=True)(

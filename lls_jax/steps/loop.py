@@ -35,6 +35,7 @@ def make_loop(
         do not depend on how an epoch is cut into launches. State and sums are donated.
     """
     augment = batches.make_augment(spec, augmentation)
+    mirrors = batches.alternates(augmentation)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def loop(
@@ -48,7 +49,7 @@ def make_loop(
     ) -> tuple[TrainState, Any]:
         def body(i: jax.Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
             state, sums = carry
-            batch = batches.gather(data, permutation, index + i, batch_size)
+            batch = batches.gather(data, permutation, index + i, batch_size, mirrors)
             image = augment(jax.random.fold_in(key, state.step), batch["image"])
             state, metrics = step(state, {"image": image, "label": batch["label"]})
             return state, add(sums, {**metrics, "label": batch["label"]})

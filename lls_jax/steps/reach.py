@@ -239,7 +239,10 @@ def _last_unit(model: Network, rule: Rule, tx: Optimizer) -> ReachingUnit:
                 x = model.specs[index].transition(activation, key)
                 stats.append({"block": new})
             logits = model.classify(last, x)
-            return classifier_loss(logits, labels), (logits, (*stats, {}))
+            return classifier_loss(logits, labels, model.classifier_smoothing), (
+                logits,
+                (*stats, {}),
+            )
 
         (loss, (logits, stats)), kept = jax.value_and_grad(
             logits_loss, argnums=(0, 1), has_aux=True

@@ -78,6 +78,8 @@ def create_train_state(
             by a function of the name.
         key: random key.
         example_image: a batch ``[batch, height, width, channels]`` or one image; its shape counts.
+            A model with a `whitening` takes that from it: give it normalised training images, a few
+            thousand if you can (:func:`lls_jax.fit` does).
 
     Returns:
         The state before the first step.
@@ -87,7 +89,7 @@ def create_train_state(
     """
     image = jnp.asarray(example_image)
 
-    def draw(key: jax.Array) -> TrainState:
+    def draw(key: jax.Array, image: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
         params, batch_stats = model.init(rule, init_key, image)
         return state_from_variables(rule, tx, run_key, params, batch_stats)
@@ -96,7 +98,7 @@ def create_train_state(
     # One program: each array's zeros, copies and draws would be compiled by themselves. Inside
     # another program JAX takes no options.
     options = None if isinstance(key, jax.core.Tracer) else _ONCE
-    return jax.jit(draw, compiler_options=options)(key)
+    return jax.jit(draw, compiler_options=options)(key, image)
 
 
 def state_from_variables(
