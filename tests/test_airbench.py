@@ -81,7 +81,7 @@ def test_fit_takes_the_whitening_from_its_training_images_and_leaves_it(tmp_path
     """Through `fit`, with an optimizer that averages: statistics anew, filters as they were."""
     model, examples = make_airbench(), small_set()
     rule = rules.make("lls_mxm", num_classes=CLASSES)
-    arguments = dict(train=examples, test=examples, batch_size=32)
+    arguments = {"train": examples, "test": examples, "batch_size": 32}
     result = fit(model, rule, schedule_free_adamw(5e-3), epochs=1, test_views="flip", **arguments)
     images = batches.first_images(result.spec, Split(*examples), 64)
     expected = whitening_filters(images, 2)
@@ -93,7 +93,7 @@ def test_fit_takes_the_whitening_from_its_training_images_and_leaves_it(tmp_path
     assert 0 <= record["test_views_accuracy"] <= 100 and len(record["layer_loss"]) == 3
     judged = evaluation.evaluate(model, result.evaluation, examples, spec=result.spec, views="flip")
     assert judged.accuracy == pytest.approx(record["test_views_accuracy"])
-    with pytest.raises(ValueError, match="`views` is 'flop'.*none, flip, flip_translate"):
+    with pytest.raises(ValueError, match=r"`views` is 'flop'.*none, flip, flip_translate"):
         evaluation.evaluate(model, result.evaluation, examples, spec=result.spec, views="flop")
 
 
@@ -318,7 +318,7 @@ def test_a_preset_gives_what_is_not_given(capsys):
         command_line.parse_training("cifar10", "", ["--preset", "airbensh"])
     error = capsys.readouterr().err
     assert re.fullmatch(r"error: unknown preset 'airbensh'.*'airbench'\?\n", error)
-    with pytest.raises(ValueError, match="--other-learning-rate 0.1 is of no use"):
+    with pytest.raises(ValueError, match=r"--other-learning-rate 0.1 is of no use"):
         TrainConfig(other_learning_rate=0.1)
 
 
