@@ -50,8 +50,9 @@ class TrainConfig:
     optimizer, schedule and augmentation [default: the published recipe]."""
     rule: str = "lls_mxm"
     """Learning rule: lls, lls_m, lls_mxm, lls_mxm_reduced, lls_random, lls_m_random,
-    lls_mxm_random, local_classifier, predsim, contrastive, decoupled; a baseline: bp, dfa, drtp;
-    your own: package.module:function; or one of these a block, joined by commas."""
+    lls_mxm_random, local_classifier, predsim, contrastive, decoupled, auglocal, infopro,
+    mono_forward, deeper_forward, distance_forward; a baseline: bp, dfa, drtp; your own:
+    package.module:function; or one of these a block, joined by commas."""
     model: str = "small_conv"
     """Network: small_conv, small_conv_l, vgg8, vgg11, mobilenet_v1, mobilenet_v1_small, vgg8b,
     vgg11b, resnet32, resnet110, airbench."""
@@ -94,12 +95,15 @@ class TrainConfig:
     """Stop after so many epochs without a better accuracy [default: never]."""
     basis_rows: int | None = None
     """Rows of the basis of lls_mxm_reduced [default: the model's published number]."""
+    auxiliary_depth: int | None = None
+    """Blocks of auglocal's auxiliary network at the first block [default: 2]."""
     feedback_sign: bool = flag(default=False, negative_prefix="--no-")
     """dfa feeds back the sign of the output's error alone."""
     waveform: str | None = None
     """Of the periodic basis: square or cosine [default: the rule's own, square]."""
     temperature: float | None = None
-    """Divides the logits of the local losses [default: the rule's own; 0.5, contrastive 0.1]."""
+    """Divides the logits of the local losses [default: the rule's own; 0.5; 0.1 of contrastive,
+    deeper_forward and distance_forward]."""
     label_smoothing: float | None = None
     """Share of a local loss's target that is spread evenly over the classes, in [0, 1) [default:
     the rule's own, 0]."""
@@ -174,6 +178,7 @@ class TrainConfig:
             ("validation_examples", 1),
             ("warmup_epochs", 0),
             ("patience", 1),
+            ("auxiliary_depth", 1),
             ("checkpoint_every", 0),
             ("remat", 0),
             ("pipeline", 1),

@@ -134,11 +134,14 @@ _RULE_OPTIONS = {
     "basis_rows": "basis_rows",
     "kernels": "implementation",
     "feedback_sign": "sign",
+    "auxiliary_depth": "auxiliary_depth",
 }
-# What the published runs gave a rule that is made without it.
+# What the published runs gave a rule that is made without it, and what the data set knows.
 _PUBLISHED = {
     "hidden_dim": lambda config, spec: published.hidden_dim(config.model, config.group_sizes()),
     "basis_rows": lambda config, spec: published.basis_rows(config.model, spec.num_classes),
+    "pixel_mean": lambda config, spec: spec.mean,
+    "pixel_std": lambda config, spec: spec.std,
 }
 
 

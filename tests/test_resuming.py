@@ -188,7 +188,7 @@ OTHER = {
     "feedback_sign": True, "waveform": "cosine", "temperature": 0.5, "label_smoothing": 0.1,
     "dropout": 0.25, "precision": "bfloat16", "kernels": "xla", "loop": "dispatch", "remat": 0,
     "reach": 2, "width": 0.5, "preset": "airbench", "classifier_smoothing": 0.1,
-    "test_views": "flip", "other_learning_rate": 0.5,
+    "test_views": "flip", "auxiliary_depth": 3, "other_learning_rate": 0.5,
     "pipeline": 2, "data_parallel": 2, "seed": 3, "train_examples": 64, "eval_examples": 40,
     "data_dir": "some where", "data_on_device": "no", "workdir": "a folder", "checkpoint_every": 5,
     "progress": False, "augmentation": "crop", "validation_examples": 24, "patience": 3,

@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lls_jax.blocks import Classifier, LocalBlock, apply_module, call_options
+from lls_jax.blocks import Classifier, LocalBlock, ResidualBlock, apply_module, call_options
 from lls_jax.layers.pooling import max_pool
 from lls_jax.models.whitening import Whitening
-from lls_jax.rules import Rule
+from lls_jax.rules import LaterBlock, Rule, Surroundings
 from pallas_kernels.local_loss import adaptive_average_pool
 
 Variables = dict[str, Any]
@@ -244,14 +244,18 @@ class Network:
     def _draw(
         self, rule: Rule, shape: tuple[int, ...], key: jax.Array
     ) -> tuple[Variables, Variables]:
-        # Shapes alone travel from block to block: nothing is computed on the image.
-        x = jax.ShapeDtypeStruct(shape, self.dtype)
+        inputs, activations, features = self._shapes(shape)
         params: Variables = {}
         batch_stats: Variables = {}
         keys = jax.random.split(key, len(self.specs) + 1)
-        named = zip(self.block_names, self.block_rules(rule), self.specs, keys)
-        for name, own_rule, spec, block_key in named:
-            block = LocalBlock(spec.module, own_rule, spec.pool_size)
+        blocks = [
+            LaterBlock(tuple(activation.shape[1:]), isinstance(spec.module, ResidualBlock))
+            for activation, spec in zip(activations, self.specs)
+        ]
+        named = zip(self.block_names, self.block_rules(rule), self.specs, keys, inputs)
+        for i, (name, own_rule, spec, block_key, x) in enumerate(named):
+            around = Surroundings(i, shape[1:], tuple(blocks[i + 1 :]))
+            block = LocalBlock(spec.module, own_rule.in_network(around), spec.pool_size)
             variables = block.init(block_key, jnp.zeros(x.shape, x.dtype))
             # A block may have no parameters, or no statistics, of its own.
             params[name] = {"block": {}, **variables.get("params", {})}
@@ -259,11 +263,27 @@ class Network:
                 learned = params[name].get("rule", {})
                 params[name]["rule"] = {**learned, **variables["fixed"]["rule"]}
             batch_stats[name] = {"block": {}, **variables.get("batch_stats", {})}
-            run = functools.partial(block.apply, variables)
-            x = jax.eval_shape(lambda x, run=run, spec=spec: spec.transition(run(x), None), x)
-        variables = self._classifier.init(keys[-1], jnp.zeros(x.shape, x.dtype))
+        variables = self._classifier.init(keys[-1], jnp.zeros(features.shape, features.dtype))
         params["classifier"] = variables["params"]
         return params, batch_stats
+
+    def _shapes(self, shape: tuple[int, ...]) -> tuple[list[Any], list[Any], Any]:
+        """Inputs and activations of the blocks, and the classifier's input, for an image's shape.
+
+        Shapes alone travel from block to block: nothing is computed on the image.
+        """
+        x = jax.ShapeDtypeStruct(shape, self.dtype)
+        inputs, activations = [], []
+        for spec in self.specs:
+
+            def run(x: jax.Array, module: nn.Module = spec.module) -> jax.Array:
+                options = call_options(module, train=False)
+                return module.init_with_output(jax.random.key(0), x, **options)[0]
+
+            inputs.append(x)
+            activations.append(jax.eval_shape(run, x))
+            x = jax.eval_shape(lambda a, spec=spec: spec.transition(a, None), activations[-1])
+        return inputs, activations, x
 
     def apply(
         self,

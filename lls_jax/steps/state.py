@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lls_jax.models import Network
-from lls_jax.rules import Backpropagation, Rule, has_local_losses
+from lls_jax.rules import Backpropagation, LabeledImages, Rule, Targets, has_local_losses
 from lls_jax.steps.block import BlockState, split_params
 
 # What runs once need not be fast: the same bits after a third to half of the time to compile.
@@ -134,6 +134,12 @@ def _typed_key(key: jax.Array) -> jax.Array:
 def num_local_losses(model: Network, rule: Rule) -> int:
     """Length of the training step's ``layer_loss``."""
     return len(model.specs) - model.classifier_in_last_group if has_local_losses(rule) else 0
+
+
+def targets_of(model: Network, rule: Rule, batch: Batch) -> Targets:
+    """What the blocks are told of a batch's examples: their labels, and the images if one asks."""
+    asks = any(own.needs_image for own in model.block_rules(rule))
+    return LabeledImages(batch["label"], batch["image"]) if asks else batch["label"]
 
 
 def block_state(state: TrainState, name: str) -> BlockState:
