@@ -12,6 +12,7 @@ import pytest
 from experiments import command_line, optimizers, presets, train
 from experiments.config import TrainConfig
 from lls_jax import evaluation, fit, models, rules, training
+from lls_jax.accounting import account
 from lls_jax.data import Split, augment, batches, get_spec, streaming
 from lls_jax.layers.whitening import whitening_filters
 from lls_jax.optimizers import NamedRate, muon, muon_for_kernels, schedule_free_adamw
@@ -113,6 +114,10 @@ def test_airbench_has_its_published_shapes():
     assert activations == [(15, 15, 64), (7, 7, 256), (3, 3, 256)]
     assert x.shape == (1, 256)
     convolutions = 24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256
+    counts = account(model, rules.make("bp", num_classes=10), (32, 32, 3))
+    areas = np.array([31 * 31, 15 * 15, 15 * 15, 7 * 7, 7 * 7, 3 * 3])
+    taps = 9 * np.array([24 * 64, 64 * 64, 64 * 256, 256 * 256, 256 * 256, 256 * 256])
+    assert counts.total("forward") == areas @ taps + 31 * 31 * 12 * 24 + 256 * 10
     assert size == 9 * convolutions + 2 * (64 + 256 + 256) + 24
 
 

@@ -348,5 +348,6 @@ def test_an_auxiliary_network_costs_what_others_counted(name):
     model = models.make("resnet32", num_classes=10)
     counts = account(model, rules.make(name, num_classes=10), (32, 32, 3))
     forward = counts.total("forward")
+    assert forward == pytest.approx(69e6, rel=0.01)
     published = {"auglocal": 1.7, "infopro": 1.2}[name]
     assert counts.total("signal") / 3 / forward == pytest.approx(published, rel=0.1)
