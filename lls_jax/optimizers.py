@@ -247,9 +247,9 @@ def muon(
         ValueError: a value is out of its range.
 
     >>> params = {"block": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}
-    >>> updates, _ = (tx := muon()).update(params, tx.init(params), params)
-    >>> jax.tree.map(jnp.shape, updates)
-    {'block': {'bias': (3,), 'kernel': (2, 3)}}
+    >>> state = muon(by_name={"bias": NamedRate(0.1)}).init(params)
+    >>> sorted(state.inner_states)
+    ['bias', 'kernels', 'other']
     """
     if not weight_decay >= 0:
         raise ValueError(f"`weight_decay` is {weight_decay}; it must be at least 0.")

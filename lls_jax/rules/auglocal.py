@@ -21,7 +21,7 @@ def auxiliary_depth(depth: int, index: int, num_blocks: int) -> int:
     """Blocks of the auxiliary network of a block: `depth` at first, about half of it at the end.
 
     >>> [auxiliary_depth(6, index, 11) for index in range(10)]
-    [6, 6, 6, 5, 5, 5, 4, 4, 4, 4]
+    [6, 6, 5, 5, 5, 5, 4, 4, 4, 4]
     """
     fallen = _FALL * index / max(num_blocks - 2, 1)
     return max(1, round(depth * (1.0 - fallen) + fallen))
