@@ -15,7 +15,7 @@ from simple_parsing.wrappers.field_wrapper import DashVariant
 
 from experiments import abort_message, determinism, startup
 from experiments.config import TrainConfig
-from experiments.presets import PRESETS
+from experiments.presets import default_config
 from lls_jax.errors import UserError
 from pallas_kernels.errors import KernelUnavailableError
 
@@ -26,7 +26,7 @@ _BAD_INPUT = 2
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        hint = "" if message.endswith(".") else f"; see {self.prog} --help"
+        hint = "" if message.endswith((".", "?")) else f"; see {self.prog} --help"
         self.exit(_BAD_INPUT, f"error: {message}{hint}\n")
 
 
@@ -117,6 +117,17 @@ def _user_message(error: Exception) -> str | None:
     return None
 
 
+def _default(dataset: str, arguments: Sequence[str]) -> TrainConfig:
+    """What is not given on the command line, which may name a preset."""
+    finder = _Parser(prog=f"python -m experiments.{dataset}", add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset")
+    preset = finder.parse_known_args(arguments)[0].preset
+    try:
+        return default_config(dataset, preset)
+    except ValueError as error:
+        finder.error(str(error))
+
+
 def parse_training(
     dataset: str, description: str, arguments: Sequence[str] | None = None
 ) -> TrainConfig:
@@ -127,7 +138,8 @@ def parse_training(
         description: what ``--help`` says first.
         arguments: the command line; None for ``sys.argv``.
     """
-    parsed = parse(TrainConfig, dataset, description, arguments, default=PRESETS[dataset])
+    default = _default(dataset, sys.argv[1:] if arguments is None else arguments)
+    parsed = parse(TrainConfig, dataset, description, arguments, default=default)
     # Not an option: the command decides it.
     return dataclasses.replace(parsed, dataset=dataset)
 

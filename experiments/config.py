@@ -5,7 +5,8 @@ from typing import Any
 
 from simple_parsing import field, flag
 
-SCHEDULES = ("constant", "multistep", "cosine", "plateau")
+SCHEDULES = ("constant", "multistep", "cosine", "linear", "plateau")
+VIEWS = ("none", "flip", "flip_translate")
 PRECISIONS = ("float32", "bfloat16")
 LOOPS = ("auto", "dispatch", "scan")
 ON_DEVICE = ("auto", "yes", "no")
@@ -13,9 +14,9 @@ KERNELS = ("auto", "xla", "split", "pallas", "triton")
 
 # Averages of the weights take the place of a falling learning rate.
 AVERAGING = ("schedule_free_adamw", "optax_schedule_free_adamw", "schedule_free_sgd")
-OPTIMIZERS = (*AVERAGING, "adamw", "adam", "sgd")
+OPTIMIZERS = (*AVERAGING, "adamw", "adam", "sgd", "muon")
 # Schedules that spread over all epochs: another number of them is another run from the start.
-SPREADING = ("multistep", "cosine")
+SPREADING = ("multistep", "cosine", "linear")
 # Of what a run folder's config means. 2: schedule_free_adamw is the published optimizer, and not
 # optax's; multistep counts steps, not whole epochs.
 FORMAT = 2
@@ -32,6 +33,9 @@ NOT_COMPARED = (
     "checkpoint_every",
     "eval_batch_size",
     "patience",
+    "test_views",
+    # A name for values that are compared themselves.
+    "preset",
 )
 
 
@@ -41,12 +45,19 @@ class TrainConfig:
 
     dataset: str = field(default="cifar10", cmd=False)
 
+    preset: str | None = None
+    """Other values for what is not given here: airbench: the 94 %% CIFAR-10 speed-run's network,
+    optimizer, schedule and augmentation [default: the published recipe]."""
     rule: str = "lls_mxm"
     """Learning rule: lls, lls_m, lls_mxm, lls_mxm_reduced, lls_random, lls_m_random,
-    lls_mxm_random, local_classifier, predsim, contrastive, decoupled; a baseline: bp, dfa, drtp;
-    your own: package.module:function; or one of these a block, joined by commas."""
+    lls_mxm_random, local_classifier, predsim, contrastive, decoupled, auglocal, infopro,
+    mono_forward, deeper_forward, distance_forward; a baseline: bp, dfa, drtp; your own:
+    package.module:function; or one of these a block, joined by commas."""
     model: str = "small_conv"
-    """Network: small_conv, small_conv_l, vgg8, vgg11, mobilenet_v1, mobilenet_v1_small."""
+    """Network: small_conv, small_conv_l, vgg8, vgg11, mobilenet_v1, mobilenet_v1_small, vgg8b,
+    vgg11b, resnet32, resnet110, airbench."""
+    width: float = 1.0
+    """Factor of the network's published widths, like 0.5 or 2."""
     groups: str | None = None
     """Blocks that share one local loss, like 2,2; with the classifier in the last one if they add
     up to one more than there are blocks [default: each block by itself]."""
@@ -63,15 +74,19 @@ class TrainConfig:
     """Step size of the optimizer."""
     optimizer: str = "schedule_free_adamw"
     """schedule_free_adamw: the published one; optax_schedule_free_adamw, whose average weighs the
-    first steps like all others; schedule_free_sgd, adamw, adam, or sgd (with --momentum)."""
+    first steps like all others; schedule_free_sgd, adamw, adam, sgd (with --momentum), or muon:
+    Muon for the blocks' kernels, which keep their norm, and adamw for the rest."""
     momentum: float = 0.9
-    """Momentum of sgd, and the averaging weight b1 of the schedule-free optimizers."""
+    """Momentum of sgd and muon, and the averaging weight b1 of the schedule-free optimizers."""
+    other_learning_rate: float | None = None
+    """Of what is no kernel of a block, with --optimizer muon [default: 0.01]."""
     weight_decay: float = 0.0
-    """Decay of the weights: decoupled for the adamw kinds, L2 for the others."""
+    """Decay of the weights: decoupled for the adamw kinds; for muon a step's share of what is no
+    kernel, at the full rate; L2 for the others."""
     schedule: str = "constant"
     """Of the learning rate: constant; multistep: a tenth after 50 %% and again after 75 %% of the
-    epochs; cosine: falling to nothing at the end; plateau: a tenth after 5 epochs with no lower
-    training loss, by block for a local rule."""
+    epochs; cosine, linear: falling to nothing at the end; plateau: a tenth after 5 epochs with no
+    lower training loss, by block for a local rule."""
     warmup_epochs: int = 0
     """Epochs in which the learning rate rises from nothing; not with --schedule plateau."""
     clip_norm: float | None = None
@@ -80,20 +95,29 @@ class TrainConfig:
     """Stop after so many epochs without a better accuracy [default: never]."""
     basis_rows: int | None = None
     """Rows of the basis of lls_mxm_reduced [default: the model's published number]."""
+    auxiliary_depth: int | None = None
+    """Blocks of auglocal's auxiliary network at the first block [default: 2]."""
     feedback_sign: bool = flag(default=False, negative_prefix="--no-")
     """dfa feeds back the sign of the output's error alone."""
     waveform: str | None = None
     """Of the periodic basis: square or cosine [default: the rule's own, square]."""
     temperature: float | None = None
-    """Divides the logits of the local losses [default: the rule's own; 0.5, contrastive 0.1]."""
+    """Divides the logits of the local losses [default: the rule's own; 0.5; 0.1 of contrastive,
+    deeper_forward and distance_forward]."""
     label_smoothing: float | None = None
     """Share of a local loss's target that is spread evenly over the classes, in [0, 1) [default:
     the rule's own, 0]."""
+    classifier_smoothing: float = 0.0
+    """Likewise of the classifier's loss."""
     dropout: float = 0.0
     """Rate of the dropout after each pooling between blocks, in [0, 1)."""
     augmentation: str = "flip"
     """none; flip: left to right; crop: with 4 pixels of padding; flip_crop; flip_erase: and random
-    erasing; full: all three."""
+    erasing; full: all three; alternating_flip: each image mirrored in every other epoch;
+    alternating_flip_translate: and moved by up to 2 pixels."""
+    test_views: str = "none"
+    """Evaluate each epoch once more, by the mean over views of a test image: flip: it and its
+    mirror image; flip_translate: and those moved by a pixel, as the speed-runs do; none."""
     precision: str = "float32"
     """Of the activations: float32 or bfloat16. Parameters, statistics and losses are float32."""
     kernels: str = "auto"
@@ -158,6 +182,7 @@ class TrainConfig:
             ("validation_examples", 1),
             ("warmup_epochs", 0),
             ("patience", 1),
+            ("auxiliary_depth", 1),
             ("checkpoint_every", 0),
             ("remat", 0),
             ("pipeline", 1),
@@ -170,8 +195,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{option(name)} is {value}; it must be at least {smallest}.")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"--learning-rate is {self.learning_rate}; it must be positive.")
+        for name in ("learning_rate", "width", "other_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{option(name)} is {value}; it must be positive.")
+        if self.other_learning_rate is not None and self.optimizer != "muon":
+            raise ValueError(
+                f"--other-learning-rate {self.other_learning_rate} is of no use to --optimizer "
+                f"{self.optimizer}; leave it out."
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"--clip-norm is {self.clip_norm}; it must be positive.")
         if self.warmup_epochs and self.schedule == "plateau":
@@ -188,6 +220,7 @@ class TrainConfig:
             ("kernels", KERNELS),
             ("data_on_device", ON_DEVICE),
             ("loop", LOOPS),
+            ("test_views", VIEWS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(

@@ -137,11 +137,13 @@ def epoch_line(record: Record, epochs: int) -> str:
     """One line that sums up an epoch."""
     top5 = record["test_top5"]
     validation = record.get("validation_accuracy")
+    by_views = record.get("test_views_accuracy")
     parts = [
         f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}",
         f"train loss {record['train_loss']:.4f} acc {record['train_accuracy']:.2f}",
         "" if validation is None else f"validation Acc@1 {validation:.2f}",
         f"test loss {record['test_loss']:.4f} Acc@1 {record['test_accuracy']:.2f}"
+        + ("" if by_views is None else f" by views {by_views:.2f}")
         + ("" if top5 is None else f" Acc@5 {top5:.2f}"),
         f"{record['seconds']:.1f} s, {record['images_per_second']:.0f} images/s",
         layer_losses(record["layer_loss"]),

@@ -8,6 +8,7 @@ from typing import Any
 from simple_parsing import flag
 
 from experiments.command_line import parse, run
+from experiments.config import VIEWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,9 @@ class EvaluateConfig:
     """Images a step [default: the run's]."""
     eval_examples: int | None = None
     """Use only the first N test images [default: the run's]."""
+    views: str = "none"
+    """Judge by the mean over views of a test image: flip, or flip_translate; see --test-views of
+    the training commands."""
     data_dir: str | None = None
     """Folder of prepared data sets [default: the run's]."""
 
@@ -31,6 +35,8 @@ class EvaluateConfig:
         """Raise ValueError, naming option and value, for what cannot be."""
         if self.checkpoint not in ("best", "last") and not self.checkpoint.isdecimal():
             raise ValueError(f"--checkpoint is {self.checkpoint!r}; expected best, last or a step.")
+        if self.views not in VIEWS:
+            raise ValueError(f"--views is {self.views!r}; expected one of {', '.join(VIEWS)}.")
         for name in ("eval_batch_size", "eval_examples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -59,7 +65,9 @@ def evaluate(config: EvaluateConfig) -> int:
     step, meta = int(restored.state.step), restored.meta
     variables = {"params": restored.state.params, "batch_stats": restored.state.batch_stats}
     test = load_split(trained, task.spec, "test")
-    result = evaluate_weights(task.model, variables, task.spec, test, trained.eval_batch_size)
+    result = evaluate_weights(
+        *(task.model, variables, task.spec, test, trained.eval_batch_size), views=config.views
+    )
     picture = folder / f"confusion-{step}.png"
     title = f"{trained.dataset}, {trained.model}, {trained.rule}, step {step}"
     plots.draw_confusion(result.confusion, task.spec.class_names, title, picture)
@@ -74,6 +82,7 @@ def evaluate(config: EvaluateConfig) -> int:
         "dataset": trained.dataset,
         "model": trained.model,
         "rule": trained.rule,
+        "views": config.views,
         "examples": int(test.labels.shape[0]),
         "loss": result.loss,
         "accuracy": result.accuracy,
@@ -88,11 +97,12 @@ def evaluate(config: EvaluateConfig) -> int:
 
 def _text(report: dict[str, Any]) -> str:
     top5 = "" if report["top5"] is None else f"  Acc@5 {report['top5']:.2f} %"
+    views = "" if report["views"] == "none" else f"  (mean over views: {report['views']})"
     width = max(map(len, report["accuracy_by_class"]))
     lines = [
         f"{report['rule']} on {report['model']}, {report['dataset']}: checkpoint of step "
         f"{report['step']} (epoch {report['epoch']}), {report['examples']} test images",
-        f"loss {report['loss']:.4f}  Acc@1 {report['accuracy']:.2f} %{top5}",
+        f"loss {report['loss']:.4f}  Acc@1 {report['accuracy']:.2f} %{top5}{views}",
         "accuracy by class:",
         *(f"  {name:<{width}}  {acc:6.2f} %" for name, acc in report["accuracy_by_class"].items()),
         f"confusion matrix: {report['picture']}",

@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from experiments.config import TrainConfig
-from lls_jax.optimizers import schedule_free_adamw
+from lls_jax.optimizers import NamedRate, muon, schedule_free_adamw
 
 _DROP = 0.1
 _MILESTONES = (0.5, 0.75)
 _PATIENCE_EPOCHS = 5
+_OTHER_LEARNING_RATE = 0.01
+# Of airbench: its classifier's rate over that of its biases, and the share of the epochs in which
+# the bias of its whitening is trained, with a rate that falls.
+_SCALED_CLASSIFIER = 10.0
+_WHITENING_EPOCHS = 3 / 8
 
 
 def make(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -21,7 +26,10 @@ def make(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformat
         config: its optimizer, learning rate, schedule, momentum and weight decay count.
         steps_per_epoch: updates an epoch; schedules count in epochs.
     """
-    rate = _rate(config, steps_per_epoch)
+    rate = _rate(config, steps_per_epoch, config.learning_rate)
+    other = config.other_learning_rate or _OTHER_LEARNING_RATE
+    whitening_steps = max(1, math.ceil(_WHITENING_EPOCHS * config.epochs * steps_per_epoch))
+    factor = _rate(config, steps_per_epoch, 1.0)
     decay = config.weight_decay
     makers: dict[str, Callable[[], optax.GradientTransformation]] = {
         "schedule_free_adamw": lambda: schedule_free_adamw(
@@ -35,6 +43,17 @@ def make(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformat
         ),
         "adamw": lambda: optax.adamw(rate, weight_decay=decay),
         "adam": lambda: optax.chain(optax.add_decayed_weights(decay), optax.adam(rate)),
+        "muon": lambda: muon(
+            config.learning_rate,
+            config.momentum,
+            other_learning_rate=other,
+            weight_decay=decay,
+            schedule=factor if callable(factor) else None,
+            by_name={
+                "whitening_bias": NamedRate(other, optax.linear_schedule(1, 0, whitening_steps)),
+                "scaled_kernel": NamedRate(_SCALED_CLASSIFIER * other),
+            },
+        ),
         "sgd": lambda: optax.chain(
             optax.add_decayed_weights(decay), optax.sgd(rate, momentum=config.momentum)
         ),
@@ -50,9 +69,8 @@ def make(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformat
     return optax.chain(tx, plateau)
 
 
-def _rate(config: TrainConfig, steps_per_epoch: int) -> float | optax.Schedule:
-    """The learning rate, a number or a function of the updates done."""
-    whole = config.learning_rate
+def _rate(config: TrainConfig, steps_per_epoch: int, whole: float) -> float | optax.Schedule:
+    """A learning rate under the config's schedule: a number, or a function of the updates done."""
     steps = config.epochs * steps_per_epoch
     warm_up = config.warmup_epochs * steps_per_epoch
     rate: float | optax.Schedule = whole
@@ -64,6 +82,8 @@ def _rate(config: TrainConfig, steps_per_epoch: int) -> float | optax.Schedule:
         rate = optax.cosine_decay_schedule(whole, max(steps - warm_up, 1))
         # Counted from the end of the warm-up; the others from the run's start.
         rate = rate if not warm_up else _delayed(rate, warm_up)
+    elif config.schedule == "linear":
+        rate = optax.linear_schedule(whole, 0.0, max(steps - warm_up, 1), warm_up)
     if not warm_up:
         return rate
     after = rate if callable(rate) else optax.constant_schedule(whole)

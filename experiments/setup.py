@@ -105,6 +105,8 @@ def _make_task(config: TrainConfig, spec: data.DatasetSpec) -> Task:
         num_classes=spec.num_classes,
         dropout=config.dropout,
         dtype=jnp.dtype(config.precision),
+        width=config.width,
+        classifier_smoothing=config.classifier_smoothing,
     )
     if (sizes := config.group_sizes()) is not None:
         model = model.grouped(sizes)
@@ -132,11 +134,14 @@ _RULE_OPTIONS = {
     "basis_rows": "basis_rows",
     "kernels": "implementation",
     "feedback_sign": "sign",
+    "auxiliary_depth": "auxiliary_depth",
 }
-# What the published runs gave a rule that is made without it.
+# What the published runs gave a rule that is made without it, and what the data set knows.
 _PUBLISHED = {
     "hidden_dim": lambda config, spec: published.hidden_dim(config.model, config.group_sizes()),
     "basis_rows": lambda config, spec: published.basis_rows(config.model, spec.num_classes),
+    "pixel_mean": lambda config, spec: spec.mean,
+    "pixel_std": lambda config, spec: spec.std,
 }
 
 

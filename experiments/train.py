@@ -9,7 +9,7 @@ import jax
 
 from experiments import console, determinism, run_config, setup
 from experiments.config import TrainConfig, option
-from experiments.presets import PRESETS
+from experiments.presets import default_config
 from experiments.signals import Signals
 from lls_jax import fit, processes
 from lls_jax.runs import folder as folders
@@ -19,11 +19,12 @@ from lls_jax.runs.run import FitResult
 
 def resume_command(config: TrainConfig) -> str:
     """The command that goes on with a run."""
-    default = PRESETS[config.dataset]
+    default = default_config(config.dataset, config.preset)
     arguments = ["python", "-m", f"experiments.{config.dataset}"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        is_default = value == getattr(default, field.name) and field.name != "rule"
+        is_default = value == getattr(default, field.name) and field.name not in ("rule", "preset")
+        is_default |= field.name == "preset" and value is None
         if field.name == "dataset" or is_default:
             continue
         if isinstance(value, bool):
@@ -71,6 +72,7 @@ def train_and_evaluate(config: TrainConfig) -> int:
             epochs=config.epochs,
             batch_size=config.batch_size,
             eval_batch_size=config.eval_batch_size,
+            test_views=config.test_views,
             augmentation=config.augmentation,
             spec=run.task.spec,
             seed=config.seed,

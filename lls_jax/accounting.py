@@ -13,15 +13,28 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock
+from lls_jax.blocks import (
+    ConvBlock,
+    ConvPair,
+    DenseBlock,
+    DepthwiseSeparableBlock,
+    ResidualBlock,
+    ResidualStem,
+    WhitenedConvPair,
+)
 from lls_jax.models import Network
 from lls_jax.rules import (
     LLS,
+    AugLocal,
     Backpropagation,
     Contrastive,
     Decoupled,
+    DeeperForward,
     DirectFeedback,
+    DistanceForward,
+    InfoPro,
     LocalClassifier,
+    MonoForward,
     PredSim,
     RandomLLS,
     Rule,
@@ -102,7 +115,39 @@ def _separable(x: Shape, out: Shape) -> _Block:
     return _Block(forward, gradient, 9 * middle, math.prod(x) + 2 * middle + math.prod(out))
 
 
+def _residual(x: Shape, out: Shape) -> _Block:
+    area, width = math.prod(out[:-1]), out[-1]
+    first, second = 9 * area * x[-1] * width, 9 * area * width * width
+    shortcut = area * x[-1] * width if x != out else 0
+    forward = first + second + shortcut
+    # Inside the block the gradient passes the second convolution. Kept are the inputs of the
+    # convolutions, of the normalisations, and of the last ReLU.
+    kept = math.prod(x) + (5 if shortcut else 4) * math.prod(out)
+    return _Block(forward, forward + second, first + shortcut, kept)
+
+
+def _pair(x: Shape, out: Shape) -> _Block:
+    width = out[-1]
+    first, second = 9 * math.prod(x) * width, 9 * math.prod(out) * width
+    kept = math.prod(x) + math.prod(x[:-1]) * width + 4 * math.prod(out)
+    return _Block(first + second, first + 2 * second, first, kept)
+
+
+def _whitened_pair(x: Shape, out: Shape) -> _Block:
+    patch = 4 * x[-1]
+    whitened = (x[0] - 1, x[1] - 1, 2 * patch)
+    pair = _pair(whitened, out)
+    # The filters are frozen; their bias takes a gradient to the pair's input.
+    forward = pair.forward + math.prod(whitened) * patch
+    kept = pair.kept + math.prod(whitened)
+    return _Block(forward, pair.gradient + pair.to_input, math.prod(whitened) * patch, kept)
+
+
 _BLOCKS: dict[type, Callable[[Shape, Shape], _Block]] = {
+    ResidualStem: _conv,
+    ResidualBlock: _residual,
+    ConvPair: _pair,
+    WhitenedConvPair: _whitened_pair,
     ConvBlock: _conv,
     DenseBlock: _dense,
     DepthwiseSeparableBlock: _separable,
@@ -143,6 +188,9 @@ def _contrastive(rule: Contrastive, activation: Shape, latents: int) -> int:
 
 
 _SIGNALS: dict[type, Callable[[Any, Shape, int], int]] = {
+    MonoForward: lambda rule, activation, latents: 3 * rule.num_classes * math.prod(activation),
+    DeeperForward: lambda rule, activation, latents: 2 * rule.num_classes * latents,
+    DistanceForward: lambda rule, activation, latents: 3 * rule.num_classes * latents,
     LLS: _periodic,
     RandomLLS: _linear,
     LocalClassifier: _linear,
@@ -150,6 +198,50 @@ _SIGNALS: dict[type, Callable[[Any, Shape, int], int]] = {
     Decoupled: _decoupled,
     Contrastive: _contrastive,
     DirectFeedback: lambda rule, activation, latents: rule.num_classes * math.prod(activation),
+}
+
+
+class _Auxiliary(NamedTuple):
+    """Of an auxiliary network: MACs forward, and elements that its layers give."""
+
+    forward: int
+    kept: int
+
+
+def _auglocal(params: Any, activation: Shape, image: Shape) -> _Auxiliary:
+    del image
+    sides, forward, kept = activation[:-1], _size(params["output"]["kernel"]), 0
+    for name in sorted(name for name in params if name.startswith("copy_")):
+        copy = params[name]
+        if copy["kernel"].ndim == 2:
+            sides = ()
+        elif copy["kernel"].shape[3] >= 2 * copy["kernel"].shape[2]:
+            sides = tuple(-(-side // 2) for side in sides)
+        kernels = [copy[k] for k in ("kernel", "second", "shortcut") if k in copy]
+        forward += math.prod(sides) * sum(kernel.size for kernel in kernels)
+        kept += math.prod(sides) * sum(kernel.shape[-1] for kernel in kernels)
+    return _Auxiliary(forward, kept)
+
+
+def _infopro(params: Any, activation: Shape, image: Shape) -> _Auxiliary:
+    classifier = params["classifier"]
+    sides = activation[:-1] if len(activation) == 3 else (1, 1)
+    area = math.prod(-(-side // 2) if sides[0] > 8 else side for side in sides)
+    forward = area * classifier["kernel"].size
+    forward += classifier["hidden"]["kernel"].size + classifier["output"]["kernel"].size
+    kept = area * classifier["kernel"].shape[-1]
+    if "decoder" in params:
+        kernels = [params["decoder"][name] for name in ("kernel", "output")]
+        forward += math.prod(image[:2]) * sum(kernel.size for kernel in kernels)
+        kept += math.prod(image[:2]) * sum(kernel.shape[2] for kernel in kernels)
+    return _Auxiliary(forward, kept)
+
+
+# Counted by their parameters. A layer costs its forward pass three times: forward, to its input,
+# to its weights.
+_AUXILIARIES: dict[type, Callable[[Any, Shape, Shape], _Auxiliary]] = {
+    AugLocal: _auglocal,
+    InfoPro: _infopro,
 }
 
 
@@ -184,7 +276,7 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
         module: nn.Module = spec.module
         if type(module) not in _BLOCKS:
             raise ValueError(f"the operations of a {type(module).__name__} are not known here.")
-        own = rule.at_block(index)
+        own = rule.at_block(index, len(model.specs))
         activation = jax.eval_shape(
             lambda key, x, m=module: m.init_with_output(key, x)[0], jax.random.key(0), x
         )
@@ -195,7 +287,11 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
         kept = counts.kept + isinstance(own, PredSim | Decoupled) * math.prod(shape)
         latents = latent_dim(shape, spec.pool_size)
         signal = 0
-        if not isinstance(own, Backpropagation):
+        if type(own) in _AUXILIARIES:
+            own_params = params[name].get("rule", {})
+            network = _AUXILIARIES[type(own)](own_params, shape, image_shape)
+            signal, kept = 3 * network.forward, kept + network.kept
+        elif not isinstance(own, Backpropagation):
             if type(own) not in _SIGNALS:
                 raise ValueError(f"the operations of rule {own.name!r} are not known here.")
             signal = _SIGNALS[type(own)](own, shape, latents)

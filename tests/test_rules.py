@@ -282,10 +282,11 @@ def test_the_head_is_the_loss(name, options):
     seed = int(np.random.default_rng().integers(2**31))
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
-    rule = make_rule(name, **options)
-    activation = jnp.asarray(rng.normal(size=(6, 4, 4, 3)), jnp.float32)
+    takes = rules.options_of(name)
+    rule = make_rule(name, **{k: value for k, value in options.items() if k in takes})
+    activation = jnp.asarray(rng.normal(size=(6, 4, 4, 6)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, CLASSES, 6), jnp.int32)
-    params = rule.init(jax.random.key(seed), (4, 4, 3), 2)
+    params = rule.init(jax.random.key(seed), (4, 4, 6), 2)
     params = jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32), params)
 
     def of(loss):
@@ -298,7 +299,7 @@ def test_the_head_is_the_loss(name, options):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     # Latents that are pooled already, and without a size.
     latents = rule.observe(activation, 2)
-    assert latents.shape == (6, 12)
+    assert latents.shape == (6, 24)
     pooled = rule.loss(params, latents, labels, pool_size=None)
     np.testing.assert_allclose(pooled, ours[0], rtol=1e-5)
 

@@ -17,7 +17,8 @@ LOCAL_RULES = [name for name in rules.NAMES if name not in BASELINES]
 # Every local rule on a block of the small network, four of them in a program; the baselines; and
 # every network that is small enough with one rule.
 MIXED = [
-    tuple(LOCAL_RULES[(first + i) % len(LOCAL_RULES)] for i in range(4)) for first in (0, 4, 8)
+    tuple(LOCAL_RULES[(first + i) % len(LOCAL_RULES)] for i in range(4))
+    for first in range(0, len(LOCAL_RULES), 4)
 ]
 LEARNING = [
     *((",".join(names), "small_conv") for names in MIXED),
@@ -89,9 +90,10 @@ def test_a_local_loss_has_no_gradient_in_any_other_block(rule_name):
         x = batch["image"]
         for i, (name, block, spec) in enumerate(zip(model.block_names, blocks, model.specs)):
             variables = {"params": params[name], "batch_stats": state.batch_stats[name]}
-            (x, loss), _ = block.apply(
-                variables, x, batch["label"], train=True, mutable=["batch_stats"]
-            )
+            told = batch["label"]
+            if block.rule.needs_image:
+                told = rules.LabeledImages(told, batch["image"])
+            (x, loss), _ = block.apply(variables, x, told, train=True, mutable=["batch_stats"])
             if i == layer:
                 return loss
             x = spec.transition(x, None)

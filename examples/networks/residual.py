@@ -3,30 +3,10 @@
 python examples/networks/residual.py
 """
 
-import flax.linen as nn
-import jax
-
 from lls_jax import fit, rules
+from lls_jax.blocks import ResidualBlock
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm, added to what came in: one local block."""
-
-    features: int
-    stride: int = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        shortcut = x
-        x = nn.Conv(self.features, (3, 3), (self.stride, self.stride), use_bias=False)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
-        x = nn.Conv(self.features, (3, 3), use_bias=False)(x)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-        if shortcut.shape != x.shape:
-            shortcut = nn.Conv(self.features, (1, 1), (self.stride, self.stride))(shortcut)
-        return nn.relu(x + shortcut)
 
 
 def make_network(num_classes: int, width: int = 16) -> Network:

@@ -30,7 +30,8 @@ def _accumulating_step(
         logits, batch_stats = model.apply(
             params, batch_stats, part["image"], train=True, dropout_key=key
         )
-        return training.classifier_loss(logits, part["label"]), (logits, batch_stats)
+        loss = training.classifier_loss(logits, part["label"], model.classifier_smoothing)
+        return loss, (logits, batch_stats)
 
     grads: Any = jax.tree.map(jnp.zeros_like, state.params)
     batch_stats, losses, all_logits = state.batch_stats, [], []

@@ -14,10 +14,14 @@ from lls_jax.blocks.linen import (
     running_average,
 )
 from lls_jax.blocks.local import LocalBlock, apply_module, call_options, run_block
+from lls_jax.blocks.residual import ResidualBlock, ResidualStem
+from lls_jax.blocks.speedrun import FROM_IMAGES, ConvPair, ScaledClassifier, WhitenedConvPair
 
 __all__ = [
+    "FROM_IMAGES",
     "Classifier",
     "ConvBlock",
+    "ConvPair",
     "Convolution",
     "DenseBlock",
     "Depthwise",
@@ -27,6 +31,10 @@ __all__ = [
     "NormalizeActivate",
     "Pointwise",
     "PoolingBlock",
+    "ResidualBlock",
+    "ResidualStem",
+    "ScaledClassifier",
+    "WhitenedConvPair",
     "apply_module",
     "call_options",
     "run_block",

@@ -13,9 +13,12 @@ AUGMENTATIONS: dict[str, tuple[str, ...]] = {
     "flip_crop": ("flip", "crop"),
     "flip_erase": ("flip", "erase"),
     "full": ("flip", "crop", "erase"),
+    "alternating_flip": ("alternating_flip",),
+    "alternating_flip_translate": ("alternating_flip", "translate"),
 }
 
 _CROP_PADDING = 4
+_TRANSLATION = 2
 _ERASE_PROBABILITY = 0.2
 _ERASE_AREA = (0.02, 0.33)
 _ERASE_ASPECT = (0.3, 3.3)
@@ -27,6 +30,28 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(flips, images[:, :, ::-1], images)
 
 
+def mirror(images: jax.Array) -> jax.Array:
+    """Each image left to right; ``[batch, height, width, channels]``."""
+    return images[:, :, ::-1]
+
+
+def pad_reflected(images: jax.Array, padding: int) -> jax.Array:
+    """Continue each image by `padding` pixels a side as its mirror image, the edge not repeated."""
+    sides = (padding, padding)
+    return jnp.pad(images, ((0, 0), sides, sides, (0, 0)), mode="reflect")
+
+
+def random_translation(key: jax.Array, images: jax.Array, padding: int = _TRANSLATION) -> jax.Array:
+    """Move each image by up to `padding` pixels along each axis; what comes in is its reflection.
+
+    Args:
+        key: random key.
+        images: ``[batch, height, width, channels]``.
+        padding: in pixels.
+    """
+    return _random_windows(key, pad_reflected(images, padding), images.shape)
+
+
 def random_crop(key: jax.Array, images: jax.Array, padding: int = _CROP_PADDING) -> jax.Array:
     """Pad each image with `padding` black pixels a side, and cut a window of its own size.
 
@@ -35,9 +60,15 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int = _CROP_PADDING)
         images: ``[batch, height, width, channels]``.
         padding: in pixels.
     """
-    batch, *size = images.shape
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    offsets = jax.random.randint(key, (batch, 2), 0, 2 * padding + 1)
+    return _random_windows(key, padded, images.shape)
+
+
+def _random_windows(key: jax.Array, padded: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A window of each image, of the size that the images had before they were padded."""
+    batch, *size = shape
+    room = jnp.array([[padded.shape[1] - size[0] + 1, padded.shape[2] - size[1] + 1]])
+    offsets = jax.random.randint(key, (batch, 2), 0, room)
     cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), size))
     return cut(padded, offsets)
 

@@ -13,9 +13,11 @@ from lls_jax.data import streaming
 from lls_jax.data.augment import (
     AUGMENTATIONS,
     middle_window,
+    mirror,
     random_crop,
     random_erase,
     random_flip,
+    random_translation,
     random_window,
 )
 from lls_jax.data.specs import DatasetSpec
@@ -62,6 +64,45 @@ def epoch_permutation(key: jax.Array, epoch: int, count: int) -> jax.Array:
     return jax.random.permutation(jax.random.fold_in(key, epoch), count)
 
 
+# Draws which images are mirrored in even epochs; the orders of epochs have small numbers.
+_FIRST_SIDES = 2**31 - 2
+
+
+def alternates(augmentation: str) -> bool:
+    """Whether an augmentation mirrors each image in every other epoch."""
+    return "alternating_flip" in AUGMENTATIONS.get(augmentation, ())
+
+
+def epoch_order(key: jax.Array, epoch: int, count: int, augmentation: str) -> jax.Array:
+    """:func:`epoch_permutation`, which says too what is mirrored, where flips alternate.
+
+    Each image is mirrored in the even epochs or in the odd ones, as is drawn once: over two epochs
+    it is shown once each way, where independent flips show half of the images the same way twice.
+
+    Args:
+        key: the run's random key of the data.
+        epoch: its number, from 0.
+        count: examples.
+        augmentation: of :func:`make_augment`.
+
+    Returns:
+        Examples' numbers, int32 ``[count]``; ``~i``, a negative number, is example `i` mirrored.
+
+    References:
+        Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", section 3.6,
+        https://arxiv.org/abs/2404.00498.
+    """
+    order = epoch_permutation(key, epoch, count)
+    return _alternated(key, order, epoch) if alternates(augmentation) else order
+
+
+@jax.jit
+def _alternated(key: jax.Array, order: jax.Array, epoch: int) -> jax.Array:
+    sides = jax.random.bernoulli(jax.random.fold_in(key, _FIRST_SIDES), 0.5, order.shape)
+    mirrored = sides[order] ^ (jnp.asarray(epoch) % 2 == 1)
+    return jnp.where(mirrored, ~order, order)
+
+
 def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
     """A function that turns pixels into what a network trains on.
 
@@ -69,7 +110,9 @@ def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
         spec: the data set, for its normalisation and the size of its windows.
         augmentation: ``"none"``, ``"flip"``, ``"crop"``, ``"flip_crop"``, ``"flip_erase"``, or
             ``"full"``: flip, crop with padding 4 (not where windows are cut anyway), random erasing
-            with probability 0.2.
+            with probability 0.2; ``"alternating_flip"``: each image mirrored in every other epoch,
+            which its order says (:func:`epoch_order`), or ``"alternating_flip_translate"``: and
+            moved by up to 2 pixels, its edges reflected (not where windows are cut anyway).
 
     Returns:
         ``augment(key, uint8 [batch, ...]) -> float32 [batch, ...]``, to be compiled.
@@ -92,6 +135,8 @@ def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
             images = random_flip(flip_key, images)
         if "crop" in steps and spec.crop is None:
             images = random_crop(crop_key, images)
+        if "translate" in steps and spec.crop is None:
+            images = random_translation(crop_key, images)
         image = normalize(spec, images)
         return random_erase(erase_key, image) if "erase" in steps else image
 
@@ -108,7 +153,8 @@ def make_sampler(spec: DatasetSpec, augmentation: str, batch_size: int) -> Sampl
 
     Returns:
         ``sample(data, permutation, index, key) -> {"image", "label"}``: batch number `index` of
-        the epoch whose order is `permutation`. The same arguments give the same batch.
+        the epoch whose order is `permutation`, from :func:`epoch_order`. The same arguments give
+        the same batch.
 
     Raises:
         ValueError: unknown augmentation.
@@ -119,7 +165,7 @@ def make_sampler(spec: DatasetSpec, augmentation: str, batch_size: int) -> Sampl
     def sample(
         data: DeviceSplit, permutation: jax.Array, index: jax.Array, key: jax.Array
     ) -> Batch:
-        batch = gather(data, permutation, index, batch_size)
+        batch = gather(data, permutation, index, batch_size, alternates(augmentation))
         return {**batch, "image": augment(key, batch["image"])}
 
     return sample
@@ -156,18 +202,25 @@ def gather(
     index: jax.Array,
     batch_size: int,
     sharding: jax.sharding.NamedSharding | None = None,
+    mirrors: bool = False,
 ) -> Batch:
     """The pixels and labels of batch number `index` of the epoch in that order.
 
     Args:
         data: the examples; with a `sharding`, whole on each of its devices.
-        permutation: the order.
-        index: of the batch.
+        permutation: from :func:`epoch_order`.
+        index: of the batch, from 0.
         batch_size: examples a batch.
         sharding: that the batch is to have.
+        mirrors: whether the order has negative numbers, of mirrored images.
     """
     chosen = jax.lax.dynamic_slice_in_dim(permutation, index * batch_size, batch_size)
-    return _take(data, chosen, sharding)
+    if not mirrors:
+        return _take(data, chosen, sharding)
+    mirrored = chosen < 0
+    batch = _take(data, jnp.where(mirrored, ~chosen, chosen), sharding)
+    image = batch["image"]
+    return {**batch, "image": jnp.where(mirrored[:, None, None, None], mirror(image), image)}
 
 
 def make_reader(
@@ -197,6 +250,7 @@ def make_reader(
         ValueError: unknown augmentation.
     """
     augment = make_augment(spec, augmentation)
+    mirrors = alternates(augmentation)
 
     # Neither is compiled with the training step, in which it would round differently.
     @jax.jit
@@ -211,7 +265,7 @@ def make_reader(
         key: jax.Array,
         number: jax.Array,
     ) -> Batch:
-        batch = gather(data, permutation, index, batch_size, sharding)
+        batch = gather(data, permutation, index, batch_size, sharding, mirrors)
         return {**batch, "image": augment_at(key, number, batch["image"])}
 
     def read(
@@ -288,6 +342,11 @@ def whole_rows(batch_size: int, sharding: jax.sharding.NamedSharding | None) -> 
     """The least multiple of a sharding's devices that is at least `batch_size`."""
     devices = 1 if sharding is None else sharding.num_devices
     return -(-batch_size // devices) * devices
+
+
+def first_images(spec: DatasetSpec, data: DeviceSplit | Split, count: int) -> jax.Array:
+    """The first `count` images, or all that there are, as they are evaluated: float32."""
+    return _prepare(spec, jnp.asarray(data.images[:count]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -23,10 +23,14 @@ class _Batches:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         chosen = self._permutation[index * self._batch_size : (index + 1) * self._batch_size]
+        mirrored = chosen < 0
+        chosen = np.where(mirrored, ~chosen, chosen)
         # In the file's order: images of a mapped file are then read from front to back.
         order = np.argsort(chosen)
         images = np.empty((len(chosen), *self._split.images.shape[1:]), self._split.images.dtype)
         images[order] = self._split.images[chosen[order]]
+        if mirrored.any():
+            images[mirrored] = images[mirrored][:, :, ::-1]
         return {"image": images, "label": self._split.labels[chosen]}
 
 
@@ -37,7 +41,7 @@ def stream(
 
     Args:
         split: images and labels on the host; the images may be a mapped file.
-        permutation: the epoch's order.
+        permutation: the epoch's order; ``~i``, a negative number, is example `i` mirrored.
         batch_size: examples a batch; the last partial batch is dropped.
         start: first batch, from 0.
 

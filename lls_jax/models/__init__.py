@@ -1,6 +1,7 @@
 """Networks: an ordered list of local blocks, transitions between them, and a classifier."""
 
 from lls_jax.models.network import BlockSpec, Network
+from lls_jax.models.whitening import Whitening
 from lls_jax.models.zoo import NAMES, make
 
-__all__ = ["NAMES", "BlockSpec", "Network", "make"]
+__all__ = ["NAMES", "BlockSpec", "Network", "Whitening", "make"]

@@ -9,9 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lls_jax.blocks import Classifier, LocalBlock, apply_module, call_options
+from lls_jax.blocks import Classifier, LocalBlock, ResidualBlock, apply_module, call_options
 from lls_jax.layers.pooling import adaptive_average_pool, max_pool
-from lls_jax.rules import Rule
+from lls_jax.models.whitening import Whitening
+from lls_jax.rules import LaterBlock, Rule, Surroundings
 
 Variables = dict[str, Any]
 
@@ -108,6 +109,11 @@ class Network:
         takes_tokens: whether an input is ``[length, channels]``, a sequence and not an image.
         classifier_in_last_group: whether the last block has no loss of its own, and learns from the
             classifier's.
+        classifier: a module ``[batch, features] -> [batch, classes]``, float32 logits; None for a
+            dense layer with its bias.
+        classifier_smoothing: share of the classifier's target that is spread evenly over the
+            classes, in [0, 1).
+        whitening: what is taken from training images before the first step; None for nothing.
     """
 
     name: str
@@ -117,6 +123,16 @@ class Network:
     smallest_image: int | None = None
     takes_tokens: bool = False
     classifier_in_last_group: bool = False
+    classifier: nn.Module | None = None
+    classifier_smoothing: float = 0.0
+    whitening: Whitening | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a smoothing that is none."""
+        if not 0 <= self.classifier_smoothing < 1:
+            raise ValueError(
+                f"`classifier_smoothing` is {self.classifier_smoothing}; it must lie in [0, 1)."
+            )
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -205,7 +221,8 @@ class Network:
         Args:
             rule: gives each block its rule's parameters.
             key: random key.
-            image: a batch or one image, or feature vectors; only its shape counts. A batch of
+            image: a batch or one image, or feature vectors; only its shape counts, but for a model
+                with a `whitening`, which is taken from it: normalised training images. A batch of
                 tokens ``[batch, length, channels]`` where the model says that it takes tokens.
 
         Returns:
@@ -218,19 +235,26 @@ class Network:
         shape = (1, *image.shape) if image.ndim in one else image.shape
         self.check_image(shape)
         # One program: block by block, every draw of every block would be compiled by itself.
-        return jax.jit(functools.partial(self._draw, rule, (1, *shape[1:])))(key)
+        params, batch_stats = jax.jit(functools.partial(self._draw, rule, (1, *shape[1:])))(key)
+        if self.whitening is not None:
+            batch_stats = self.whitening(batch_stats, image.reshape(shape))
+        return params, batch_stats
 
     def _draw(
         self, rule: Rule, shape: tuple[int, ...], key: jax.Array
     ) -> tuple[Variables, Variables]:
-        # Shapes alone travel from block to block: nothing is computed on the image.
-        x = jax.ShapeDtypeStruct(shape, self.dtype)
+        inputs, activations, features = self._shapes(shape)
         params: Variables = {}
         batch_stats: Variables = {}
         keys = jax.random.split(key, len(self.specs) + 1)
-        named = zip(self.block_names, self.block_rules(rule), self.specs, keys)
-        for name, own_rule, spec, block_key in named:
-            block = LocalBlock(spec.module, own_rule, spec.pool_size)
+        blocks = [
+            LaterBlock(tuple(activation.shape[1:]), isinstance(spec.module, ResidualBlock))
+            for activation, spec in zip(activations, self.specs)
+        ]
+        named = zip(self.block_names, self.block_rules(rule), self.specs, keys, inputs)
+        for i, (name, own_rule, spec, block_key, x) in enumerate(named):
+            around = Surroundings(i, shape[1:], tuple(blocks[i + 1 :]))
+            block = LocalBlock(spec.module, own_rule.in_network(around), spec.pool_size)
             variables = block.init(block_key, jnp.zeros(x.shape, x.dtype))
             # A block may have no parameters, or no statistics, of its own.
             params[name] = {"block": {}, **variables.get("params", {})}
@@ -238,11 +262,27 @@ class Network:
                 learned = params[name].get("rule", {})
                 params[name]["rule"] = {**learned, **variables["fixed"]["rule"]}
             batch_stats[name] = {"block": {}, **variables.get("batch_stats", {})}
-            run = functools.partial(block.apply, variables)
-            x = jax.eval_shape(lambda x, run=run, spec=spec: spec.transition(run(x), None), x)
-        classifier = Classifier(self.num_classes, self.dtype)
-        params["classifier"] = classifier.init(keys[-1], jnp.zeros(x.shape, x.dtype))["params"]
+        variables = self._classifier.init(keys[-1], jnp.zeros(features.shape, features.dtype))
+        params["classifier"] = variables["params"]
         return params, batch_stats
+
+    def _shapes(self, shape: tuple[int, ...]) -> tuple[list[Any], list[Any], Any]:
+        """Inputs and activations of the blocks, and the classifier's input, for an image's shape.
+
+        Shapes alone travel from block to block: nothing is computed on the image.
+        """
+        x = jax.ShapeDtypeStruct(shape, self.dtype)
+        inputs, activations = [], []
+        for spec in self.specs:
+
+            def run(x: jax.Array, module: nn.Module = spec.module) -> jax.Array:
+                options = call_options(module, train=False)
+                return module.init_with_output(jax.random.key(0), x, **options)[0]
+
+            inputs.append(x)
+            activations.append(jax.eval_shape(run, x))
+            x = jax.eval_shape(lambda a, spec=spec: spec.transition(a, None), activations[-1])
+        return inputs, activations, x
 
     def apply(
         self,
@@ -283,8 +323,12 @@ class Network:
 
     def classify(self, params: Variables, features: jax.Array) -> jax.Array:
         """The classifier alone: ``[batch, features]`` to float32 logits ``[batch, classes]``."""
-        logits: Any = Classifier(self.num_classes, self.dtype).apply({"params": params}, features)
+        logits: Any = self._classifier.apply({"params": params}, features)
         return logits
+
+    @property
+    def _classifier(self) -> nn.Module:
+        return self.classifier or Classifier(self.num_classes, self.dtype)
 
 
 def fold_in(key: jax.Array | None, data: int) -> jax.Array | None:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from lls_jax.models import Network
 from lls_jax.placement.execution import Execution
-from lls_jax.rules import Rule
+from lls_jax.rules import Rule, labels_of
 from lls_jax.steps.local import Unit, make_units
-from lls_jax.steps.state import block_state, join_states
+from lls_jax.steps.state import block_state, join_states, targets_of
 from lls_jax.training import Batch, BlockState, Metrics, Optimizer, TrainState
 
 # Batches that may be under way in a pipeline, beside one a stage.
@@ -140,9 +140,10 @@ def pipeline(
     def step(running: Running, batch: Batch) -> tuple[Running, Metrics]:
         states, losses = dict(running.states), []
         x, where = batch["image"], None
+        labels = targets_of(model, rule, batch)
         for (names, unit), device in zip(units, places):
             if device is not where:
-                x, labels = jax.device_put((x, batch["label"]), device)
+                x, labels = jax.device_put((x, labels), device)
                 where = device
             own = tuple(states[name] for name in names)
             new, loss, x = unit(own, x, labels, running.keys[device], running.step)
@@ -151,7 +152,7 @@ def pipeline(
         under_way.append(x)
         if len(under_way) > len(sizes) + _SPARE:
             jax.block_until_ready(under_way.popleft())
-        metrics = {**_split_losses(losses), "logits": x, "label": labels}
+        metrics = {**_split_losses(losses), "logits": x, "label": labels_of(labels)}
         return Running(running.step + 1, running.keys, states), metrics
 
     def leave(running: Running) -> TrainState:
@@ -185,13 +186,14 @@ def measure_units(
         remat_above: as of :func:`lls_jax.training.make_train_step`.
     """
     x, result = batch["image"], []
+    labels = targets_of(model, rule, batch)
     for names, unit in _compiled_units(model, rule, tx, remat_above):
         own = tuple(jax.tree.map(jnp.copy, block_state(state, name)) for name in names)
         times = []
         for index in range(repeats + 1):
             jax.block_until_ready((own, x))
             start = time.perf_counter()
-            own, _, following = unit(own, x, batch["label"], state.key, index)
+            own, _, following = unit(own, x, labels, state.key, index)
             jax.block_until_ready((own, following))
             times.append(time.perf_counter() - start)
         x = following

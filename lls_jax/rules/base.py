@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 
+from lls_jax.rules.surroundings import Surroundings, Targets
 from pallas_kernels.local_loss import mean_head_loss, pool_latents
 
 Params = dict[str, Any]
@@ -54,6 +55,18 @@ class Rule:
         del index, num_blocks
         return self
 
+    def in_network(self, surroundings: Surroundings) -> "Rule":
+        """The rule as it is initialised in a network: where a rule may ask what stands around it.
+
+        A :class:`lls_jax.models.Network` calls this, after :meth:`at_block`, for :meth:`init`
+        alone; the loss gets what it needs of it by the parameters. Most rules have no use for it.
+
+        Args:
+            surroundings: designs, and nothing that is learned elsewhere.
+        """
+        del surroundings
+        return self
+
     @property
     def interprets(self) -> bool:
         """Whether a kernel of it is interpreted, and runs anywhere."""
@@ -86,12 +99,16 @@ class LocalRule(Rule):
         sees: ``"activation"``: the loss is given what the block makes, and pools it itself if it
             wants to. ``"latents"``: it is given the pooled activation, flattened; the caller pools,
             in the pass over the activation that normalises it, where the block offers that.
+        needs_image: whether the loss is given the network's input too: its `labels` are then
+            :class:`lls_jax.rules.LabeledImages`, which travel with the activation from block to
+            block.
     """
 
     sees: ClassVar[Literal["latents", "activation"]] = "activation"
+    needs_image: ClassVar[bool] = False
 
     def loss(
-        self, params: Params, seen: jax.Array, labels: jax.Array, *, pool_size: int | None
+        self, params: Params, seen: jax.Array, labels: Any, *, pool_size: int | None
     ) -> jax.Array:
         """The block's loss, a float32 scalar: the mean over the batch.
 
@@ -120,7 +137,7 @@ class LocalRule(Rule):
         self,
         params: Params,
         activation: jax.Array,
-        labels: jax.Array,
+        labels: Targets,
         *,
         pool_size: int,
         pooled: jax.Array | None = None,
@@ -130,7 +147,7 @@ class LocalRule(Rule):
         Args:
             params: from :meth:`init`.
             activation: what the block makes.
-            labels: integers ``[batch]``.
+            labels: integers ``[batch]``; with the images where the rule needs them.
             pool_size: the block's.
             pooled: the means over the activation's windows, ``[batch, p, p, channels]``, where the
                 block has them already.

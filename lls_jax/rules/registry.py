@@ -7,12 +7,17 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lls_jax.rules.auglocal import AugLocal
 from lls_jax.rules.backpropagation import Backpropagation
 from lls_jax.rules.base import Rule
 from lls_jax.rules.classifier import LocalClassifier, RandomLLS
 from lls_jax.rules.contrastive import Contrastive
 from lls_jax.rules.decoupled import Decoupled
+from lls_jax.rules.deeper_forward import DeeperForward
+from lls_jax.rules.distance_forward import DistanceForward
 from lls_jax.rules.feedback import DirectFeedback
+from lls_jax.rules.infopro import InfoPro
+from lls_jax.rules.mono_forward import MonoForward
 from lls_jax.rules.periodic import LLS
 from lls_jax.rules.predsim import PredSim
 
@@ -49,6 +54,11 @@ _MAKERS: dict[str, _Maker] = {
     "predsim": _Maker(PredSim, _SMOOTHING | {"similarity_weight"}),
     "contrastive": _Maker(Contrastive, frozenset({"temperature", "width"})),
     "decoupled": _Maker(Decoupled, _SMOOTHING),
+    "auglocal": _Maker(AugLocal, _SMOOTHING | {"auxiliary_depth"}),
+    "infopro": _Maker(InfoPro, frozenset({"pixel_mean", "pixel_std"})),
+    "mono_forward": _Maker(MonoForward, _SMOOTHING),
+    "deeper_forward": _Maker(DeeperForward, _SMOOTHING | {"temperature"}),
+    "distance_forward": _Maker(DistanceForward, frozenset({"temperature", "margin"})),
     "bp": _Maker(Backpropagation, frozenset()),
     "dfa": _Maker(functools.partial(DirectFeedback, signal="error"), frozenset({"sign"})),
     "drtp": _Maker(functools.partial(DirectFeedback, signal="target"), frozenset()),
@@ -60,6 +70,7 @@ OPTIONS = frozenset(
     {
         *("waveform", "temperature", "label_smoothing", "basis_rows", "implementation", "sign"),
         *("hidden_dim", "similarity_weight", "width"),
+        *("auxiliary_depth", "margin", "pixel_mean", "pixel_std"),
     }
 )
 
@@ -154,9 +165,11 @@ def make(name: str, *, num_classes: int, **options: Any) -> Rule:
     Args:
         name: of a local rule: ``lls``, ``lls_m``, ``lls_mxm``, ``lls_mxm_reduced``, ``lls_random``,
             ``lls_m_random``, ``lls_mxm_random``, ``local_classifier``, ``predsim``,
-            ``contrastive``, ``decoupled``; of a baseline without local losses: ``bp``, ``dfa``,
-            ``drtp``; or ``"package.module:function"``, whose function is called with the number of
-            classes, if it has a parameter of that name, and with the options that are given.
+            ``contrastive``, ``decoupled``, ``auglocal``, ``infopro``, ``mono_forward``,
+            ``deeper_forward``, ``distance_forward``; of a baseline without local losses: ``bp``,
+            ``dfa``, ``drtp``; or ``"package.module:function"``, whose function is called with the
+            number of classes, if it has a parameter of that name, and with the options that are
+            given.
         num_classes: number of classes, at least 2.
         **options: fields of the rule's class, of which :func:`options_of` tells the names; one
             that is None is the rule's own. ``waveform``: of the periodic basis, ``"square"`` or
@@ -167,7 +180,9 @@ def make(name: str, *, num_classes: int, **options: Any) -> Rule:
             ``similarity_weight``: of ``predsim``. ``width``: of ``contrastive``'s projection.
             ``implementation``: of the local loss, ``"xla"``, ``"split"``, ``"pallas"``,
             ``"triton"`` (:func:`pallas_kernels.local_loss.head_loss` says more). ``sign``: whether
-            ``dfa`` feeds back the sign of the error alone.
+            ``dfa`` feeds back the sign of the error alone. ``auxiliary_depth``: blocks of
+            ``auglocal``'s first auxiliary network. ``pixel_mean``, ``pixel_std``: what
+            ``infopro``'s images were normalised with. ``margin``: of ``distance_forward``.
 
     Returns:
         An immutable, hashable rule.

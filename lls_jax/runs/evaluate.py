@@ -11,6 +11,7 @@ import optax
 from lls_jax.data import DatasetSpec, Split, batches
 from lls_jax.models import Network
 from lls_jax.runs.source import Arrays, describe, to_split
+from lls_jax.runs.views import check_views, mean_logits
 from lls_jax.steps.averaging import is_schedule_free
 from lls_jax.training import TrainState
 
@@ -49,11 +50,19 @@ def correct_within(logits: jax.Array, labels: jax.Array, best: int) -> jax.Array
     return (jnp.sum(ahead, axis=1) < best) & ~jnp.isnan(logits).any(axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _evaluate_batch(
-    model: Network, variables: Any, image: jax.Array, label: jax.Array, weight: jax.Array
+    model: Network,
+    views: str,
+    variables: Any,
+    image: jax.Array,
+    label: jax.Array,
+    weight: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    logits, _ = model.apply(variables["params"], variables["batch_stats"], image)
+    def classify(image: jax.Array) -> jax.Array:
+        return model.apply(variables["params"], variables["batch_stats"], image)[0]
+
+    logits = mean_logits(classify, image, views)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     top5 = jnp.sum(weight * correct_within(logits, label, 5).astype(weight.dtype))
     confusion = jnp.zeros((model.num_classes, model.num_classes), jnp.int32)
@@ -63,9 +72,10 @@ def _evaluate_batch(
     return jnp.sum(weight * losses), top5, confusion
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 1, 3, 5, 6))
 def _evaluate_all(
     model: Network,
+    views: str,
     variables: Any,
     spec: DatasetSpec,
     data: batches.DeviceSplit,
@@ -76,7 +86,7 @@ def _evaluate_all(
 
     def part(index: Any) -> Any:
         batch = batches.evaluation_batch(spec, data, index * batch_size, batch_size, sharding)
-        return _evaluate_batch(model, variables, *batch)
+        return _evaluate_batch(model, views, variables, *batch)
 
     def add(index: jax.Array, total: Any) -> Any:
         return jax.tree.map(jnp.add, total, part(index))
@@ -94,6 +104,7 @@ def evaluate_weights(
     batch_size: int,
     one_launch: bool = False,
     sharding: jax.sharding.NamedSharding | None = None,
+    views: str = "none",
 ) -> Evaluation:
     """Evaluate weights on all examples of a split.
 
@@ -106,14 +117,15 @@ def evaluate_weights(
         one_launch: whether a compiled loop goes over the batches, where the data are on the device.
         sharding: of the batches, where several devices or processes evaluate together; `variables`
             are then on all of them.
+        views: of :func:`lls_jax.runs.views.mean_logits`.
     """
     count = int(data.labels.shape[0])
     size = min(batch_size, count)
     if one_launch and isinstance(data, batches.DeviceSplit):
-        total: Any = _evaluate_all(model, variables, spec, data, size, sharding)
+        total: Any = _evaluate_all(model, views, variables, spec, data, size, sharding)
     else:
         parts = (
-            _evaluate_batch(model, variables, *batch)
+            _evaluate_batch(model, views, variables, *batch)
             for batch in batches.evaluation_batches(spec, data, size, sharding)
         )
         total = functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
@@ -133,6 +145,7 @@ def evaluate(
     *,
     spec: DatasetSpec | None = None,
     batch_size: int = 500,
+    views: str = "none",
 ) -> Evaluation:
     """Evaluate a network on images and labels.
 
@@ -144,11 +157,14 @@ def evaluate(
             ``[count, ...]`` that are normalised already; labels integers ``[count]``.
         spec: how uint8 images are normalised and cut, ``fit(...).spec``; needed for those.
         batch_size: examples a step; changes speed and memory only.
+        views: ``"none"``; ``"flip"``: the mean of an image's logits and its mirror image's; or
+            ``"flip_translate"``: and of those of the image moved by a pixel.
 
     Raises:
         ValueError: images and labels do not fit each other or the model, or the state is one that
             is being trained by a schedule-free optimizer.
     """
+    check_views("views", views)
     if is_schedule_free(state.opt_state) and int(state.step):
         raise ValueError(
             f"`state` is after {int(state.step)} steps of a schedule-free optimizer, whose weights "
@@ -164,4 +180,4 @@ def evaluate(
             )
         spec = describe(split, model.num_classes)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return evaluate_weights(model, variables, spec, split, batch_size)
+    return evaluate_weights(model, variables, spec, split, batch_size, views=views)

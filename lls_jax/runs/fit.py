@@ -21,6 +21,7 @@ from lls_jax.runs import folder as folders
 from lls_jax.runs import source as sources
 from lls_jax.runs.loop import train as train_run
 from lls_jax.runs.run import Compiled, FitResult, Run
+from lls_jax.runs.views import check_views
 from lls_jax.steps.loop import make_loop, make_statistics_loop
 from lls_jax.steps.reach_schedule import check_reach
 from lls_jax.training import Optimizer
@@ -44,6 +45,7 @@ def fit(
     epochs: int,
     batch_size: int = 128,
     eval_batch_size: int = 500,
+    test_views: str = "none",
     steps_per_epoch: int | None = None,
     augmentation: str = "none",
     spec: DatasetSpec | None = None,
@@ -84,6 +86,9 @@ def fit(
         epochs: passes over the training examples, at least 1.
         batch_size: examples a step; an epoch's last partial batch is dropped.
         eval_batch_size: examples a step of evaluation; changes speed and memory only.
+        test_views: ``"flip"`` or ``"flip_translate"``: evaluate each epoch once more, by the mean
+            over views of an image (:mod:`lls_jax.runs.views`); its records have
+            ``test_views_accuracy`` beside ``test_accuracy``.
         steps_per_epoch: of training batches whose number is not known.
         augmentation: of :func:`lls_jax.data.batches.make_augment`; of uint8 images only.
         spec: how uint8 images are normalised and cut; None: by the mean and the deviation of the
@@ -122,6 +127,7 @@ def fit(
     ([1, 2], 4)
     """
     check_reach(rule, reach)
+    check_views("test_views", test_views)
     if epochs < 1:
         raise ValueError(f"`epochs` is {epochs}; it must be at least 1.")
     listeners: list[listening.Callback] = [*callbacks] if callbacks else [_Warnings()]
@@ -139,6 +145,8 @@ def fit(
         examples = sources.on_each_device(examples, sharding)
         source = sources.from_arrays(examples, spec, augmentation, batch_size, data_key, sharding)
         example = jnp.zeros((1, *spec.input_shape))
+        if model.whitening is not None:
+            example = batches.first_images(spec, examples, model.whitening.images)
     else:
         if isinstance(validation, int):
             raise ValueError("`validation` is a number, and the training examples come in batches.")
@@ -193,6 +201,7 @@ def fit(
         key=model_key,
         epochs=epochs,
         eval_batch_size=eval_batch_size,
+        test_views=test_views,
         checkpoint_every=checkpoint_every,
         settings=settings.values,
         callbacks=listeners,

@@ -167,18 +167,24 @@ class _Trainer:
         evaluation = self._evaluation()
         sharding = run.execution.sharding
         placed = evaluation if sharding is None else run.execution.place(evaluation)
-        results = {
-            name: evaluate_weights(
-                run.model,
-                placed,
-                run.spec,
-                examples,
-                run.eval_batch_size,
-                run.compiled is not None,
-                sharding,
-            )
-            for name, examples in run.evaluation_sets.items()
-        }
+
+        def evaluated(views: str) -> dict[str, Evaluation]:
+            return {
+                name: evaluate_weights(
+                    run.model,
+                    placed,
+                    run.spec,
+                    examples,
+                    run.eval_batch_size,
+                    run.compiled is not None,
+                    sharding,
+                    views,
+                )
+                for name, examples in run.evaluation_sets.items()
+            }
+
+        results = evaluated("none")
+        by_views = {} if run.test_views == "none" else evaluated(run.test_views)
         evaluation_seconds = time.perf_counter() - began
         images = run.source.steps_per_epoch * run.source.batch_size
         reached = reached._replace(
@@ -186,6 +192,7 @@ class _Trainer:
         )
         record = {
             **_record(run, reached, results),
+            **{f"{name}_views_accuracy": result.accuracy for name, result in by_views.items()},
             "seconds": reached.epoch_seconds + evaluation_seconds,
             "total_seconds": reached.seconds,
             "images_per_second": images / reached.epoch_seconds,

@@ -48,6 +48,7 @@ class Run(NamedTuple):
         key: of the weights and of dropout.
         epochs: of the whole run.
         eval_batch_size: examples a step of evaluation.
+        test_views: by which each epoch is evaluated a second time; ``"none"`` for once.
         checkpoint_every: steps between checkpoints inside an epoch; 0 for none.
         settings: of the run, JSON values, for its checkpoints.
         callbacks: are told what happens.
@@ -66,6 +67,7 @@ class Run(NamedTuple):
     key: jax.Array
     epochs: int
     eval_batch_size: int
+    test_views: str
     checkpoint_every: int
     settings: Record
     callbacks: Sequence[callbacks.Callback]

@@ -191,7 +191,7 @@ def from_arrays(
     read = batches.make_reader(spec, augmentation, batch_size, sharding)
 
     def order(epoch: int) -> jax.Array:
-        permutation = batches.epoch_permutation(key, epoch, size)
+        permutation = batches.epoch_order(key, epoch, size, augmentation)
         if sharding is None or isinstance(split, Split):
             return permutation
         return processes.replicate(permutation, batches.whole(sharding))

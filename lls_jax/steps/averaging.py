@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lls_jax.models import Network
+from lls_jax.models.whitening import is_from_images
 from lls_jax.steps.state import TrainState
 
 
@@ -63,27 +64,34 @@ def _is_float(leaf: jax.Array) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
+def _is_averaged(batch_stats: Any) -> list[bool]:
+    """Of each leaf, whether it is an average over batches."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch_stats)
+    return [_is_float(leaf) and not is_from_images(path) for path, leaf in leaves]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def batch_share(model: Network, params: Any, batch_stats: Any, image: jax.Array) -> tuple[Any, Any]:
     """A batch's share of the running statistics, and the share of the old ones in the new ones.
 
     Whatever a block's momentum is: ``running = kept * old + new``, at zero and by its derivative.
-    Both have the structure of `batch_stats`; where that is no float they mean nothing.
+    Both have the structure of `batch_stats`; where that is no average they mean nothing.
     """
     leaves, structure = jax.tree.flatten(batch_stats)
-    floats = [leaf for leaf in leaves if _is_float(leaf)]
+    averaged = _is_averaged(batch_stats)
 
-    def whole(floats: list[jax.Array]) -> Any:
-        left = iter(floats)
+    def whole(averages: list[jax.Array]) -> Any:
+        left = iter(averages)
         return jax.tree.unflatten(
-            structure, [next(left) if _is_float(leaf) else leaf for leaf in leaves]
+            structure, [next(left) if own else leaf for leaf, own in zip(leaves, averaged)]
         )
 
-    def run(floats: list[jax.Array]) -> list[jax.Array]:
-        _, new = model.apply(params, whole(floats), image, train=True)
-        return [leaf for leaf in jax.tree.leaves(new) if _is_float(leaf)]
+    def run(averages: list[jax.Array]) -> list[jax.Array]:
+        _, new = model.apply(params, whole(averages), image, train=True)
+        return [leaf for leaf, own in zip(jax.tree.leaves(new), averaged) if own]
 
-    zeros, ones = ([fill(leaf) for leaf in floats] for fill in (jnp.zeros_like, jnp.ones_like))
+    own_leaves = [leaf for leaf, own in zip(leaves, averaged) if own]
+    zeros, ones = ([fill(leaf) for leaf in own_leaves] for fill in (jnp.zeros_like, jnp.ones_like))
     new, kept = jax.jvp(run, (zeros,), (ones,))
     return whole(new), whole(kept)
 
@@ -101,7 +109,8 @@ def estimate_batch_stats(
 
     Returns:
         The mean of the batches' own means and variances. A block may average its running statistics
-        with any momentum, but linearly; integers and what no batch changes stay as they are.
+        with any momentum, but linearly; integers, what was taken from images before training, and
+        what no batch changes stay as they are.
     """
     total: Any = None
     count = 0
@@ -121,11 +130,14 @@ def _add(total: Any, new: Any) -> Any:
 @jax.jit
 def mean_of_shares(batch_stats: Any, total: Any, kept: Any, count: Any) -> Any:
     """The statistics from the sum of `count` batches' :func:`batch_share`."""
-    return jax.tree.map(
-        lambda old, total, kept: (
-            jnp.where(kept < 1, total / count / (1 - kept), old) if _is_float(old) else old
-        ),
-        *(batch_stats, total, kept),
+    olds, structure = jax.tree.flatten(batch_stats)
+    rows = zip(olds, jax.tree.leaves(total), jax.tree.leaves(kept), _is_averaged(batch_stats))
+    return jax.tree.unflatten(
+        structure,
+        [
+            jnp.where(kept < 1, total / count / (1 - kept), old) if averaged else old
+            for old, total, kept, averaged in rows
+        ],
     )
 
 

@@ -37,7 +37,7 @@ def backpropagation_step(
             dropout_key=dropout_key,
             around=around,
         )
-        return classifier_loss(logits, labels), (logits, batch_stats)
+        return classifier_loss(logits, labels, model.classifier_smoothing), (logits, batch_stats)
 
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     return update_whole(tx, state, batch_stats, grads, loss, logits)

@@ -167,11 +167,23 @@ def local_update(
     return update
 
 
-def classifier_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Plain softmax cross-entropy, the mean over the batch; ``[batch, classes], [batch] -> []``.
+def classifier_loss(
+    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Softmax cross-entropy, the mean over the batch; ``[batch, classes], [batch] -> []``.
 
     NaN if a label is no class.
+
+    Args:
+        logits: ``[batch, classes]``.
+        labels: integers ``[batch]``.
+        label_smoothing: share of the target spread evenly over the classes, in [0, 1).
     """
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if label_smoothing:
+        # The mean over all classes of what each would cost.
+        even = jax.nn.logsumexp(logits, axis=1) - jnp.mean(logits, axis=1)
+        losses = (1.0 - label_smoothing) * losses + label_smoothing * even
     # Optax takes -1 for the last class.
     return jnp.mean(jnp.where((labels >= 0) & (labels < logits.shape[1]), losses, jnp.nan))

@@ -10,7 +10,7 @@ import optax
 from lls_jax.blocks import apply_module, run_block
 from lls_jax.layers.ordering import token_of, wait_for
 from lls_jax.models import BlockSpec, Network
-from lls_jax.rules import LocalRule, Rule, has_local_losses
+from lls_jax.rules import LocalRule, Rule, Targets, has_local_losses, labels_of
 from lls_jax.steps import sliced
 from lls_jax.steps.block import (
     BlockOutput,
@@ -29,6 +29,7 @@ from lls_jax.steps.state import (
     join_states,
     optimizer_of,
     stack_losses,
+    targets_of,
 )
 
 
@@ -38,7 +39,7 @@ def update_block(
     tx: optax.GradientTransformation,
     state: BlockState,
     x: jax.Array,
-    labels: jax.Array,
+    labels: Targets,
     dropout_key: jax.Array,
     remat_above: int | None = None,
 ) -> tuple[BlockState, jax.Array, jax.Array]:
@@ -50,7 +51,7 @@ def update_block(
         tx: the block's optimizer.
         state: the block's.
         x: its input, ``[batch, ...]``.
-        labels: integers ``[batch]``.
+        labels: integers ``[batch]``, or :class:`lls_jax.rules.LabeledImages`.
         dropout_key: the block's own, of this step.
         remat_above: bytes above which a convolution's output is not kept:
             :mod:`lls_jax.steps.sliced`.
@@ -74,6 +75,7 @@ def update_block(
         )
         return BlockOutput(activation, {"block": stats}, spec.downsample(activation), pooled)
 
+    labels = labels if rule.needs_image else labels_of(labels)
     update = local_update(apply, rule, tx, pool_size=spec.pool_size)
     state, loss, downsampled = update(state, x, labels, dropout_key)
     return state, loss, spec.after_pooling(downsampled, dropout_key)
@@ -90,7 +92,7 @@ def update_classifier(
 
     def logits_loss(params: Any) -> tuple[jax.Array, jax.Array]:
         logits = model.classify(params, features)
-        return classifier_loss(logits, labels), logits
+        return classifier_loss(logits, labels, model.classifier_smoothing), logits
 
     (loss, logits), grads = jax.value_and_grad(logits_loss, has_aux=True)(state.params)
     params, opt_state = apply_gradients(tx, state.opt_state, state.params, grads, loss)
@@ -132,7 +134,10 @@ def update_last_group(
             rngs={"dropout": dropout_key},
         )
         logits = model.classify(classifier_params, spec.transition(activation, dropout_key))
-        return classifier_loss(logits, labels), (logits, {"block": stats})
+        return classifier_loss(logits, labels, model.classifier_smoothing), (
+            logits,
+            {"block": stats},
+        )
 
     own = {"block": block.params["block"]}
     (loss, (logits, stats)), grads = jax.value_and_grad(logits_loss, has_aux=True)(
@@ -154,8 +159,8 @@ class Unit(NamedTuple):
     Attributes:
         names: of the states that it updates.
         update: ``update(states, x, labels, key, step) -> (states, losses, x)``: a pure function;
-            `key` is the run's. The last unit's `x` are the logits, and its last loss is the
-            classifier's.
+            `labels` as of :func:`lls_jax.steps.state.targets_of`, `key` is the run's. The last
+            unit's `x` are the logits, and its last loss is the classifier's.
     """
 
     names: tuple[str, ...]
@@ -207,7 +212,7 @@ def make_units(
         def update(states: Any, x: Any, labels: Any, key: Any, step: Any) -> Any:
             del key, step
             state, loss, logits = update_classifier(
-                model, optimizer_of(tx, CLASSIFIER), states[0], x, labels
+                model, optimizer_of(tx, CLASSIFIER), states[0], x, labels_of(labels)
             )
             return (state,), loss[None], logits
 
@@ -219,7 +224,7 @@ def make_units(
         def update(states: Any, x: Any, labels: Any, key: Any, step: Any) -> Any:
             block_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
             states, loss, logits = update_last_group(
-                model, own_tx, states, x.astype(model.dtype), labels, block_key
+                model, own_tx, states, x.astype(model.dtype), labels_of(labels), block_key
             )
             return states, loss[None], logits
 
@@ -244,7 +249,7 @@ def local_step(
 ) -> tuple[TrainState, Metrics]:
     """One step of all blocks and the classifier; see :func:`lls_jax.training.make_train_step`."""
     *blocks, last = make_units(model, rule, tx, remat_above)
-    x, labels = batch["image"], batch["label"]
+    x, labels = batch["image"], targets_of(model, rule, batch)
     states: dict[str, BlockState] = {}
     losses: list[jax.Array] = []
     below: BlockState | None = None

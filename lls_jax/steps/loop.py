@@ -77,6 +77,7 @@ def make_loop(
         is cut into launches.
     """
     augment = batches.make_augment(spec, augmentation)
+    mirrors = batches.alternates(augmentation)
 
     def loop(
         state: TrainState,
@@ -89,7 +90,7 @@ def make_loop(
     ) -> tuple[TrainState, Any]:
         def body(i: jax.Array, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
             state, sums = carry
-            batch = batches.gather(data, permutation, index + i, batch_size, sharding)
+            batch = batches.gather(data, permutation, index + i, batch_size, sharding, mirrors)
             image = augment(jax.random.fold_in(key, state.step), batch["image"])
             state, metrics = step(state, {"image": image, "label": batch["label"]})
             return state, add(sums, {**metrics, "label": batch["label"]})

@@ -29,7 +29,7 @@ from jax.tree_util import Partial
 from lls_jax.blocks import apply_module, run_block
 from lls_jax.layers.ordering import token_of, wait_for
 from lls_jax.models import BlockSpec, Network
-from lls_jax.rules import LocalRule, Rule
+from lls_jax.rules import LocalRule, Rule, Targets, labels_of
 from lls_jax.steps import sliced, sliced_reach
 from lls_jax.steps.block import (
     BlockState,
@@ -49,6 +49,7 @@ from lls_jax.steps.state import (
     join_states,
     optimizer_of,
     stack_losses,
+    targets_of,
 )
 
 
@@ -154,8 +155,9 @@ def _block_unit(
 ) -> ReachingUnit:
     spec = model.specs[index]
 
-    def run(states: Any, x: jax.Array, labels: jax.Array, key: Any, step: Any) -> UnitRun:
+    def run(states: Any, x: jax.Array, labels: Targets, key: Any, step: Any) -> UnitRun:
         (state,) = states
+        labels = labels if rule.needs_image else labels_of(labels)
         key, x = _block_key(key, step, index), x.astype(model.dtype)
         trained, fixed = split_params(rule, state.params)
         own, stats = trained["block"], state.batch_stats["block"]
@@ -220,8 +222,8 @@ def _last_unit(model: Network, rule: Rule, tx: Optimizer) -> ReachingUnit:
         pairs = [split_params(own, state.params) for own, state in zip(own_rules, states)]
         return tuple(zip(*pairs, strict=True))
 
-    def run(states: Any, x: jax.Array, labels: jax.Array, key: Any, step: Any) -> UnitRun:
-        blocks = states[:-1]
+    def run(states: Any, x: jax.Array, labels: Targets, key: Any, step: Any) -> UnitRun:
+        blocks, labels = states[:-1], labels_of(labels)
         key, x = _block_key(key, step, index), x.astype(model.dtype)
 
         def logits_loss(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
@@ -239,7 +241,10 @@ def _last_unit(model: Network, rule: Rule, tx: Optimizer) -> ReachingUnit:
                 x = model.specs[index].transition(activation, key)
                 stats.append({"block": new})
             logits = model.classify(last, x)
-            return classifier_loss(logits, labels), (logits, (*stats, {}))
+            return classifier_loss(logits, labels, model.classifier_smoothing), (
+                logits,
+                (*stats, {}),
+            )
 
         (loss, (logits, stats)), kept = jax.value_and_grad(
             logits_loss, argnums=(0, 1), has_aux=True
@@ -299,7 +304,7 @@ def reach_step(
 ) -> tuple[TrainState, Metrics]:
     """One step of all blocks and the classifier; see :func:`lls_jax.training.make_train_step`."""
     units = make_reaching_units(model, rule, tx, remat_above)
-    x, labels = batch["image"], batch["label"]
+    x, labels = batch["image"], targets_of(model, rule, batch)
     states = {name: block_state(state, name) for unit in units for name in unit.names}
     runs: dict[int, UnitRun] = {}
     # At a unit's output: what the way down that is under way brings, and the sum of all so far.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lls_jax.models import Network
-from lls_jax.rules import Backpropagation, Rule, has_local_losses
+from lls_jax.rules import Backpropagation, LabeledImages, Rule, Targets, has_local_losses
 from lls_jax.steps.block import BlockState, split_params
 
 # What runs once need not be fast: the same bits after a third to half of the time to compile.
@@ -78,6 +78,8 @@ def create_train_state(
             by a function of the name.
         key: random key.
         example_image: a batch ``[batch, height, width, channels]`` or one image; its shape counts.
+            A model with a `whitening` takes that from it: give it normalised training images, a few
+            thousand if you can (:func:`lls_jax.fit` does).
 
     Returns:
         The state before the first step.
@@ -87,7 +89,7 @@ def create_train_state(
     """
     image = jnp.asarray(example_image)
 
-    def draw(key: jax.Array) -> TrainState:
+    def draw(key: jax.Array, image: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
         params, batch_stats = model.init(rule, init_key, image)
         return state_from_variables(rule, tx, run_key, params, batch_stats)
@@ -96,7 +98,7 @@ def create_train_state(
     # One program: each array's zeros, copies and draws would be compiled by themselves. Inside
     # another program JAX takes no options.
     options = None if isinstance(key, jax.core.Tracer) else _ONCE
-    return jax.jit(draw, compiler_options=options)(key)
+    return jax.jit(draw, compiler_options=options)(key, image)
 
 
 def state_from_variables(
@@ -132,6 +134,12 @@ def _typed_key(key: jax.Array) -> jax.Array:
 def num_local_losses(model: Network, rule: Rule) -> int:
     """Length of the training step's ``layer_loss``."""
     return len(model.specs) - model.classifier_in_last_group if has_local_losses(rule) else 0
+
+
+def targets_of(model: Network, rule: Rule, batch: Batch) -> Targets:
+    """What the blocks are told of a batch's examples: their labels, and the images if one asks."""
+    asks = any(own.needs_image for own in model.block_rules(rule))
+    return LabeledImages(batch["label"], batch["image"]) if asks else batch["label"]
 
 
 def block_state(state: TrainState, name: str) -> BlockState:
