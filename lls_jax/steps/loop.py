@@ -129,6 +129,7 @@ def make_statistics_loop(
         the epoch in that order; the key of a batch is ``fold_in(key, its number)``.
     """
     augment = batches.make_augment(spec, augmentation)
+    mirrors = batches.alternates(augmentation)
 
     @functools.partial(jax.jit, static_argnums=5, **_results(sharding))
     def estimate(
@@ -140,7 +141,7 @@ def make_statistics_loop(
         count: int,
     ) -> Any:
         def share(index: Any) -> tuple[Any, Any]:
-            batch = batches.gather(data, permutation, index, batch_size, sharding)
+            batch = batches.gather(data, permutation, index, batch_size, sharding, mirrors)
             image = augment(jax.random.fold_in(key, index), batch["image"])
             return batch_share(model, params, batch_stats, image)
 
