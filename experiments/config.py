@@ -10,6 +10,8 @@ PRECISIONS = ("float32", "bfloat16")
 LOOPS = ("auto", "dispatch", "scan")
 ON_DEVICE = ("auto", "yes", "no")
 KERNELS = ("auto", "xla", "pallas", "triton")
+# Rules whose blocks have no losses of their own.
+BASELINES = ("bp", "dfa", "drtp")
 
 # Averages of the weights take the place of a falling learning rate.
 AVERAGING = ("schedule_free_adamw", "optax_schedule_free_adamw", "schedule_free_sgd")
@@ -258,6 +260,12 @@ def _sizes(name: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{name} is {text!r}; expected numbers, like 2,2.") from None
+
+
+def check_reaches(reaches: list[int]) -> None:
+    """Raise ValueError unless there are reaches to compare, each a number of blocks."""
+    if not reaches or min(reaches) < 1:
+        raise ValueError(f"--reach is {reaches}; expected one or more, each at least 1.")
 
 
 def option(name: str) -> str:

@@ -25,7 +25,9 @@ from lls_jax.rules import (
     PredSim,
     RandomLLS,
     Rule,
+    has_local_losses,
 )
+from lls_jax.steps.reach_schedule import brings_own_loss, check_reach, schedule
 from pallas_kernels.local_loss import latent_dim
 
 Shape = tuple[int, ...]
@@ -41,7 +43,8 @@ class Cost(NamedTuple):
         forward: MACs of the forward pass.
         weight_gradient: MACs of the gradient from its activation to its own weights.
         signal: MACs of making the signal that it learns from: for a local rule its loss, forward
-            and back to the activation and the rule's parameters; for ``bp`` the gradient to the
+            and back to the activation and the rule's parameters, and with a reach of more than 1
+            the gradients to the activation from the losses above it; for ``bp`` the gradient to the
             activation, which is the next layer's; for ``dfa`` and ``drtp`` the projection.
         activation_bytes: of float32 activations that are kept until the block's update.
     """
@@ -62,7 +65,8 @@ class Account(NamedTuple):
         rule: its name.
         blocks: one entry a block, then the classifier's.
         peak_activation_bytes: kept at once, for one image: of all blocks together where a gradient
-            waits for the output, of the largest block where each learns by itself.
+            waits for the output; of the largest block where each learns by itself, or of the
+            largest row of so many blocks as a loss reaches.
     """
 
     rule: str
@@ -75,12 +79,16 @@ class Account(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Of one block: MACs forward, of its own gradient, and on to its input; elements kept."""
+    """Of one block: MACs forward, of its own gradient, and on to its input; elements kept.
+
+    `within` are those of its own gradient that a second way down through the block takes again.
+    """
 
     forward: int
     gradient: int
     to_input: int
     kept: int
+    within: int = 0
 
 
 def _conv(x: Shape, out: Shape) -> _Block:
@@ -99,7 +107,8 @@ def _separable(x: Shape, out: Shape) -> _Block:
     # Inside the block the gradient passes the pointwise layer; kept are the inputs of two
     # convolutions and of two normalisations.
     gradient = forward + middle * out[-1]
-    return _Block(forward, gradient, 9 * middle, math.prod(x) + 2 * middle + math.prod(out))
+    kept = math.prod(x) + 2 * middle + math.prod(out)
+    return _Block(forward, gradient, 9 * middle, kept, within=middle * out[-1])
 
 
 _BLOCKS: dict[type, Callable[[Shape, Shape], _Block]] = {
@@ -157,16 +166,36 @@ def _size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
+def _from_above(blocks: list[_Block], reach: int) -> list[int]:
+    """MACs of the gradients that come to each unit's activation from the losses above it.
+
+    Args:
+        blocks: the units, the classifier at last.
+        reach: how many of them a loss teaches.
+    """
+    passes = [move for move in schedule(len(blocks), reach) if move.kind == "pass"]
+    macs = [0] * len(blocks)
+    for move in passes:
+        block = blocks[move.unit]
+        arriving = {other.loss for other in passes if other.unit == move.unit + 1}
+        # Of the same sum as the block's own update, the way inside the block is taken once.
+        is_whole = brings_own_loss(move, len(blocks), reach) and arriving <= {move.loss}
+        macs[move.unit - 1] += block.to_input + (0 if is_whole else block.within)
+    return macs
+
+
+def account(model: Network, rule: Rule, image_shape: Shape, reach: int = 1) -> Account:
     """Count what training an image costs.
 
     Args:
         model: one of the published models, without groups.
         rule: one of this library's rules.
         image_shape: ``(height, width, channels)``.
+        reach: as of :func:`lls_jax.training.make_train_step`.
 
     Raises:
-        ValueError: a block or a rule whose operations are not known here.
+        ValueError: a block or a rule whose operations are not known here; or `reach` is no number
+            of blocks, or the rule has no losses that could reach.
 
     >>> from lls_jax import models, rules
     >>> vgg8 = models.make("vgg8", num_classes=10)
@@ -174,12 +203,13 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
     >>> counts.blocks[0].forward, counts.blocks[0].signal
     (3538944, 40960)
     """
+    check_reach(rule, reach)
     params, _ = jax.eval_shape(
         lambda key: model.init(rule, key, jnp.zeros((1, *image_shape))), jax.random.key(0)
     )
     x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     costs: list[Cost] = []
-    to_input: list[int] = []
+    blocks: list[_Block] = []
     for index, (name, spec) in enumerate(zip(model.block_names, model.specs)):
         module: nn.Module = spec.module
         if type(module) not in _BLOCKS:
@@ -190,7 +220,7 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
         )
         shape = activation.shape[1:]
         counts = _BLOCKS[type(module)](x.shape[1:], shape)
-        to_input.append(counts.to_input)
+        blocks.append(counts)
         # Rules with a layer of their own keep its output too.
         kept = counts.kept + isinstance(own, PredSim | Decoupled) * math.prod(shape)
         latents = latent_dim(shape, spec.pool_size)
@@ -211,15 +241,21 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
             )
         )
         x = jax.eval_shape(lambda a, spec=spec: spec.transition(a, None), activation)
-    macs = x.shape[-1] * model.num_classes
-    kept = 4 * x.shape[-1]
-    costs.append(Cost("classifier", _size(params["classifier"]), 0, macs, macs, 0, kept))
+    counts = _dense((x.shape[-1],), (model.num_classes,))
+    blocks.append(counts)
+    size = _size(params["classifier"])
+    costs.append(Cost("classifier", size, 0, counts.forward, counts.gradient, 0, 4 * x.shape[-1]))
     sizes = [cost.activation_bytes for cost in costs]
-    waits = isinstance(rule, Backpropagation) or (
-        isinstance(rule, DirectFeedback) and rule.signal == "error"
-    )
-    if isinstance(rule, Backpropagation):
-        # A block's signal is the gradient to the next one's input.
-        above = [*to_input[1:], macs]
-        costs = [cost._replace(signal=count) for cost, count in zip(costs, above)] + costs[-1:]
-    return Account(rule.name, tuple(costs), sum(sizes) if waits else max(sizes))
+    window = len(costs)
+    if has_local_losses(rule):
+        window = min(reach, window)
+    elif isinstance(rule, DirectFeedback) and rule.signal != "error":
+        window = 1
+    # Backpropagation's is the gradient to the next block's input.
+    way_down = window if isinstance(rule, Backpropagation) else reach
+    costs = [
+        cost._replace(signal=cost.signal + above)
+        for cost, above in zip(costs, _from_above(blocks, way_down))
+    ]
+    peak = max(sum(sizes[i : i + window]) for i in range(len(sizes) - window + 1))
+    return Account(rule.name, tuple(costs), peak)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import optimizers
-from experiments.config import TrainConfig
+from experiments.config import BASELINES, TrainConfig
 from experiments.setup import remat_above
 from experiments.suites import report
 from experiments.suites.training import make_benchmark_task
@@ -61,7 +61,7 @@ def run(config: Any) -> int:
         )
     rows: list[report.Row] = []
     for model in config.models:
-        for rule in (name for name in config.rules if name not in ("bp", "dfa", "drtp")):
+        for rule in (name for name in config.rules if name not in BASELINES):
             for batch_size in config.batch_sizes:
                 rows += _measure(
                     config,

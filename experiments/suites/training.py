@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 from experiments import optimizers
-from experiments.config import TrainConfig
+from experiments.config import BASELINES, TrainConfig
 from experiments.setup import Task, example_image, make_task, remat_above
 from experiments.suites import against_torch, baselines, report
 from lls_jax import rules, training
@@ -46,6 +46,7 @@ _SIDES = {"mobilenet_v1": 128, "mobilenet_v1_small": 128}
 _COLUMNS = {
     "model": "model",
     "rule": "rule",
+    "reach": "reach",
     "batch_size": "batch",
     "precision": "precision",
     "kernels": "kernels",
@@ -66,6 +67,15 @@ def kernels_of(rule: str, kernels: str) -> str:
     return kernels if "implementation" in rules.options_of(rule) else "auto"
 
 
+def with_reaches(names: Sequence[str], reaches: Sequence[int]) -> list[tuple[str, int]]:
+    """``(rule, reach)``: each rule with each reach, those without local losses once."""
+    return [
+        (name, reach)
+        for name in dict.fromkeys(names)
+        for reach in (dict.fromkeys(reaches) if name not in BASELINES else (1,))
+    ]
+
+
 def make_benchmark_task(config: TrainConfig) -> Task:
     """A config's task on random images of CIFAR-10's kind, of the size that its model is for."""
     task = make_task(config)
@@ -84,7 +94,7 @@ class Entrant(NamedTuple):
     """What takes part in a race.
 
     Attributes:
-        config: model, rule, batch size, precision and kernels count.
+        config: model, rule, reach, batch size, precision and kernels count.
         baseline: of rule ``bp``: ``"checkpointed"``, ``"accumulated"``, or None for the plain step.
     """
 
@@ -134,7 +144,11 @@ class Contestant:
         self._sums = epoch_sums.empty(task.model, task.rule)
         if entrant.baseline is None:
             self._step = training.make_train_step(
-                task.model, task.rule, tx, remat_above=remat_above(config)
+                task.model,
+                task.rule,
+                tx,
+                reach=config.reach,
+                remat_above=remat_above(config),
             )
         else:
             self._step = _BASELINES[entrant.baseline](task.model, tx)
@@ -237,6 +251,7 @@ def race(
         return {
             "model": config.model,
             "rule": contestant.entrant.label,
+            "reach": config.reach,
             "batch_size": config.batch_size,
             "precision": config.precision,
             "kernels": config.kernels,
@@ -275,7 +290,7 @@ def _rivals(config: Any, entrants: Sequence[Entrant]) -> Iterator[list[against_t
 
 def run(config: Any) -> int:
     """The suite: models x batch sizes x precisions, the rules racing in each; exit status."""
-    names = [*dict.fromkeys([*config.rules, "bp"])]
+    named = with_reaches([*config.rules, "bp"], config.reach)
     # Both sides step alike: PyTorch has no schedule-free optimizer of its own.
     optimizer = TrainConfig.optimizer if config.against is None else "adamw"
     groups: list[list[Entrant]] = []
@@ -283,10 +298,11 @@ def run(config: Any) -> int:
         config.models, config.batch_sizes, config.precisions
     ):
         group: list[Entrant] = []
-        for rule in names:
+        for rule, reach in named:
             entrant = TrainConfig(
                 model=model,
                 rule=rule,
+                reach=reach,
                 batch_size=batch_size,
                 precision=precision,
                 kernels=kernels_of(rule, config.kernels),
@@ -304,8 +320,8 @@ def run(config: Any) -> int:
         rows += new
         best = max(new, key=lambda row: row["speed_over_bp"])
         print(
-            f"{best['model']}, batch {best['batch_size']}, {best['precision']}: {best['rule']} "
-            f"{best['speed_over_bp']:.2f} times the speed of bp",
+            f"{best['model']}, batch {best['batch_size']}, {best['precision']}: {best['rule']}, "
+            f"reach {best['reach']}: {best['speed_over_bp']:.2f} times the speed of bp",
             flush=True,
         )
     head, columns = f"{report.device_line()}", _COLUMNS
