@@ -9,6 +9,7 @@ SCHEDULES = ("constant", "multistep", "cosine", "plateau")
 PRECISIONS = ("float32", "bfloat16")
 LOOPS = ("auto", "dispatch", "scan")
 ON_DEVICE = ("auto", "yes", "no")
+MEASURES = ("alignment", "norms", "probes", "heads")
 KERNELS = ("auto", "xla", "pallas", "triton")
 # Rules whose blocks have no losses of their own.
 BASELINES = ("bp", "dfa", "drtp")
@@ -34,6 +35,7 @@ NOT_COMPARED = (
     "checkpoint_every",
     "eval_batch_size",
     "patience",
+    *("measure", "measure_every"),
 )
 
 
@@ -136,6 +138,13 @@ class TrainConfig:
     data_on_device: str = "auto"
     """Where the images are kept: auto: on the device up to 2 GiB, on the host beyond; yes; or no:
     on the host, read ahead. The batches are the same."""
+    measure: str | None = None
+    """What to measure of each block after an epoch, joined by commas: alignment: the cosine of its
+    gradient with backpropagation's; norms: of both gradients; probes: how well a linear classifier
+    reads its activation; heads: how well its own loss tells the classes apart [default: nothing].
+    """
+    measure_every: int = 1
+    """Epochs from one measurement to the next; the last epoch is measured too."""
     workdir: str | None = None
     """Folder of this run; the same command resumes it [default: runs/DATASET-MODEL-RULE-sSEED]."""
     checkpoint_every: int = 0
@@ -155,6 +164,7 @@ class TrainConfig:
             ("eval_examples", 1),
             ("validation_examples", 1),
             ("warmup_epochs", 0),
+            ("measure_every", 1),
             ("patience", 1),
             ("checkpoint_every", 0),
             ("remat", 0),
@@ -193,6 +203,16 @@ class TrainConfig:
                 )
         self.group_sizes()
         self.stage_sizes()
+        if unknown := [name for name in self.measures() if name not in MEASURES]:
+            raise ValueError(
+                f"--measure has {unknown[0]!r}; expected some of {', '.join(MEASURES)}, joined by "
+                "commas."
+            )
+        if self.measure_every > 1 and not self.measure:
+            raise ValueError(
+                f"--measure-every {self.measure_every} is given without --measure; say what to "
+                "measure."
+            )
         self._check_processes()
         sharing = "--coordinator" if self.coordinator else "--data-parallel"
         if self.shares_batches and self.kernels not in ("auto", "xla"):
@@ -243,6 +263,10 @@ class TrainConfig:
         """The folder of this run."""
         rule = self.rule.replace(":", ".").replace(",", "+").replace("/", ".")
         return self.workdir or f"runs/{self.dataset}-{self.model}-{rule}-s{self.seed}"
+
+    def measures(self) -> tuple[str, ...]:
+        """What is measured after epochs, if anything was asked for."""
+        return tuple(self.measure.split(",")) if self.measure is not None else ()
 
     def group_sizes(self) -> tuple[int, ...] | None:
         """Blocks a group, if any were asked for; ValueError where they are no numbers."""

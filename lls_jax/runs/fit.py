@@ -93,7 +93,8 @@ def fit(
         early_stopping: epochs without a better accuracy after which the run stops; None for never.
         checkpoint_every: steps between checkpoints inside an epoch; 0: ends of epochs only, those
             within 20 seconds of a checkpoint left out.
-        reach: as of :func:`lls_jax.training.make_train_step`; an `execution` has its own.
+        reach: as of :func:`lls_jax.training.make_train_step`; an `execution` has its own, which is
+            the same.
         remat_above: likewise.
         execution: where steps run, from :mod:`lls_jax.placement`; None for the default device.
         steps_a_launch: ``"many"``: a compiled loop over steps, with the images on the device;
@@ -187,6 +188,7 @@ def fit(
         epochs=epochs,
         eval_batch_size=eval_batch_size,
         checkpoint_every=checkpoint_every,
+        reach=reach,
         settings=settings.values,
         callbacks=listeners,
         should_stop=should_stop,

@@ -107,6 +107,10 @@ class _Trainer:
             records=self.records,
             resumed=self._resumed,
             folder=self._folder,
+            reach=run.reach,
+            spec=run.spec,
+            evaluation_sets=run.evaluation_sets,
+            sample=run.source.sample,
         )
         stopped = self._agree(int(_any(one.on_start(start) for one in run.callbacks)))
         evaluation = None
@@ -182,13 +186,15 @@ class _Trainer:
             "total_seconds": reached.seconds,
             "images_per_second": images / reached.epoch_seconds,
         }
+        event = callbacks.EpochEnd(record, self.records, run.epochs, reached.state, evaluation)
+        for one in run.callbacks:
+            record |= _new_in(record, one.add_to_record(event) or {})
         # Metrics first: a kill in between leaves a record that the resumed run drops and repeats.
         if self._folder is not None and processes.is_first():
             folders.append_metrics(self._folder, record)
         self.records.append(record)
         sums = epoch_sums.empty(run.model, run.rule)
         self.reached = reached = reached._replace(sums=sums, epoch_seconds=0.0)
-        event = callbacks.EpochEnd(record, self.records, run.epochs, reached.state, evaluation)
         finished = reached.epochs_done == run.epochs
         # A callback may have wanted to stop after the epoch's last step.
         self._wants_to_stop |= _any(one.on_epoch(event) for one in run.callbacks)
@@ -260,6 +266,15 @@ class _Trainer:
 def _any(answers: Iterator[bool | None]) -> bool:
     """Whether a callback wants to stop; each of them is told."""
     return any(list(answers))
+
+
+def _new_in(record: Record, added: Record) -> Record:
+    """What a callback adds to a record, which may replace nothing."""
+    if known := sorted(set(record) & set(added)):
+        raise ValueError(
+            f"a callback adds {known[0]!r} to a record that has it; name it otherwise."
+        )
+    return added
 
 
 def _record(run: Run, reached: CheckpointState, results: dict[str, Evaluation]) -> Record:

@@ -34,6 +34,7 @@ class Run(NamedTuple):
         epochs: of the whole run.
         eval_batch_size: examples a step of evaluation.
         checkpoint_every: steps between checkpoints inside an epoch; 0 for none.
+        reach: how many blocks a local loss teaches.
         settings: of the run, JSON values, for its checkpoints.
         callbacks: are told what happens.
         should_stop: is asked before each step; a number other than 0 stops the run.
@@ -52,6 +53,7 @@ class Run(NamedTuple):
     epochs: int
     eval_batch_size: int
     checkpoint_every: int
+    reach: int
     settings: Record
     callbacks: Sequence[callbacks.Callback]
     should_stop: Callable[[], int]

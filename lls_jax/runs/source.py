@@ -116,6 +116,8 @@ class Source(NamedTuple):
         steps_per_epoch: batches of an epoch.
         batch_size: examples a batch.
         epoch: ``epoch(number, start)``: the batches of an epoch, from 0, from batch `start` on.
+        sample: ``sample(count)``: batches of examples, always the same, each whole and on this
+            process's own device.
         for_statistics: ``for_statistics(count)``: images from which BatchNorm's statistics are
             estimated anew, always the same.
         arrays: the data and the order of an epoch's examples, for a compiled loop over steps; None
@@ -126,6 +128,7 @@ class Source(NamedTuple):
     steps_per_epoch: int
     batch_size: int
     epoch: Callable[[int, int], Generator[Batch, None, None]]
+    sample: Callable[[int], Iterator[Batch]]
     for_statistics: Callable[[int], Iterator[jax.Array]]
     arrays: tuple[batches.DeviceSplit, Callable[[int], jax.Array]] | None = None
     key: jax.Array | None = None
@@ -173,14 +176,19 @@ def from_arrays(
         first = number * steps
         return read(split, order(number), start, lambda index: batches.fold_in(key, first + index))
 
-    def for_statistics(count: int) -> Iterator[jax.Array]:
+    def draw(read: batches.Reader, count: int) -> Iterator[Batch]:
         key_of = functools.partial(batches.fold_in, batches.fold_in(key, _STATS_EPOCH))
-        for batch in itertools.islice(read(split, order(_STATS_EPOCH), 0, key_of), count):
-            yield batch["image"]
+        return itertools.islice(read(split, order(_STATS_EPOCH), 0, key_of), count)
+
+    def sample(count: int) -> Iterator[Batch]:
+        return draw(batches.make_reader(spec, augmentation, batch_size), count)
+
+    def for_statistics(count: int) -> Iterator[jax.Array]:
+        return (batch["image"] for batch in draw(read, count))
 
     on_device = isinstance(split, batches.DeviceSplit) and sharding is None
     arrays: Any = (split, order) if on_device else None
-    return Source(steps, batch_size, epoch, for_statistics, arrays, key)
+    return Source(steps, batch_size, epoch, sample, for_statistics, arrays, key)
 
 
 # Of an iterator, what BatchNorm's statistics are estimated from: what it has given is gone.
@@ -232,13 +240,16 @@ def from_batches(
 
     images = jnp.asarray(first["image"])
 
-    def placed(batch: Any) -> Batch:
+    def whole(batch: Any) -> Batch:
         if len(batch["label"]) != images.shape[0]:
             raise ValueError(
                 f"a training batch has {len(batch['label'])} examples, and the first one had "
                 f"{images.shape[0]}; make all of one size, and drop the last partial one."
             )
-        batch = {name: jnp.asarray(batch[name]) for name in ("image", "label")}
+        return {name: jnp.asarray(batch[name]) for name in ("image", "label")}
+
+    def placed(batch: Any) -> Batch:
+        batch = whole(batch)
         return batch if sharding is None else processes.shard_batch(batch, sharding)
 
     def epoch(number: int, start: int) -> Generator[Batch, None, None]:
@@ -248,8 +259,13 @@ def from_batches(
                 kept.append(batch)
             yield placed(batch)
 
-    def for_statistics(count: int) -> Iterator[jax.Array]:
-        for batch in itertools.islice(kept if endless else of_epoch(0), count):
-            yield placed(batch)["image"]
+    def some(count: int) -> Iterator[Any]:
+        return itertools.islice(kept if endless else of_epoch(0), count)
 
-    return Source(steps_per_epoch, images.shape[0], epoch, for_statistics), images
+    def sample(count: int) -> Iterator[Batch]:
+        return map(whole, some(count))
+
+    def for_statistics(count: int) -> Iterator[jax.Array]:
+        return (placed(batch)["image"] for batch in some(count))
+
+    return Source(steps_per_epoch, images.shape[0], epoch, sample, for_statistics), images
