@@ -57,6 +57,8 @@ class BenchmarkConfig:
     like 1 2; each rule with local losses is measured with each."""
     remat: int | None = None
     """Of --suite training, epochs and pipeline: as of a training run."""
+    slice: int | None = None
+    """Of --suite training and epochs: as of a training run; of reaches of 2 or more."""
     against: str | None = None
     """Of --suite training: torch, a plain PyTorch loop of the same network and rule, which takes
     turns with the library; both then train with adamw."""

@@ -26,7 +26,7 @@ FORMAT = 2
 # What may differ when a run is resumed: where things are and what is shown, never the numbers.
 NOT_COMPARED = (
     # Other executions of the same updates: equal within rounding.
-    *("pipeline", "stages", "data_parallel", "remat"),
+    *("pipeline", "stages", "data_parallel", "remat", "slice"),
     *("coordinator", "num_processes", "process_id"),
     "data_dir",
     "data_on_device",
@@ -109,6 +109,10 @@ class TrainConfig:
     remat: int | None = None
     """Do not keep a convolution's output of more than N MiB: compute it again, in slices of the
     batch; 0 keeps all; a local rule on its pooled activation only [default: 0]."""
+    slice: int | None = None
+    """With --reach: compute what follows a convolution's output of more than N MiB, and its
+    gradients, in slices of the batch, which is slower and takes less memory; nothing is computed
+    again; 0 never [default: 0]."""
     pipeline: int | None = None
     """Put consecutive blocks on N devices, which learn at the same time; a local rule only."""
     stages: str | None = None
@@ -168,6 +172,7 @@ class TrainConfig:
             ("patience", 1),
             ("checkpoint_every", 0),
             ("remat", 0),
+            ("slice", 0),
             ("pipeline", 1),
             ("data_parallel", 1),
             ("num_processes", 1),
@@ -224,6 +229,16 @@ class TrainConfig:
             raise ValueError(
                 f"--remat {self.remat} does not go with {sharing}, whose batches are cut "
                 "already; use one of them."
+            )
+        if self.slice and (self.reach == 1 or self.remat or self.shares_batches):
+            beside = f"--remat {self.remat}" if self.remat else sharing
+            raise ValueError(
+                f"--slice {self.slice} "
+                + (
+                    "needs a --reach of 2 or more."
+                    if self.reach == 1
+                    else f"does not go with {beside}; leave one of them out."
+                )
             )
         if self.pipeline and self.shares_batches:
             raise ValueError(f"--pipeline and {sharing} do not go together; choose one.")

@@ -266,6 +266,11 @@ def remat_above(config: TrainConfig) -> int | None:
     return (config.remat or 0) * 2**20 or None
 
 
+def slice_above(config: TrainConfig) -> int | None:
+    """Bytes above which what follows a convolution is in slices; None for never."""
+    return (config.slice or 0) * 2**20 or None
+
+
 def _make_execution(
     config: TrainConfig, task: Task, tx: training.Optimizer
 ) -> placement.Execution | None:

@@ -76,6 +76,7 @@ def train_and_evaluate(config: TrainConfig) -> int:
             checkpoint_every=config.checkpoint_every,
             reach=config.reach,
             remat_above=setup.remat_above(config),
+            slice_above=setup.slice_above(config),
             execution=run.execution,
             steps_a_launch=setup.STEPS_A_LAUNCH[config.loop],
             settings=settings,

@@ -187,7 +187,7 @@ OTHER = {
     "momentum": 0.5, "weight_decay": 0.125, "schedule": "multistep", "basis_rows": 4,
     "feedback_sign": True, "waveform": "cosine", "temperature": 0.5, "label_smoothing": 0.1,
     "dropout": 0.25, "precision": "bfloat16", "kernels": "xla", "loop": "dispatch", "remat": 0,
-    "reach": 2, "measure": "norms,heads", "measure_every": 2,
+    "reach": 2, "slice": 0, "measure": "norms,heads", "measure_every": 2,
     "pipeline": 2, "data_parallel": 2, "seed": 3, "train_examples": 64, "eval_examples": 40,
     "data_dir": "some where", "data_on_device": "no", "workdir": "a folder", "checkpoint_every": 5,
     "progress": False, "augmentation": "crop", "validation_examples": 24, "patience": 3,

@@ -81,6 +81,7 @@ def run(config: Any) -> int:
                         precision=precision,
                         kernels=kernels_of(rule, config.kernels),
                         remat=config.remat,
+                        slice=config.slice if reach > 1 else None,
                         seed=config.seed,
                         data_dir=config.data_dir,
                         progress=False,

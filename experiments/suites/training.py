@@ -30,7 +30,7 @@ import optax
 
 from experiments import optimizers
 from experiments.config import BASELINES, TrainConfig
-from experiments.setup import Task, example_image, make_task, remat_above
+from experiments.setup import Task, example_image, make_task, remat_above, slice_above
 from experiments.suites import against_torch, baselines, report
 from lls_jax import rules, training
 from lls_jax.data import batches
@@ -51,6 +51,7 @@ _COLUMNS = {
     "precision": "precision",
     "kernels": "kernels",
     "remat": "remat [MiB]",
+    "slice": "slice [MiB]",
     "images_per_second": "images/s",
     "step_ms": "ms a step",
     "compile_seconds": "compile [s]",
@@ -149,6 +150,7 @@ class Contestant:
                 tx,
                 reach=config.reach,
                 remat_above=remat_above(config),
+                slice_above=slice_above(config),
             )
         else:
             self._step = _BASELINES[entrant.baseline](task.model, tx)
@@ -256,6 +258,7 @@ def race(
             "precision": config.precision,
             "kernels": config.kernels,
             "remat": (remat_above(config) or 0) // 2**20,
+            "slice": config.slice or 0,
             "images_per_second": config.batch_size / step,
             "step_ms": 1e3 * step,
             "compile_seconds": contestant.compile_seconds,
@@ -307,6 +310,7 @@ def run(config: Any) -> int:
                 precision=precision,
                 kernels=kernels_of(rule, config.kernels),
                 remat=config.remat,
+                slice=config.slice if reach > 1 else None,
                 optimizer=optimizer,
             )
             group += with_baselines(entrant) if rule == "bp" else [Entrant(entrant)]

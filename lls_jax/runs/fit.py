@@ -1,6 +1,7 @@
 """The whole of training, from Python: data, epochs, evaluation, checkpoints, resuming."""
 
 import contextlib
+import functools
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,7 @@ from lls_jax.runs.loop import train as train_run
 from lls_jax.runs.run import FitResult, Run
 from lls_jax.steps.loop import make_loop
 from lls_jax.steps.reach_schedule import check_reach
-from lls_jax.training import Optimizer, make_train_step
+from lls_jax.training import Optimizer, TrainStep, make_train_step
 
 
 class _Warnings(listening.Callback):
@@ -54,6 +55,7 @@ def fit(
     checkpoint_every: int = 0,
     reach: int = 1,
     remat_above: int | None = None,
+    slice_above: int | None = None,
     execution: Execution | None = None,
     steps_a_launch: Literal["auto", "one", "many"] = "auto",
     settings: folders.Settings | None = None,
@@ -96,6 +98,7 @@ def fit(
         reach: as of :func:`lls_jax.training.make_train_step`; an `execution` has its own, which is
             the same.
         remat_above: likewise.
+        slice_above: likewise.
         execution: where steps run, from :mod:`lls_jax.placement`; None for the default device.
         steps_a_launch: ``"many"``: a compiled loop over steps, with the images on the device;
             ``"auto"``: where such loops are fast (:mod:`lls_jax.platforms`).
@@ -128,7 +131,7 @@ def fit(
         listeners.append(listening.EarlyStopping(early_stopping))
     on_one_device = execution is None
     if execution is None:
-        execution = single(model, rule, tx, remat_above, reach)
+        execution = single(model, rule, tx, remat_above, reach, slice_above)
     model_key, data_key = jax.random.split(jax.random.key(seed))
     evaluation_sets: dict[str, Any] = {}
     if isinstance(train, tuple | Split | batches.DeviceSplit):
@@ -178,7 +181,19 @@ def fit(
         tx=tx,
         execution=execution,
         compiled_loop=_compiled_loop(
-            steps_a_launch, model, rule, tx, remat_above, reach, source, spec, augmentation
+            steps_a_launch,
+            functools.partial(
+                make_train_step,
+                model,
+                rule,
+                tx,
+                reach=reach,
+                remat_above=remat_above,
+                slice_above=slice_above,
+            ),
+            source,
+            spec,
+            augmentation,
         ),
         source=source,
         example=example,
@@ -230,11 +245,7 @@ def _check_classes(name: str, examples: Any, model: Network) -> None:
 
 def _compiled_loop(
     wanted: str,
-    model: Network,
-    rule: Rule,
-    tx: Optimizer,
-    remat_above: int | None,
-    reach: int,
+    make_step: Callable[[], TrainStep],
     source: sources.Source,
     spec: DatasetSpec,
     augmentation: str,
@@ -250,5 +261,4 @@ def _compiled_loop(
             "`steps_a_launch` is 'many', which needs the images on one device: give "
             "`lls_jax.data.batches.to_device(...)`, and no execution on several devices."
         )
-    step = make_train_step(model, rule, tx, reach=reach, remat_above=remat_above)
-    return make_loop(step, epoch_sums.add, spec, augmentation, source.batch_size)
+    return make_loop(make_step(), epoch_sums.add, spec, augmentation, source.batch_size)
