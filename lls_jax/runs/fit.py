@@ -95,8 +95,8 @@ def fit(
         early_stopping: epochs without a better accuracy after which the run stops; None for never.
         checkpoint_every: steps between checkpoints inside an epoch; 0: ends of epochs only, those
             within 20 seconds of a checkpoint left out.
-        reach: as of :func:`lls_jax.training.make_train_step`; an `execution` has its own, which is
-            the same.
+        reach: as of :func:`lls_jax.training.make_train_step`; an `execution` has its own, and
+            measurements and settings are told this one.
         remat_above: likewise.
         slice_above: likewise.
         execution: where steps run, from :mod:`lls_jax.placement`; None for the default device.
