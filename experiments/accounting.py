@@ -1,7 +1,8 @@
 """Count what each rule costs on a model: parameters, multiply-accumulates, activation memory.
 
 Counts are for one image; nothing is run. "signal" is what a block learns from: its local loss and
-that loss's gradient, or backpropagation's gradient to its activation.
+that loss's gradient, with --reach those of the blocks above that teach it too, or backpropagation's
+gradient to its activation.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import json
 from simple_parsing import field, flag
 
 from experiments.command_line import parse, run
-from experiments.config import TrainConfig
+from experiments.config import TrainConfig, check_reaches
 from lls_jax.errors import UserError
 
 
@@ -29,10 +30,17 @@ class AccountingConfig:
         ]
     )
     """Rules to count; bp and local_classifier are added for the ratios."""
+    reach: list[int] = field(default_factory=lambda: [1])
+    """Blocks that a local loss teaches, its own and those below it, like 1 2: each rule with local
+    losses is counted with each."""
     data_dir: str | None = None
     """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
     json: bool = flag(default=False, negative_prefix="--no-")
     """Print JSON."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming option and value, for what cannot be."""
+        check_reaches(self.reach)
 
 
 def accounting(config: AccountingConfig) -> int:
@@ -40,6 +48,7 @@ def accounting(config: AccountingConfig) -> int:
     from experiments.setup import make_task
     from experiments.suites.report import markdown
     from lls_jax.accounting import account
+    from lls_jax.rules import has_local_losses
 
     names = [*dict.fromkeys([*config.rules, "local_classifier", "bp"])]
     accounts = {}
@@ -49,14 +58,18 @@ def accounting(config: AccountingConfig) -> int:
                 rule=name, model=config.model, dataset=config.dataset, data_dir=config.data_dir
             )
         )
-        try:
-            accounts[name] = account(task.model, task.rule, task.spec.input_shape)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    bp, classifier = accounts["bp"], accounts["local_classifier"]
+        # What is compared to is counted with a reach of 1 in any case.
+        reaches = [*dict.fromkeys([*config.reach, *([1] if name == "local_classifier" else [])])]
+        for reach in reaches if has_local_losses(task.rule) else [1]:
+            try:
+                accounts[name, reach] = account(task.model, task.rule, task.spec.input_shape, reach)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+    bp, classifier = accounts["bp", 1], accounts["local_classifier", 1]
     totals = [
         {
             "rule": name,
+            "reach": reach,
             "params": one.total("params"),
             "rule_params": one.total("rule_params"),
             "forward": one.total("forward"),
@@ -67,10 +80,12 @@ def accounting(config: AccountingConfig) -> int:
             "memory": one.peak_activation_bytes,
             "memory_over_bp": one.peak_activation_bytes / bp.peak_activation_bytes,
         }
-        for name, one in accounts.items()
+        for (name, reach), one in accounts.items()
     ]
     blocks = [
-        {"rule": name, **cost._asdict()} for name, one in accounts.items() for cost in one.blocks
+        {"rule": name, "reach": reach, **cost._asdict()}
+        for (name, reach), one in accounts.items()
+        for cost in one.blocks
     ]
     if config.json:
         print(json.dumps({"totals": totals, "blocks": blocks}, indent=2))
@@ -81,6 +96,7 @@ def accounting(config: AccountingConfig) -> int:
         markdown(
             {
                 "rule": "rule",
+                "reach": "reach",
                 "name": "block",
                 "params": "parameters",
                 "rule_params": "extra",
@@ -94,6 +110,7 @@ def accounting(config: AccountingConfig) -> int:
         markdown(
             {
                 "rule": "rule",
+                "reach": "reach",
                 "params": "parameters",
                 "rule_params": "extra",
                 **counts,

@@ -14,8 +14,10 @@ from simple_parsing import field
 
 from experiments import startup
 from experiments.command_line import parse, run
-from experiments.config import KERNELS, PRECISIONS, option
+from experiments.config import KERNELS, PRECISIONS, check_reaches, option
 
+# Whose rules may be measured with several reaches.
+_REACHING = ("training", "epochs")
 SUITES = ("training", "epochs", "kernels", "pipeline")
 AGAINST = ("torch",)
 # That the PyTorch loop has.
@@ -50,8 +52,13 @@ class BenchmarkConfig:
     """float32, bfloat16 [default: float32; both with --suite kernels]."""
     kernels: str = "auto"
     """Of --suite training and epochs, what computes the local losses: auto, xla, pallas, triton."""
+    reach: list[int] = field(default_factory=lambda: [1])
+    """Of --suite training and epochs: blocks that a local loss teaches, its own and those below it,
+    like 1 2; each rule with local losses is measured with each."""
     remat: int | None = None
     """Of --suite training, epochs and pipeline: as of a training run."""
+    slice: int | None = None
+    """Of --suite training and epochs: as of a training run; of reaches of 2 or more."""
     against: str | None = None
     """Of --suite training: torch, a plain PyTorch loop of the same network and rule, which takes
     turns with the library; both then train with adamw."""
@@ -95,6 +102,11 @@ class BenchmarkConfig:
                 raise ValueError(
                     f"{option(name)} is {unknown[0]!r}; expected one of {', '.join(known)}."
                 )
+        check_reaches(self.reach)
+        if self.reach != [1] and self.suite not in _REACHING:
+            raise ValueError(
+                f"--reach is of --suite {' and '.join(_REACHING)}, not {self.suite}; leave it out."
+            )
         self._check_against()
 
     def _check_against(self) -> None:
@@ -111,14 +123,16 @@ class BenchmarkConfig:
             raise ValueError(
                 f"--against {self.against} is of --suite training, not {self.suite}; leave it out."
             )
-        for name, values, known in (
+        given: tuple[tuple[str, list[Any], tuple[Any, ...]], ...] = (
             ("rules", self.rules, _TORCH_RULES),
+            ("reach", self.reach, (1,)),
             ("precisions", self.precisions, ("float32",)),
-        ):
+        )
+        for name, values, known in given:
             if unknown := sorted(set(values) - set(known)):
                 raise ValueError(
                     f"{option(name)} {unknown[0]} does not go with --against {self.against}, "
-                    f"which races {', '.join(known)}."
+                    f"which races {', '.join(map(str, known))}."
                 )
 
 

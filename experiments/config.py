@@ -1,7 +1,6 @@
 """The options of a training run. Imports nothing heavy: ``--help`` answers at once."""
 
 import dataclasses
-from typing import Any
 
 from simple_parsing import field, flag
 
@@ -10,7 +9,10 @@ VIEWS = ("none", "flip", "flip_translate")
 PRECISIONS = ("float32", "bfloat16")
 LOOPS = ("auto", "dispatch", "scan")
 ON_DEVICE = ("auto", "yes", "no")
+MEASURES = ("alignment", "norms", "probes", "heads")
 KERNELS = ("auto", "xla", "split", "pallas", "triton")
+# Rules whose blocks have no losses of their own.
+BASELINES = ("bp", "dfa", "drtp")
 
 # Averages of the weights take the place of a falling learning rate.
 AVERAGING = ("schedule_free_adamw", "optax_schedule_free_adamw", "schedule_free_sgd")
@@ -20,23 +22,6 @@ SPREADING = ("multistep", "cosine", "linear")
 # Of what a run folder's config means. 2: schedule_free_adamw is the published optimizer, and not
 # optax's; multistep counts steps, not whole epochs.
 FORMAT = 2
-
-# What may differ when a run is resumed: where things are and what is shown, never the numbers.
-NOT_COMPARED = (
-    # Other executions of the same updates: equal within rounding.
-    *("pipeline", "stages", "data_parallel", "remat"),
-    *("coordinator", "num_processes", "process_id"),
-    "data_dir",
-    "data_on_device",
-    "workdir",
-    "progress",
-    "checkpoint_every",
-    "eval_batch_size",
-    "patience",
-    "test_views",
-    # A name for values that are compared themselves.
-    "preset",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +114,10 @@ class TrainConfig:
     remat: int | None = None
     """Do not keep a convolution's output of more than N MiB: compute it again, in slices of the
     batch; 0 keeps all; a local rule on its pooled activation only [default: 0]."""
+    slice: int | None = None
+    """With --reach: compute what follows a convolution's output of more than N MiB, and its
+    gradients, in slices of the batch, which is slower and takes less memory; nothing is computed
+    again; 0 never [default: 0]."""
     pipeline: int | None = None
     """Put consecutive blocks on N devices, which learn at the same time; a local rule only."""
     stages: str | None = None
@@ -162,6 +151,13 @@ class TrainConfig:
     data_on_device: str = "auto"
     """Where the images are kept: auto: on the device up to 2 GiB, on the host beyond; yes; or no:
     on the host, read ahead. The batches are the same."""
+    measure: str | None = None
+    """What to measure of each block after an epoch, joined by commas: alignment: the cosine of its
+    gradient with backpropagation's; norms: of both gradients; probes: how well a linear classifier
+    reads its activation; heads: how well its own loss tells the classes apart [default: nothing].
+    """
+    measure_every: int = 1
+    """Epochs from one measurement to the next; the last epoch is measured too."""
     workdir: str | None = None
     """Folder of this run; the same command resumes it [default: runs/DATASET-MODEL-RULE-sSEED]."""
     checkpoint_every: int = 0
@@ -181,10 +177,12 @@ class TrainConfig:
             ("eval_examples", 1),
             ("validation_examples", 1),
             ("warmup_epochs", 0),
+            ("measure_every", 1),
             ("patience", 1),
             ("auxiliary_depth", 1),
             ("checkpoint_every", 0),
             ("remat", 0),
+            ("slice", 0),
             ("pipeline", 1),
             ("data_parallel", 1),
             ("num_processes", 1),
@@ -228,12 +226,32 @@ class TrainConfig:
                 )
         self.group_sizes()
         self.stage_sizes()
+        if unknown := [name for name in self.measures() if name not in MEASURES]:
+            raise ValueError(
+                f"--measure has {unknown[0]!r}; expected some of {', '.join(MEASURES)}, joined by "
+                "commas."
+            )
+        if self.measure_every > 1 and not self.measure:
+            raise ValueError(
+                f"--measure-every {self.measure_every} is given without --measure; say what to "
+                "measure."
+            )
         self._check_processes()
         sharing = "--coordinator" if self.coordinator else "--data-parallel"
         if self.shares_batches and self.remat:
             raise ValueError(
                 f"--remat {self.remat} does not go with {sharing}, whose batches are cut "
                 "already; use one of them."
+            )
+        if self.slice and (self.reach == 1 or self.remat or self.shares_batches):
+            beside = f"--remat {self.remat}" if self.remat else sharing
+            raise ValueError(
+                f"--slice {self.slice} "
+                + (
+                    "needs a --reach of 2 or more."
+                    if self.reach == 1
+                    else f"does not go with {beside}; leave one of them out."
+                )
             )
         if self.pipeline and self.shares_batches:
             raise ValueError(f"--pipeline and {sharing} do not go together; choose one.")
@@ -279,6 +297,10 @@ class TrainConfig:
         rule = self.rule.replace(":", ".").replace(",", "+").replace("/", ".")
         return self.workdir or f"runs/{self.dataset}-{self.model}-{rule}-s{self.seed}"
 
+    def measures(self) -> tuple[str, ...]:
+        """What is measured after epochs, if anything was asked for."""
+        return tuple(self.measure.split(",")) if self.measure is not None else ()
+
     def group_sizes(self) -> tuple[int, ...] | None:
         """Blocks a group, if any were asked for; ValueError where they are no numbers."""
         return _sizes("--groups", self.groups)
@@ -297,33 +319,12 @@ def _sizes(name: str, text: str | None) -> tuple[int, ...] | None:
         raise ValueError(f"{name} is {text!r}; expected numbers, like 2,2.") from None
 
 
+def check_reaches(reaches: list[int]) -> None:
+    """Raise ValueError unless there are reaches to compare, each a number of blocks."""
+    if not reaches or min(reaches) < 1:
+        raise ValueError(f"--reach is {reaches}; expected one or more, each at least 1.")
+
+
 def option(name: str) -> str:
     """An option as it is typed: ``batch_size`` is ``--batch-size``."""
     return "--" + name.replace("_", "-")
-
-
-def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """A config from what a run folder holds.
-
-    Raises:
-        ValueError: it has fields that no config has, or wrong values.
-    """
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown fields {', '.join(unknown)}")
-    return TrainConfig(**values)
-
-
-def may_go_on(stored: TrainConfig, config: TrainConfig, name: str) -> bool:
-    """Whether a run may go on with another value of an option: what was trained is the same.
-
-    Args:
-        stored: of the run so far.
-        config: of its continuation.
-        name: of a field.
-    """
-    if name in NOT_COMPARED or getattr(stored, name) == getattr(config, name):
-        return True
-    # A run can be extended.
-    is_longer = name == "epochs" and config.epochs > stored.epochs
-    return is_longer and config.schedule not in SPREADING

@@ -12,7 +12,7 @@ import tqdm
 from experiments import plots
 from experiments.config import TrainConfig
 from experiments.setup import Run
-from lls_jax import processes
+from lls_jax import analysis, processes
 from lls_jax.runs.callbacks import Callback, EpochEnd, Record, RunStart, StepEnd
 from lls_jax.runs.kernels import KernelChoice
 
@@ -31,6 +31,8 @@ def callbacks(config: TrainConfig, run: Run) -> list[Callback]:
     if not processes.is_first():
         return [Callback()]
     heard: list[Callback] = [_Lines(config, run), _Curves(config)]
+    if config.measure is not None:
+        heard.append(analysis.Measure(config.measures(), every=config.measure_every))
     if config.progress and sys.stderr.isatty():
         heard.append(_Bar())
     return heard
@@ -61,6 +63,8 @@ class _Lines(Callback):
     def on_epoch(self, event: EpochEnd) -> None:
         """How the epoch went."""
         say(epoch_line(event.record, event.epochs), flush=True)
+        for line in measured_lines(event.record):
+            say(line, flush=True)
 
     def on_kernels(self, choice: KernelChoice) -> None:
         """What computes the local losses, and what it gains."""
@@ -131,6 +135,19 @@ class _Bar(Callback):
 def layer_losses(losses: list[float]) -> str:
     """``L1 1.465  L2 0.944``."""
     return "  ".join(f"L{layer + 1} {loss:.3f}" for layer, loss in enumerate(losses))
+
+
+def measured_lines(record: Record) -> list[str]:
+    """One line for each kind of what was measured of the blocks."""
+    lines = []
+    for name, measured in plots.MEASURED.items():
+        if name in record:
+            values = "  ".join(
+                f"L{layer + 1} {'-' if value is None else measured.digits(value)}"
+                for layer, value in enumerate(record[name])
+            )
+            lines.append(f"  {measured.label}:  {values}")
+    return lines
 
 
 def epoch_line(record: Record, epochs: int) -> str:

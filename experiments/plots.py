@@ -4,12 +4,36 @@ It takes most of a second to import, which only drawing waits for.
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Record = dict[str, Any]
+
+
+class Measured(NamedTuple):
+    """How a measurement of the blocks is shown.
+
+    Attributes:
+        label: what it is.
+        digits: ``digits(value)``, for a line of text.
+        scale: of a picture's axis.
+    """
+
+    label: str
+    digits: Callable[[float], str]
+    scale: str = "linear"
+
+
+# What :class:`lls_jax.analysis.Measure` writes into a record, by its key.
+MEASURED = {
+    "alignment": Measured("cosine with bp's gradient", "{:.3f}".format),
+    "gradient_norm": Measured("gradient norm", "{:.2e}".format, "log"),
+    "bp_gradient_norm": Measured("bp's gradient norm", "{:.2e}".format, "log"),
+    "probe_accuracy": Measured("linear probe accuracy [%]", "{:.2f}".format),
+    "head_accuracy": Measured("local head accuracy [%]", "{:.2f}".format),
+}
 
 
 def _figure(width: float, height: float) -> Any:
@@ -29,7 +53,7 @@ def _series(records: Sequence[Record], name: str) -> list[float]:
 
 
 def draw_curves(records: Sequence[Record], title: str, path: pathlib.Path) -> None:
-    """Accuracy, loss, and each local layer's loss against epochs.
+    """Accuracy, loss, each local layer's loss, and what was measured of blocks, against epochs.
 
     Args:
         records: one an epoch, from ``metrics.jsonl``.
@@ -37,9 +61,16 @@ def draw_curves(records: Sequence[Record], title: str, path: pathlib.Path) -> No
         path: of the PNG; replaced in one step.
     """
     layers = len(records[0]["layer_loss"])
-    figure = _figure(15 if layers else 10, 4)
+    measured = [name for name in MEASURED if any(name in record for record in records)]
+    count = (3 if layers else 2) + len(measured)
+    columns = min(count, 4 if measured else 3)
+    rows = -(-count // columns)
+    figure = _figure(5 * columns, 4 * rows)
     figure.suptitle(title)
-    panels = figure.subplots(1, 3 if layers else 2)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    panels = grid[:count]
+    for unused in grid[count:]:
+        unused.set_axis_off()
     epochs = _series(records, "epoch")
     for panel, quantity, label in zip(
         panels, ("accuracy", "loss"), ("accuracy [%]", "cross-entropy of the classifier")
@@ -52,6 +83,14 @@ def draw_curves(records: Sequence[Record], title: str, path: pathlib.Path) -> No
         for layer in range(layers):
             panels[2].plot(epochs, losses[:, layer], ".-", label=f"L{layer + 1}")
         panels[2].set_ylabel("local loss, training")
+    for panel, name in zip(panels[count - len(measured) :], measured):
+        own = [record for record in records if name in record]
+        # None, where there is no number, becomes NaN, which is not drawn.
+        values = np.array(_series(own, name), dtype=float)
+        for layer in range(values.shape[1]):
+            panel.plot(_series(own, "epoch"), values[:, layer], ".-", label=f"L{layer + 1}")
+        panel.set_ylabel(MEASURED[name].label)
+        panel.set_yscale(MEASURED[name].scale)
     for panel in panels:
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.3)

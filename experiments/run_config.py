@@ -4,9 +4,54 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments.config import FORMAT, SPREADING, TrainConfig, from_dict, may_go_on, option
+from experiments.config import FORMAT, SPREADING, TrainConfig, option
 from lls_jax.errors import UserError
 from lls_jax.runs import folder as folders
+
+# What may differ when a run is resumed: where things are and what is shown, never the numbers.
+NOT_COMPARED = (
+    # Other executions of the same updates: equal within rounding.
+    *("pipeline", "stages", "data_parallel", "remat", "slice"),
+    *("coordinator", "num_processes", "process_id"),
+    "data_dir",
+    "data_on_device",
+    "workdir",
+    "progress",
+    "checkpoint_every",
+    "eval_batch_size",
+    "patience",
+    "test_views",
+    # A name for values that are compared themselves.
+    "preset",
+    *("measure", "measure_every"),
+)
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """A config from what a run folder holds.
+
+    Raises:
+        ValueError: it has fields that no config has, or wrong values.
+    """
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown fields {', '.join(unknown)}")
+    return TrainConfig(**values)
+
+
+def may_go_on(stored: TrainConfig, config: TrainConfig, name: str) -> bool:
+    """Whether a run may go on with another value of an option: what was trained is the same.
+
+    Args:
+        stored: of the run so far.
+        config: of its continuation.
+        name: of a field.
+    """
+    if name in NOT_COMPARED or getattr(stored, name) == getattr(config, name):
+        return True
+    # A run can be extended.
+    is_longer = name == "epochs" and config.epochs > stored.epochs
+    return is_longer and config.schedule not in SPREADING
 
 
 def _parse(path: pathlib.Path, values: dict[str, Any]) -> tuple[TrainConfig, int]:

@@ -266,9 +266,9 @@ def _check_batch_size(config: TrainConfig, available: int) -> None:
         )
 
 
-def remat_above(config: TrainConfig) -> int | None:
-    """Bytes above which a convolution's output is computed again; None for never."""
-    return (config.remat or 0) * 2**20 or None
+def bytes_above(mebibytes: int | None) -> int | None:
+    """What --remat and --slice mean: bytes from which on it is done; None for never."""
+    return (mebibytes or 0) * 2**20 or None
 
 
 def _make_execution(
@@ -305,7 +305,9 @@ def _make_execution(
             return placement.data_parallel(task.model, task.rule, tx, devices, config.reach)
         sizes = config.stage_sizes() or _balanced(config, task, tx)
         print(f"stages of {', '.join(map(str, sizes))} units", flush=True)
-        return placement.pipeline(task.model, task.rule, tx, devices, sizes, remat_above(config))
+        return placement.pipeline(
+            task.model, task.rule, tx, devices, sizes, bytes_above(config.remat)
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -338,7 +340,7 @@ def _balanced(config: TrainConfig, task: Task, tx: training.Optimizer) -> tuple[
         tx,
         state,
         {"image": image, "label": label},
-        remat_above=remat_above(config),
+        remat_above=bytes_above(config.remat),
     )
     return placement.partition(seconds, config.pipeline or 1)
 

@@ -10,7 +10,17 @@ from typing import Any
 __version__ = "0.2.0"
 
 _MODULES = (
-    *("accounting", "blocks", "data", "errors", "evaluation", "interop", "layers", "models"),
+    *(
+        "accounting",
+        "analysis",
+        "blocks",
+        "data",
+        "errors",
+        "evaluation",
+        "interop",
+        "layers",
+        "models",
+    ),
     *("optimizers", "placement", "platforms", "processes", "rules", "runs", "steps", "training"),
 )
 # Functions that stand at the top, and the modules that they are from.

@@ -13,15 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lls_jax.blocks import (
-    ConvBlock,
-    ConvPair,
-    DenseBlock,
-    DepthwiseSeparableBlock,
-    ResidualBlock,
-    ResidualStem,
-    WhitenedConvPair,
-)
+from lls_jax.blocks.costs import BLOCK_COSTS, BlockCost
 from lls_jax.models import Network
 from lls_jax.rules import (
     LLS,
@@ -38,7 +30,9 @@ from lls_jax.rules import (
     PredSim,
     RandomLLS,
     Rule,
+    has_local_losses,
 )
+from lls_jax.steps.reach_schedule import brings_own_loss, check_reach, schedule
 from pallas_kernels.local_loss import latent_dim
 
 Shape = tuple[int, ...]
@@ -54,7 +48,8 @@ class Cost(NamedTuple):
         forward: MACs of the forward pass.
         weight_gradient: MACs of the gradient from its activation to its own weights.
         signal: MACs of making the signal that it learns from: for a local rule its loss, forward
-            and back to the activation and the rule's parameters; for ``bp`` the gradient to the
+            and back to the activation and the rule's parameters, and with a reach of more than 1
+            the gradients to the activation from the losses above it; for ``bp`` the gradient to the
             activation, which is the next layer's; for ``dfa`` and ``drtp`` the projection.
         activation_bytes: of float32 activations that are kept until the block's update.
     """
@@ -75,7 +70,8 @@ class Account(NamedTuple):
         rule: its name.
         blocks: one entry a block, then the classifier's.
         peak_activation_bytes: kept at once, for one image: of all blocks together where a gradient
-            waits for the output, of the largest block where each learns by itself.
+            waits for the output; of the largest block where each learns by itself, or of the
+            largest row of so many blocks as a loss reaches.
     """
 
     rule: str
@@ -85,73 +81,6 @@ class Account(NamedTuple):
     def total(self, field: str) -> int:
         """The sum of one of :class:`Cost`'s fields over the blocks."""
         return sum(getattr(cost, field) for cost in self.blocks)
-
-
-class _Block(NamedTuple):
-    """Of one block: MACs forward, of its own gradient, and on to its input; elements kept."""
-
-    forward: int
-    gradient: int
-    to_input: int
-    kept: int
-
-
-def _conv(x: Shape, out: Shape) -> _Block:
-    macs = 9 * x[-1] * math.prod(out)
-    return _Block(macs, macs, macs, math.prod(x) + math.prod(out))
-
-
-def _dense(x: Shape, out: Shape) -> _Block:
-    macs = x[-1] * out[-1]
-    return _Block(macs, macs, macs, x[-1] + out[-1])
-
-
-def _separable(x: Shape, out: Shape) -> _Block:
-    middle = math.prod(out[:-1]) * x[-1]
-    forward = 9 * middle + middle * out[-1]
-    # Inside the block the gradient passes the pointwise layer; kept are the inputs of two
-    # convolutions and of two normalisations.
-    gradient = forward + middle * out[-1]
-    return _Block(forward, gradient, 9 * middle, math.prod(x) + 2 * middle + math.prod(out))
-
-
-def _residual(x: Shape, out: Shape) -> _Block:
-    area, width = math.prod(out[:-1]), out[-1]
-    first, second = 9 * area * x[-1] * width, 9 * area * width * width
-    shortcut = area * x[-1] * width if x != out else 0
-    forward = first + second + shortcut
-    # Inside the block the gradient passes the second convolution. Kept are the inputs of the
-    # convolutions, of the normalisations, and of the last ReLU.
-    kept = math.prod(x) + (5 if shortcut else 4) * math.prod(out)
-    return _Block(forward, forward + second, first + shortcut, kept)
-
-
-def _pair(x: Shape, out: Shape) -> _Block:
-    width = out[-1]
-    first, second = 9 * math.prod(x) * width, 9 * math.prod(out) * width
-    kept = math.prod(x) + math.prod(x[:-1]) * width + 4 * math.prod(out)
-    return _Block(first + second, first + 2 * second, first, kept)
-
-
-def _whitened_pair(x: Shape, out: Shape) -> _Block:
-    patch = 4 * x[-1]
-    whitened = (x[0] - 1, x[1] - 1, 2 * patch)
-    pair = _pair(whitened, out)
-    # The filters are frozen; their bias takes a gradient to the pair's input.
-    forward = pair.forward + math.prod(whitened) * patch
-    kept = pair.kept + math.prod(whitened)
-    return _Block(forward, pair.gradient + pair.to_input, math.prod(whitened) * patch, kept)
-
-
-_BLOCKS: dict[type, Callable[[Shape, Shape], _Block]] = {
-    ResidualStem: _conv,
-    ResidualBlock: _residual,
-    ConvPair: _pair,
-    WhitenedConvPair: _whitened_pair,
-    ConvBlock: _conv,
-    DenseBlock: _dense,
-    DepthwiseSeparableBlock: _separable,
-}
 
 
 def _periodic(rule: LLS, activation: Shape, latents: int) -> int:
@@ -249,16 +178,36 @@ def _size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
+def _from_above(blocks: list[BlockCost], reach: int) -> list[int]:
+    """MACs of the gradients that come to each unit's activation from the losses above it.
+
+    Args:
+        blocks: the units, the classifier at last.
+        reach: how many of them a loss teaches.
+    """
+    passes = [move for move in schedule(len(blocks), reach) if move.kind == "pass"]
+    macs = [0] * len(blocks)
+    for move in passes:
+        block = blocks[move.unit]
+        arriving = {other.loss for other in passes if other.unit == move.unit + 1}
+        # Of the same sum as the block's own update, the way inside the block is taken once.
+        is_whole = brings_own_loss(move, len(blocks), reach) and arriving <= {move.loss}
+        macs[move.unit - 1] += block.to_input + (0 if is_whole else block.within)
+    return macs
+
+
+def account(model: Network, rule: Rule, image_shape: Shape, reach: int = 1) -> Account:
     """Count what training an image costs.
 
     Args:
         model: one of the published models, without groups.
         rule: one of this library's rules.
         image_shape: ``(height, width, channels)``.
+        reach: as of :func:`lls_jax.training.make_train_step`.
 
     Raises:
-        ValueError: a block or a rule whose operations are not known here.
+        ValueError: a block or a rule whose operations are not known here; or `reach` is no number
+            of blocks, or the rule has no losses that could reach.
 
     >>> from lls_jax import models, rules
     >>> vgg8 = models.make("vgg8", num_classes=10)
@@ -266,23 +215,24 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
     >>> counts.blocks[0].forward, counts.blocks[0].signal
     (3538944, 40960)
     """
+    check_reach(rule, reach)
     params, _ = jax.eval_shape(
         lambda key: model.init(rule, key, jnp.zeros((1, *image_shape))), jax.random.key(0)
     )
     x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     costs: list[Cost] = []
-    to_input: list[int] = []
+    blocks: list[BlockCost] = []
     for index, (name, spec) in enumerate(zip(model.block_names, model.specs)):
         module: nn.Module = spec.module
-        if type(module) not in _BLOCKS:
+        if type(module) not in BLOCK_COSTS:
             raise ValueError(f"the operations of a {type(module).__name__} are not known here.")
         own = rule.at_block(index, len(model.specs))
         activation = jax.eval_shape(
             lambda key, x, m=module: m.init_with_output(key, x)[0], jax.random.key(0), x
         )
         shape = activation.shape[1:]
-        counts = _BLOCKS[type(module)](x.shape[1:], shape)
-        to_input.append(counts.to_input)
+        counts = BLOCK_COSTS[type(module)](x.shape[1:], shape)
+        blocks.append(counts)
         # Rules with a layer of their own keep its output too.
         kept = counts.kept + isinstance(own, PredSim | Decoupled) * math.prod(shape)
         latents = latent_dim(shape, spec.pool_size)
@@ -307,15 +257,21 @@ def account(model: Network, rule: Rule, image_shape: Shape) -> Account:
             )
         )
         x = jax.eval_shape(lambda a, spec=spec: spec.transition(a, None), activation)
-    macs = x.shape[-1] * model.num_classes
-    kept = 4 * x.shape[-1]
-    costs.append(Cost("classifier", _size(params["classifier"]), 0, macs, macs, 0, kept))
+    counts = _dense((x.shape[-1],), (model.num_classes,))
+    blocks.append(counts)
+    size = _size(params["classifier"])
+    costs.append(Cost("classifier", size, 0, counts.forward, counts.gradient, 0, 4 * x.shape[-1]))
     sizes = [cost.activation_bytes for cost in costs]
-    waits = isinstance(rule, Backpropagation) or (
-        isinstance(rule, DirectFeedback) and rule.signal == "error"
-    )
-    if isinstance(rule, Backpropagation):
-        # A block's signal is the gradient to the next one's input.
-        above = [*to_input[1:], macs]
-        costs = [cost._replace(signal=count) for cost, count in zip(costs, above)] + costs[-1:]
-    return Account(rule.name, tuple(costs), sum(sizes) if waits else max(sizes))
+    window = len(costs)
+    if has_local_losses(rule):
+        window = min(reach, window)
+    elif isinstance(rule, DirectFeedback) and rule.signal != "error":
+        window = 1
+    # Backpropagation's is the gradient to the next block's input.
+    way_down = window if isinstance(rule, Backpropagation) else reach
+    costs = [
+        cost._replace(signal=cost.signal + above)
+        for cost, above in zip(costs, _from_above(blocks, way_down))
+    ]
+    peak = max(sum(sizes[i : i + window]) for i in range(len(sizes) - window + 1))
+    return Account(rule.name, tuple(costs), peak)

@@ -1,15 +1,17 @@
 """Counts against XLA's own, where it counts the same thing."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from experiments import accounting as command
-from lls_jax import models, rules
+from lls_jax import models, rules, training
 from lls_jax.accounting import account
-from lls_jax.blocks import ConvBlock, DepthwiseSeparableBlock
+from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock
 from lls_jax.errors import UserError
 
 CLASSES = 10
@@ -107,13 +109,74 @@ def test_backpropagations_signal_is_the_gradient_to_activations():
     assert lls.total("params") == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def step_macs(model, rule, image_shape, batch, reach):
+    """XLA's operations of a whole step, halved, for one image."""
+    image = jnp.zeros((batch, *image_shape))
+    tx = optax.sgd(0.1)
+    state = jax.eval_shape(
+        lambda: training.create_train_state(model, rule, tx, jax.random.key(0), image)
+    )
+    step = training.make_train_step(model, rule, tx, reach=reach)
+    lowered = step.lower(state, {"image": image, "label": jnp.zeros(batch, jnp.int32)})
+    return lowered.compile().cost_analysis()["flops"] / 2 / batch
+
+
+@pytest.mark.parametrize(
+    ("module", "image_shape", "flatten", "reaches"),
+    [
+        # Several ways down, some that end and some that do not; then one way for all.
+        (DenseBlock(256), (256,), False, (2, 3, 5)),
+        # Two ways through the layer within each block.
+        (DepthwiseSeparableBlock(256), (4, 4, 256), True, (2,)),
+    ],
+)
+def test_what_comes_from_above_is_counted_as_xla_does(module, image_shape, flatten, reaches):
+    specs = [models.BlockSpec(module, pool_size=1) for _ in range(4)]
+    specs[-1] = dataclasses.replace(specs[-1], average_pool=1 if flatten else None, flatten=flatten)
+    model, rule = (
+        models.Network("straight", CLASSES, tuple(specs)),
+        rules.make("lls", num_classes=CLASSES),
+    )
+    batch = 64 if not flatten else 8
+    alone = account(model, rule, image_shape).total("signal")
+    theirs_alone = step_macs(model, rule, image_shape, batch, 1)
+    for reach in reaches:
+        ours = account(model, rule, image_shape, reach).total("signal") - alone
+        theirs = step_macs(model, rule, image_shape, batch, reach) - theirs_alone
+        assert ours == pytest.approx(theirs, rel=0.1), reach
+
+
+def test_a_row_of_blocks_is_kept_until_their_losses_have_come():
+    model, rule = models.make("vgg8", num_classes=CLASSES), rules.make("lls", num_classes=CLASSES)
+    bp = account(model, rules.make("bp", num_classes=CLASSES), (32, 32, 3))
+    kept = [cost.activation_bytes for cost in bp.blocks]
+    for reach in (1, 2, 3):
+        rows = [sum(kept[i : i + reach]) for i in range(len(kept) - reach + 1)]
+        ours = account(model, rule, (32, 32, 3), reach)
+        assert ours.peak_activation_bytes == max(rows)
+    far = account(model, rule, (32, 32, 3), 99)
+    assert far.peak_activation_bytes == bp.peak_activation_bytes
+    own = account(model, rule, (32, 32, 3)).total("signal")
+    assert far.total("signal") == bp.total("signal") + own
+    with pytest.raises(ValueError, match="'bp' has no local losses"):
+        account(model, rules.make("bp", num_classes=CLASSES), (32, 32, 3), 2)
+
+
 def test_the_command_prints_every_rule_and_block(capsys):
     config = command.AccountingConfig(rules=["lls", "dfa"], json=True)
     assert command.accounting(config) == 0
     report = json.loads(capsys.readouterr().out)
     assert [row["rule"] for row in report["totals"]] == ["lls", "dfa", "local_classifier", "bp"]
     assert len(report["blocks"]) == 4 * 5
+    two = command.AccountingConfig(rules=["lls"], reach=[2, 1], json=True)
+    assert command.accounting(two) == 0
+    totals = json.loads(capsys.readouterr().out)["totals"]
+    named = [(row["rule"], row["reach"]) for row in totals]
+    assert named[:2] == [("lls", 2), ("lls", 1)] and ("bp", 1) in named and ("bp", 2) not in named
+    assert totals[0]["memory"] > totals[1]["memory"]
+    with pytest.raises(ValueError, match=r"--reach is \[0\]"):
+        command.AccountingConfig(reach=[0])
     assert command.accounting(command.AccountingConfig(rules=["lls"])) == 0
-    assert "| lls | block_0 |" in capsys.readouterr().out
+    assert "| lls | 1 | block_0 |" in capsys.readouterr().out
     with pytest.raises(UserError, match="'lsl'"):
         command.accounting(command.AccountingConfig(rules=["lsl"]))

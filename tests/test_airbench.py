@@ -14,6 +14,7 @@ from experiments.config import TrainConfig
 from lls_jax import evaluation, fit, models, rules, training
 from lls_jax.accounting import account
 from lls_jax.data import Split, augment, batches, get_spec, streaming
+from lls_jax.data.order import epoch_order, epoch_permutation
 from lls_jax.layers.whitening import whitening_filters
 from lls_jax.optimizers import NamedRate, muon, muon_for_kernels, schedule_free_adamw
 from lls_jax.runs import folder as folders
@@ -255,7 +256,7 @@ def test_alternating_flips_show_each_image_once_each_way_over_two_epochs():
         read = batches.make_reader(dataclasses.replace(spec, mean=(0,) * 3, std=(1 / 255,) * 3),
                                    "alternating_flip", size)  # fmt: skip
         for epoch in range(4):
-            order = batches.epoch_order(key, epoch, count, "alternating_flip")
+            order = epoch_order(key, epoch, count, "alternating_flip")
             shown = [np.asarray(batch["image"]) for batch in read(data, order, 0, lambda i: key)]
             for image in np.concatenate(shown):
                 mirrored = image[0, 0, 0] == 0
@@ -267,8 +268,8 @@ def test_alternating_flips_show_each_image_once_each_way_over_two_epochs():
     assert first == [sides[0] for (_, kind), sides in seen.items() if kind is not Split]
     assert 0 < sum(first) < count
     # Without, an order is the permutation.
-    plain = batches.epoch_order(key, 0, count, "flip")
-    np.testing.assert_array_equal(plain, batches.epoch_permutation(key, 0, count))
+    plain = epoch_order(key, 0, count, "flip")
+    np.testing.assert_array_equal(plain, epoch_permutation(key, 0, count))
     ahead = next(streaming.stream(split, np.array([~3, 5]), 2, 0))["image"]
     np.testing.assert_array_equal(ahead, [images[3][:, ::-1], images[5]])
 

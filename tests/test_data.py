@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lls_jax.data import archives, augment, batches, get_spec, prepare, storage
+from lls_jax.data.order import epoch_permutation
 from lls_jax.data.storage import Split
 from lls_jax.errors import DatasetError
 
@@ -414,7 +415,7 @@ def test_digits_are_the_embedded_set():
 
 def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
     key = jax.random.key(3)
-    first, again, second = (np.asarray(batches.epoch_permutation(key, e, 40)) for e in (0, 0, 1))
+    first, again, second = (np.asarray(epoch_permutation(key, e, 40)) for e in (0, 0, 1))
     np.testing.assert_array_equal(np.sort(first), np.arange(40))
     np.testing.assert_array_equal(first, again)
     assert (first != second).any()
@@ -424,7 +425,7 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
 def test_batches_hold_the_images_that_the_permutation_says(augmentation):
     splits = random_splits(CIFAR)
     data = batches.to_device(splits["train"])
-    permutation = batches.epoch_permutation(jax.random.key(0), 0, 50)
+    permutation = epoch_permutation(jax.random.key(0), 0, 50)
     sample = batches.make_sampler(CIFAR, augmentation, 8)
     batch = sample(data, permutation, 2, jax.random.key(1))
     chosen = np.asarray(permutation)[16:24]

@@ -435,20 +435,25 @@ def test_compare_writes_table_and_picture(reference, tmp_path, capsys):
 
 
 def test_benchmark_reports_every_rule(tmp_path, capsys):
-    config = benchmark.BenchmarkConfig(rules=["lls"], batch_sizes=[4], turns=1, out=str(tmp_path))
+    config = benchmark.BenchmarkConfig(
+        rules=["lls"], reach=[1, 2], batch_sizes=[4], turns=1, out=str(tmp_path)
+    )
     assert benchmark.benchmark(config) == 0
     report = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [row["rule"] for row in report["results"]] == [
-        "lls", "bp", "bp, checkpointed", "bp, 4 x 1",
+    assert [(row["rule"], row["reach"]) for row in report["results"]] == [
+        ("lls", 1), ("lls", 2), ("bp", 1), ("bp, checkpointed", 1), ("bp, 4 x 1", 1),
     ]  # fmt: skip
-    bp = report["results"][1]
+    bp = report["results"][2]
+    # What is below a loss is kept for it.
+    own, reaching = report["results"][:2]
+    assert reaching["temporary_mb"] > own["temporary_mb"]
     for row in report["results"]:
         assert len(row["all_step_ms"]) == 5
         # The state and the batch are held besides the temporaries.
         assert row["peak_mb"] > row["temporary_mb"] > 0
         assert row["peak_over_bp"] == pytest.approx(row["peak_mb"] / bp["peak_mb"])
-    assert report["results"][1]["speed_over_bp"] == 1.0
-    assert "| small_conv | lls | 4 |" in capsys.readouterr().out
+    assert bp["speed_over_bp"] == 1.0
+    assert "| small_conv | lls | 2 | 4 |" in capsys.readouterr().out
 
 
 def test_benchmark_takes_the_peak_of_an_allocator_that_counts(monkeypatch):
@@ -463,12 +468,12 @@ def test_benchmark_takes_the_peak_of_an_allocator_that_counts(monkeypatch):
 
 def test_benchmark_of_whole_runs_tells_seconds_and_accuracy(tmp_path, capsys):
     config = benchmark.BenchmarkConfig(
-        suite="epochs", rules=["lls"], batch_sizes=[400], dataset="digits", epochs=3,
+        suite="epochs", rules=["lls"], reach=[2], batch_sizes=[400], dataset="digits", epochs=3,
         out=str(tmp_path),
     )  # fmt: skip
     assert benchmark.benchmark(config) == 0
     rows = json.loads((tmp_path / "benchmark.json").read_text())["results"]
-    assert [row["rule"] for row in rows] == ["bp", "lls"]
+    assert [(row["rule"], row["reach"]) for row in rows] == [("bp", 1), ("lls", 2)]
     for row in rows:
         first, *others = row["epoch_seconds"]
         assert row["seconds"] == pytest.approx(sum(others) + sum(others) / 2)
@@ -476,7 +481,7 @@ def test_benchmark_of_whole_runs_tells_seconds_and_accuracy(tmp_path, capsys):
         assert row["total_seconds"] < row["command_seconds"]
         assert row["test_accuracy"] > 15
     assert rows[1]["speed_over_bp"] == rows[0]["seconds"] / rows[1]["seconds"]
-    assert "| small_conv | lls | 400 | float32 | 3 |" in capsys.readouterr().out
+    assert "| small_conv | lls | 2 | 400 | float32 | 3 |" in capsys.readouterr().out
 
 
 def test_benchmark_of_kernels_names_what_it_measured(tmp_path, capsys):
@@ -675,6 +680,9 @@ def run_import():
         (run_benchmark, "--precisions float16", ["'float16'", "bfloat16"]),
         (run_benchmark, "--suite epochs --epochs 1", ["--epochs is 1", "at least 2"]),
         (run_benchmark, "--batch-sizes 0", ["--batch-sizes is 0"]),
+        (run_benchmark, "--reach 2 0", ["--reach is [2, 0]", "at least 1"]),
+        (run_benchmark, "--suite kernels --reach 2", ["training and epochs, not kernels"]),
+        (run_benchmark, "--against torch --reach 2", ["--reach 2 does not go", "races 1"]),
         (run_digits, "--loop while", ["'while'", "auto, dispatch, scan"]),
         (run_digits, "--loop scan --data-on-device no", ["--loop scan needs", "--loop dispatch"]),
         (run_digits, "--pipeline 2", ["--pipeline is 2", "this machine has 1 cpu"]),
@@ -684,6 +692,12 @@ def run_import():
         (run_digits, "--reach 0", ["--reach is 0", "at least 1"]),
         (run_digits, "--reach 2 --rule bp", ["`reach` is 2, but rule 'bp' has no local losses"]),
         (run_digits, "--reach 2 --pipeline 2", ["--reach 2 does not go with --pipeline"]),
+        (run_digits, "--measure norm", ["--measure has 'norm'", "alignment, norms, probes, heads"]),
+        (run_digits, "--measure-every 2", ["--measure-every 2 is given without --measure"]),
+        (run_digits, "--measure norms --measure-every 0", ["--measure-every is 0", "at least 1"]),
+        (run_digits, "--slice 4", ["--slice 4 needs a --reach of 2 or more"]),
+        (run_digits, "--reach 2 --slice 4 --remat 2", ["--slice 4 does not go with --remat 2"]),
+        (run_digits, "--reach 2 --slice 4 --data-parallel 2", ["not go with --data-parallel"]),
         (run_digits, "--remat -1", ["--remat is -1", "at least 0"]),
         (run_digits, "--stages 2,3", ["--stages is given without --pipeline"]),
         (run_digits, "--pipeline 1 --stages 4", ["together 5 units"]),

@@ -330,10 +330,11 @@ def test_wrong_arguments_are_named(changed, message):
         fit(MODEL, rule, TX, **options)
 
 
-def test_many_steps_a_launch_are_the_same_steps():
+@pytest.mark.parametrize("reach", [1, 2])
+def test_many_steps_a_launch_are_the_same_steps(reach):
     images, labels = blobs(60)
     train = batches.to_device(Split(images, labels.astype(np.int32)))
-    options = {"train": train, "epochs": 2, "batch_size": 15}
+    options = {"train": train, "epochs": 2, "batch_size": 15, "reach": reach}
     one = fit(MODEL, RULE, optax.sgd(0.1), steps_a_launch="one", **options)
     many = fit(MODEL, RULE, optax.sgd(0.1), steps_a_launch="many", **options)
     for a, b in zip(jax.tree.leaves(one.state.params), jax.tree.leaves(many.state.params)):

@@ -12,6 +12,7 @@ from cuda import lower
 from lls_jax import rules, training
 from lls_jax.blocks import ConvBlock
 from lls_jax.data import Split, batches, get_spec
+from lls_jax.data.order import epoch_permutation
 from lls_jax.models import BlockSpec, Network
 from lls_jax.runs import epoch_sums, launches, source
 from lls_jax.runs.run import Compiled
@@ -68,7 +69,7 @@ def training_loop():
         return state, epoch_sums.empty(MODEL, RULE)
 
     data, key = examples(), jax.random.key(1)
-    return step, made, start, (data, batches.epoch_permutation(key, 0, BATCH * STEPS), key)
+    return step, made, start, (data, epoch_permutation(key, 0, BATCH * STEPS), key)
 
 
 def test_a_gpu_is_never_asked_whether_a_loop_goes_on(training_loop):
@@ -107,7 +108,7 @@ def test_statistics_are_one_launch_of_constant_length():
     model, data = MODEL, examples()
     params, stats = model.init(RULE, jax.random.key(0), jnp.zeros((1, *SPEC.input_shape)))
     key = jax.random.key(3)
-    drawn = (data, batches.epoch_permutation(key, 5, BATCH * STEPS), key)
+    drawn = (data, epoch_permutation(key, 5, BATCH * STEPS), key)
     estimate = loop.make_statistics_loop(model, SPEC, "flip", BATCH)
     bounds = [
         bound_of(op) for op in ops(lower(estimate, params, stats, *drawn, 5), "stablehlo.while")

@@ -24,6 +24,7 @@ from lls_jax import fit, models, placement, processes, rules, training
 from lls_jax.blocks import ConvBlock, DepthwiseSeparableBlock
 from lls_jax.data import Split
 from lls_jax.data import batches as data
+from lls_jax.data.order import epoch_permutation
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
 from lls_jax.placement import block_pipeline
@@ -185,19 +186,20 @@ def test_a_pipeline_is_bit_identical_to_its_units_on_one_device(remat_above):
 
 
 @on_devices
-def test_executions_equal_the_single_step_within_rounding():
+@pytest.mark.parametrize("reach", [1, 3])
+def test_executions_equal_the_single_step_within_rounding(reach):
     model, rule = make_mixed()
     # Plain gradient descent: Adam's first updates are signs, which rounding may turn.
     tx = optax.sgd(0.05, momentum=0.9)
     batches, devices = make_batches(4), jax.devices()
     state = training.create_train_state(model, rule, tx, jax.random.key(0), batches[0]["image"])
     expected, losses = advance(
-        placement.single(model, rule, tx), jax.tree.map(jnp.copy, state), batches
+        placement.single(model, rule, tx, reach=reach), jax.tree.map(jnp.copy, state), batches
     )
-    for execution in (
-        placement.pipeline(model, rule, tx, devices[:2], (3, 4)),
-        placement.data_parallel(model, rule, tx, devices[:4]),
-    ):
+    executions = [placement.data_parallel(model, rule, tx, devices[:4], reach)]
+    if reach == 1:
+        executions.append(placement.pipeline(model, rule, tx, devices[:2], (3, 4)))
+    for execution in executions:
         ours, metrics = advance(execution, state, batches)
         assert_close(ours, expected, 2e-4)
         for a, b in zip(metrics, losses):
@@ -254,7 +256,7 @@ def test_each_device_takes_its_own_rows_in_one_program():
     """Batches of what is on every device: those of one device, and no device gathers them all."""
     split = make_split()
     spec, key = describe(split, CLASSES), jax.random.key(2)
-    order = data.epoch_permutation(key, 0, 46)
+    order = epoch_permutation(key, 0, 46)
     sharding = placement.data_parallel(
         make_mixed()[0], make_rule("lls"), TX, jax.devices()[:4]
     ).sharding

@@ -19,6 +19,7 @@ from PIL import Image
 from experiments import evaluate, setup, train
 from experiments.config import TrainConfig
 from lls_jax.data import batches, get_spec, photographs, prepare, storage, streaming
+from lls_jax.data.order import epoch_permutation
 from lls_jax.data.storage import Split
 from lls_jax.errors import DatasetError
 from lls_jax.runs import folder as folders
@@ -263,7 +264,7 @@ def test_streamed_batches_are_those_of_the_device():
     split = Split(
         rng.integers(0, 256, (50, 16, 16, 3), np.uint8), rng.integers(0, 10, 50).astype(np.int32)
     )
-    permutation = batches.epoch_permutation(jax.random.key(0), 0, 50)
+    permutation = epoch_permutation(jax.random.key(0), 0, 50)
     read = batches.make_reader(spec, "full", 8)
     for start in (0, 4):
         here = list(read(batches.to_device(split), permutation, start, jax.random.key(1), 7))

@@ -169,6 +169,19 @@ def test_several_processes_train_like_one(tmp_path, alone, count, devices, slurm
         assert "epoch" not in output and not errors
 
 
+def test_losses_reach_down_and_blocks_are_measured_in_several_processes(tmp_path):
+    changes = {"reach": 2, "epochs": 1, "measure": "norms,heads"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    config = dataclasses.replace(CONFIG, workdir=str(one), **changes)
+    assert train.train_and_evaluate(config) == 0
+    ended = launch(two, 2, **changes)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    (theirs,), (ours,) = folders.read_metrics(one), folders.read_metrics(two)
+    for name in ("train_loss", "test_loss", "layer_loss", "gradient_norm", "bp_gradient_norm"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=5e-3, err_msg=name)
+    np.testing.assert_allclose(ours["head_accuracy"], theirs["head_accuracy"], atol=4.0)
+
+
 def damage_newest(folder):
     """Cut the newest checkpoint's index; its step."""
     step = max(int(path.name) for path in (folder / "checkpoints").iterdir())

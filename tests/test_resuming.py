@@ -190,14 +190,19 @@ OTHER = {
     "dropout": 0.25, "precision": "bfloat16", "kernels": "xla", "loop": "dispatch", "remat": 0,
     "reach": 2, "width": 0.5, "preset": "airbench", "classifier_smoothing": 0.1,
     "test_views": "flip", "auxiliary_depth": 3, "other_learning_rate": 0.5,
+    "slice": 0, "measure": "norms,heads", "measure_every": 2,
     "pipeline": 2, "data_parallel": 2, "seed": 3, "train_examples": 64, "eval_examples": 40,
     "data_dir": "some where", "data_on_device": "no", "workdir": "a folder", "checkpoint_every": 5,
     "progress": False, "augmentation": "crop", "validation_examples": 24, "patience": 3,
     "clip_norm": 2.0, "warmup_epochs": 1,
 }  # fmt: skip
 # These need others beside them.
-TOGETHER = {"stages": {"pipeline": 2}, "coordinator": {"num_processes": 2, "process_id": 0}}
-TOGETHER["other_learning_rate"] = {"optimizer": "muon"}
+TOGETHER = {
+    "stages": {"pipeline": 2},
+    "measure_every": {"measure": "norms"},
+    "coordinator": {"num_processes": 2, "process_id": 0},
+    "other_learning_rate": {"optimizer": "muon"},
+}
 OTHER |= {"stages": "2,3", "coordinator": "here:1", "num_processes": 3, "process_id": 1}
 NEED = {"num_processes": "coordinator", "process_id": "coordinator"}
 

@@ -15,11 +15,12 @@ from typing import Any
 from experiments import train
 from experiments.config import TrainConfig
 from experiments.suites import report
-from experiments.suites.training import kernels_of
+from experiments.suites.training import kernels_of, with_reaches
 
 _COLUMNS = {
     "model": "model",
     "rule": "rule",
+    "reach": "reach",
     "batch_size": "batch",
     "precision": "precision",
     "epochs": "epochs",
@@ -48,6 +49,7 @@ def measure(config: TrainConfig) -> report.Row:
     return {
         "model": config.model,
         "rule": config.rule,
+        "reach": config.reach,
         "batch_size": config.batch_size,
         "precision": config.precision,
         "epochs": config.epochs,
@@ -61,7 +63,7 @@ def measure(config: TrainConfig) -> report.Row:
 
 def run(config: Any) -> int:
     """The suite: models x batch sizes x precisions, a run for each rule; exit status."""
-    rules = [*dict.fromkeys(["bp", *config.rules])]
+    named = with_reaches(["bp", *config.rules], config.reach)
     rows: list[report.Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for model, batch_size, precision in itertools.product(
@@ -73,18 +75,20 @@ def run(config: Any) -> int:
                         dataset=config.dataset,
                         model=model,
                         rule=rule,
+                        reach=reach,
                         epochs=config.epochs,
                         batch_size=batch_size,
                         precision=precision,
                         kernels=kernels_of(rule, config.kernels),
                         remat=config.remat,
+                        slice=config.slice if reach > 1 else None,
                         seed=config.seed,
                         data_dir=config.data_dir,
                         progress=False,
-                        workdir=f"{folder}/{model}-{rule}-{batch_size}-{precision}",
+                        workdir=f"{folder}/{model}-{rule}-r{reach}-{batch_size}-{precision}",
                     )
                 )
-                for rule in rules
+                for rule, reach in named
             ]
             rows += [{**row, "speed_over_bp": own[0]["seconds"] / row["seconds"]} for row in own]
     head = f"{report.device_line()}; {config.dataset}, {config.epochs} epochs, each evaluated\n\n"

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import optimizers
-from experiments.config import TrainConfig
-from experiments.setup import remat_above
+from experiments.config import BASELINES, TrainConfig
+from experiments.setup import bytes_above
 from experiments.suites import report
 from experiments.suites.training import make_benchmark_task
 from lls_jax import placement, training
@@ -61,7 +61,7 @@ def run(config: Any) -> int:
         )
     rows: list[report.Row] = []
     for model in config.models:
-        for rule in (name for name in config.rules if name not in ("bp", "dfa", "drtp")):
+        for rule in (name for name in config.rules if name not in BASELINES):
             for batch_size in config.batch_sizes:
                 rows += _measure(
                     config,
@@ -84,7 +84,7 @@ def _measure(config: Any, train_config: TrainConfig) -> list[report.Row]:
     state = training.create_train_state(
         task.model, task.rule, tx, jax.random.key(config.seed), batch["image"]
     )
-    above = remat_above(train_config)
+    above = bytes_above(train_config.remat)
     units = placement.measure_units(task.model, task.rule, tx, state, batch, remat_above=above)
     devices = jax.devices()
     alone = placement.pipeline(task.model, task.rule, tx, devices[:1], (len(units),), above)

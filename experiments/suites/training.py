@@ -29,11 +29,12 @@ import numpy as np
 import optax
 
 from experiments import optimizers
-from experiments.config import TrainConfig
-from experiments.setup import Task, example_image, make_task, remat_above
+from experiments.config import BASELINES, TrainConfig
+from experiments.setup import Task, bytes_above, example_image, make_task
 from experiments.suites import against_torch, baselines, report
 from lls_jax import rules, training
 from lls_jax.data import batches
+from lls_jax.data.order import epoch_permutation
 from lls_jax.models import Network
 from lls_jax.runs import epoch_sums
 
@@ -46,10 +47,12 @@ _SIDES = {"mobilenet_v1": 128, "mobilenet_v1_small": 128}
 _COLUMNS = {
     "model": "model",
     "rule": "rule",
+    "reach": "reach",
     "batch_size": "batch",
     "precision": "precision",
     "kernels": "kernels",
     "remat": "remat [MiB]",
+    "slice": "slice [MiB]",
     "images_per_second": "images/s",
     "step_ms": "ms a step",
     "compile_seconds": "compile [s]",
@@ -64,6 +67,15 @@ _COLUMNS = {
 def kernels_of(rule: str, kernels: str) -> str:
     """What computes a rule's losses, where that is asked of all: ``"auto"`` if it has none."""
     return kernels if "implementation" in rules.options_of(rule) else "auto"
+
+
+def with_reaches(names: Sequence[str], reaches: Sequence[int]) -> list[tuple[str, int]]:
+    """``(rule, reach)``: each rule with each reach, those without local losses once."""
+    return [
+        (name, reach)
+        for name in dict.fromkeys(names)
+        for reach in (dict.fromkeys(reaches) if name not in BASELINES else (1,))
+    ]
 
 
 def make_benchmark_task(config: TrainConfig) -> Task:
@@ -84,7 +96,7 @@ class Entrant(NamedTuple):
     """What takes part in a race.
 
     Attributes:
-        config: model, rule, batch size, precision and kernels count.
+        config: model, rule, reach, batch size, precision and kernels count.
         baseline: of rule ``bp``: ``"checkpointed"``, ``"accumulated"``, or None for the plain step.
     """
 
@@ -126,7 +138,7 @@ class Contestant:
         self._index = 0
         self._data = batches.DeviceSplit(jnp.asarray(images), jnp.asarray(labels))
         self._key = jax.random.key(seed)
-        self._permutation = batches.epoch_permutation(self._key, 0, count)
+        self._permutation = epoch_permutation(self._key, 0, count)
         self._sample = batches.make_sampler(task.spec, config.augmentation, config.batch_size)
         self._state = training.create_train_state(
             task.model, task.rule, tx, self._key, example_image(task.spec)
@@ -134,7 +146,12 @@ class Contestant:
         self._sums = epoch_sums.empty(task.model, task.rule)
         if entrant.baseline is None:
             self._step = training.make_train_step(
-                task.model, task.rule, tx, remat_above=remat_above(config)
+                task.model,
+                task.rule,
+                tx,
+                reach=config.reach,
+                remat_above=bytes_above(config.remat),
+                slice_above=bytes_above(config.slice),
             )
         else:
             self._step = _BASELINES[entrant.baseline](task.model, tx)
@@ -237,10 +254,12 @@ def race(
         return {
             "model": config.model,
             "rule": contestant.entrant.label,
+            "reach": config.reach,
             "batch_size": config.batch_size,
             "precision": config.precision,
             "kernels": config.kernels,
-            "remat": (remat_above(config) or 0) // 2**20,
+            "remat": (bytes_above(config.remat) or 0) // 2**20,
+            "slice": config.slice or 0,
             "images_per_second": config.batch_size / step,
             "step_ms": 1e3 * step,
             "compile_seconds": contestant.compile_seconds,
@@ -275,7 +294,7 @@ def _rivals(config: Any, entrants: Sequence[Entrant]) -> Iterator[list[against_t
 
 def run(config: Any) -> int:
     """The suite: models x batch sizes x precisions, the rules racing in each; exit status."""
-    names = [*dict.fromkeys([*config.rules, "bp"])]
+    named = with_reaches([*config.rules, "bp"], config.reach)
     # Both sides step alike: PyTorch has no schedule-free optimizer of its own.
     optimizer = TrainConfig.optimizer if config.against is None else "adamw"
     groups: list[list[Entrant]] = []
@@ -283,14 +302,16 @@ def run(config: Any) -> int:
         config.models, config.batch_sizes, config.precisions
     ):
         group: list[Entrant] = []
-        for rule in names:
+        for rule, reach in named:
             entrant = TrainConfig(
                 model=model,
                 rule=rule,
+                reach=reach,
                 batch_size=batch_size,
                 precision=precision,
                 kernels=kernels_of(rule, config.kernels),
                 remat=config.remat,
+                slice=config.slice if reach > 1 else None,
                 optimizer=optimizer,
             )
             group += with_baselines(entrant) if rule == "bp" else [Entrant(entrant)]
@@ -304,8 +325,8 @@ def run(config: Any) -> int:
         rows += new
         best = max(new, key=lambda row: row["speed_over_bp"])
         print(
-            f"{best['model']}, batch {best['batch_size']}, {best['precision']}: {best['rule']} "
-            f"{best['speed_over_bp']:.2f} times the speed of bp",
+            f"{best['model']}, batch {best['batch_size']}, {best['precision']}: {best['rule']}, "
+            f"reach {best['reach']}: {best['speed_over_bp']:.2f} times the speed of bp",
             flush=True,
         )
     head, columns = f"{report.device_line()}", _COLUMNS

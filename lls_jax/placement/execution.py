@@ -38,12 +38,15 @@ def single(
     tx: Optimizer,
     remat_above: int | None = None,
     reach: int = 1,
+    slice_above: int | None = None,
 ) -> Execution:
     """One compiled step for the whole network, on the default device.
 
     Args are those of :func:`lls_jax.training.make_train_step`.
     """
-    train_step = make_train_step(model, rule, tx, reach=reach, remat_above=remat_above)
+    train_step = make_train_step(
+        model, rule, tx, reach=reach, remat_above=remat_above, slice_above=slice_above
+    )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         state, metrics = train_step(state, batch)

@@ -1,13 +1,15 @@
 """What a run tells whoever wants to know, and how one may stop it."""
 
 import pathlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from lls_jax.data import DatasetSpec, Split, batches
 from lls_jax.models import Network
 from lls_jax.rules import Rule
 from lls_jax.runs.epoch_sums import EpochSums
 from lls_jax.runs.kernels import KernelChoice
-from lls_jax.training import Metrics, TrainState
+from lls_jax.training import Batch, Metrics, TrainState
 
 Record = dict[str, Any]
 
@@ -26,6 +28,11 @@ class RunStart(NamedTuple):
         records: of the epochs before; the run's own list, which it adds to.
         resumed: whether it goes on from a checkpoint.
         folder: of the run; None where nothing is written.
+        reach: how many blocks a local loss teaches.
+        spec: how images are normalised and cut.
+        evaluation_sets: what each epoch is evaluated on, by name: ``validation``, ``test``.
+        sample: ``sample(count)``: some training batches, always the same, each whole and on this
+            process's own device.
     """
 
     model: Network
@@ -38,6 +45,10 @@ class RunStart(NamedTuple):
     records: list[Record]
     resumed: bool
     folder: pathlib.Path | None
+    reach: int
+    spec: DatasetSpec
+    evaluation_sets: Mapping[str, Split | batches.DeviceSplit]
+    sample: Callable[[int], Iterator[Batch]]
 
 
 class StepEnd(NamedTuple):
@@ -89,6 +100,12 @@ class Callback:
 
     def on_step(self, event: StepEnd) -> bool | None:
         """After each step. Reading an array of the event waits for the device."""
+
+    def add_to_record(self, event: EpochEnd) -> Record | None:
+        """What else the epoch's record is to hold, JSON values by name; before it is written.
+
+        The event's `records` are those of the epochs before.
+        """
 
     def on_epoch(self, event: EpochEnd) -> bool | None:
         """After each epoch and its evaluation."""

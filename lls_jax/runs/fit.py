@@ -56,6 +56,7 @@ def fit(
     checkpoint_every: int = 0,
     reach: int = 1,
     remat_above: int | None = None,
+    slice_above: int | None = None,
     execution: Execution | None = None,
     steps_a_launch: Literal["auto", "one", "many"] = "auto",
     settings: folders.Settings | None = None,
@@ -100,8 +101,10 @@ def fit(
         early_stopping: epochs without a better accuracy after which the run stops; None for never.
         checkpoint_every: steps between checkpoints inside an epoch; 0: ends of epochs only, those
             within 20 seconds of a checkpoint left out.
-        reach: as of :func:`lls_jax.training.make_train_step`; an `execution` has its own.
+        reach: as of :func:`lls_jax.training.make_train_step`; an `execution` has its own, and
+            measurements and settings are told this one.
         remat_above: likewise.
+        slice_above: likewise.
         execution: where steps run, from :mod:`lls_jax.placement`; None for the default device.
         steps_a_launch: ``"many"``: a compiled loop over steps, with the images on the device;
             ``"auto"``: where such loops are fast (:mod:`lls_jax.platforms`).
@@ -180,14 +183,14 @@ def fit(
     choice = None
     if execution is None:
         work = kernels.Work(
-            model, rule, tx, example.shape[1:], source.batch_size, reach, remat_above
+            model, rule, tx, example.shape[1:], source.batch_size, reach, remat_above, slice_above
         )
         choice = kernels.choose(work, None if workdir is None else pathlib.Path(workdir))
         if choice is not None:
             rule = rule.with_implementation(choice.implementation)
             for listener in listeners:
                 listener.on_kernels(choice)
-        execution = single(model, rule, tx, remat_above, reach)
+        execution = single(model, rule, tx, remat_above, reach, slice_above)
     run = Run(
         model=model,
         rule=rule,
@@ -203,6 +206,7 @@ def fit(
         eval_batch_size=eval_batch_size,
         test_views=test_views,
         checkpoint_every=checkpoint_every,
+        reach=reach,
         settings=settings.values,
         callbacks=listeners,
         should_stop=should_stop,

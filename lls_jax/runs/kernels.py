@@ -59,6 +59,7 @@ class Work(NamedTuple):
         batch_size: examples a step.
         reach: as of :func:`lls_jax.training.make_train_step`.
         remat_above: likewise.
+        slice_above: likewise.
     """
 
     model: Network
@@ -68,6 +69,7 @@ class Work(NamedTuple):
     batch_size: int
     reach: int = 1
     remat_above: int | None = None
+    slice_above: int | None = None
 
 
 Measure = Callable[[Sequence[Callable[[], Any]], int], list[float]]
@@ -155,7 +157,12 @@ def _chain(work: Work, name: str, state: Any, batch: Any) -> Callable[[], Any]:
     if not rule.interprets:
         require(name)
     step = make_train_step(
-        work.model, rule, work.tx, reach=work.reach, remat_above=work.remat_above
+        work.model,
+        rule,
+        work.tx,
+        reach=work.reach,
+        remat_above=work.remat_above,
+        slice_above=work.slice_above,
     )
 
     def run(state: Any, batch: Any) -> Any:

@@ -111,6 +111,10 @@ class _Trainer:
             records=self.records,
             resumed=self._resumed,
             folder=self._folder,
+            reach=run.reach,
+            spec=run.spec,
+            evaluation_sets=run.evaluation_sets,
+            sample=run.source.sample,
         )
         stopped = self._agree(int(_any(one.on_start(start) for one in run.callbacks)))
         evaluation = None
@@ -197,6 +201,9 @@ class _Trainer:
             "total_seconds": reached.seconds,
             "images_per_second": images / reached.epoch_seconds,
         }
+        event = callbacks.EpochEnd(record, self.records, run.epochs, reached.state, evaluation)
+        for one in run.callbacks:
+            record |= _new_in(record, one.add_to_record(event) or {})
         # Metrics first: a kill in between leaves a record that the resumed run drops and repeats.
         if self.saver is not None:
             self.saver.finish_first()
@@ -205,7 +212,6 @@ class _Trainer:
         self.records.append(record)
         sums = epoch_sums.empty(run.model, run.rule)
         self.reached = reached = reached._replace(sums=sums, epoch_seconds=0.0)
-        event = callbacks.EpochEnd(record, self.records, run.epochs, reached.state, evaluation)
         finished = reached.epochs_done == run.epochs
         # A callback may have wanted to stop after the epoch's last step.
         self._wants_to_stop |= _any(one.on_epoch(event) for one in run.callbacks)
@@ -279,6 +285,15 @@ class _Trainer:
 def _any(answers: Iterator[bool | None]) -> bool:
     """Whether a callback wants to stop; each of them is told."""
     return any(list(answers))
+
+
+def _new_in(record: Record, added: Record) -> Record:
+    """What a callback adds to a record, which may replace nothing."""
+    if known := sorted(set(record) & set(added)):
+        raise ValueError(
+            f"a callback adds {known[0]!r} to a record that has it; name it otherwise."
+        )
+    return added
 
 
 def _record(run: Run, reached: CheckpointState, results: dict[str, Evaluation]) -> Record:

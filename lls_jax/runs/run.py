@@ -50,6 +50,7 @@ class Run(NamedTuple):
         eval_batch_size: examples a step of evaluation.
         test_views: by which each epoch is evaluated a second time; ``"none"`` for once.
         checkpoint_every: steps between checkpoints inside an epoch; 0 for none.
+        reach: how many blocks a local loss teaches.
         settings: of the run, JSON values, for its checkpoints.
         callbacks: are told what happens.
         should_stop: is asked before each step; a number other than 0 stops the run.
@@ -69,6 +70,7 @@ class Run(NamedTuple):
     eval_batch_size: int
     test_views: str
     checkpoint_every: int
+    reach: int
     settings: Record
     callbacks: Sequence[callbacks.Callback]
     should_stop: Callable[[], int]

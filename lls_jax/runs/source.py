@@ -10,6 +10,7 @@ import numpy as np
 
 from lls_jax import processes
 from lls_jax.data import DatasetSpec, Split, batches
+from lls_jax.data.order import epoch_order
 
 Arrays = tuple[Any, Any] | Split | batches.DeviceSplit
 Batch = dict[str, jax.Array]
@@ -141,6 +142,8 @@ class Source(NamedTuple):
         steps_per_epoch: batches of an epoch.
         batch_size: examples a batch.
         epoch: ``epoch(number, start)``: the batches of an epoch, from 0, from batch `start` on.
+        sample: ``sample(count)``: batches of examples, always the same, each whole and on this
+            process's own device.
         for_statistics: ``for_statistics(count)``: images from which BatchNorm's statistics are
             estimated anew, always the same.
         on_devices: what a compiled loop over steps takes instead; None where the data are not on
@@ -150,6 +153,7 @@ class Source(NamedTuple):
     steps_per_epoch: int
     batch_size: int
     epoch: Callable[[int, int], Generator[Batch, None, None]]
+    sample: Callable[[int], Iterator[Batch]]
     for_statistics: Callable[[int], Iterator[jax.Array]]
     on_devices: "OnDevices | None" = None
 
@@ -191,7 +195,7 @@ def from_arrays(
     read = batches.make_reader(spec, augmentation, batch_size, sharding)
 
     def order(epoch: int) -> jax.Array:
-        permutation = batches.epoch_order(key, epoch, size, augmentation)
+        permutation = epoch_order(key, epoch, size, augmentation)
         if sharding is None or isinstance(split, Split):
             return permutation
         return processes.replicate(permutation, batches.whole(sharding))
@@ -201,15 +205,23 @@ def from_arrays(
 
     statistics_key = jax.random.fold_in(key, _STATS_EPOCH)
 
-    def for_statistics(count: int) -> Iterator[jax.Array]:
+    def draw(read: batches.Reader, count: int) -> Iterator[Batch]:
         drawn = read(split, order(_STATS_EPOCH), 0, statistics_key)
-        for batch in itertools.islice(drawn, count):
-            yield batch["image"]
+        return itertools.islice(drawn, count)
+
+    def sample(count: int) -> Iterator[Batch]:
+        alone = batches.make_reader(spec, augmentation, batch_size)
+        # What is on all devices is on this one too.
+        permutation = epoch_order(key, _STATS_EPOCH, size, augmentation)
+        return itertools.islice(alone(split, permutation, 0, statistics_key), count)
+
+    def for_statistics(count: int) -> Iterator[jax.Array]:
+        return (batch["image"] for batch in draw(read, count))
 
     on_devices = None
     if isinstance(split, batches.DeviceSplit):
         on_devices = OnDevices(split, order, key, order(_STATS_EPOCH), statistics_key)
-    return Source(steps, batch_size, epoch, for_statistics, on_devices)
+    return Source(steps, batch_size, epoch, sample, for_statistics, on_devices)
 
 
 # Of an iterator, what BatchNorm's statistics are estimated from: what it has given is gone.
@@ -261,13 +273,16 @@ def from_batches(
 
     images = jnp.asarray(first["image"])
 
-    def placed(batch: Any) -> Batch:
+    def whole(batch: Any) -> Batch:
         if len(batch["label"]) != images.shape[0]:
             raise ValueError(
                 f"a training batch has {len(batch['label'])} examples, and the first one had "
                 f"{images.shape[0]}; make all of one size, and drop the last partial one."
             )
-        batch = {name: jnp.asarray(batch[name]) for name in ("image", "label")}
+        return {name: jnp.asarray(batch[name]) for name in ("image", "label")}
+
+    def placed(batch: Any) -> Batch:
+        batch = whole(batch)
         return batch if sharding is None else processes.shard_batch(batch, sharding)
 
     def epoch(number: int, start: int) -> Generator[Batch, None, None]:
@@ -277,8 +292,13 @@ def from_batches(
                 kept.append(batch)
             yield placed(batch)
 
-    def for_statistics(count: int) -> Iterator[jax.Array]:
-        for batch in itertools.islice(kept if endless else of_epoch(0), count):
-            yield placed(batch)["image"]
+    def some(count: int) -> Iterator[Any]:
+        return itertools.islice(kept if endless else of_epoch(0), count)
 
-    return Source(steps_per_epoch, images.shape[0], epoch, for_statistics), images
+    def sample(count: int) -> Iterator[Batch]:
+        return map(whole, some(count))
+
+    def for_statistics(count: int) -> Iterator[jax.Array]:
+        return (placed(batch)["image"] for batch in some(count))
+
+    return Source(steps_per_epoch, images.shape[0], epoch, sample, for_statistics), images

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.data import batches
+from lls_jax.data.order import alternates
 from lls_jax.data.specs import DatasetSpec
 from lls_jax.models import Network
 from lls_jax.steps.averaging import batch_share, mean_of_shares
@@ -77,7 +78,7 @@ def make_loop(
         is cut into launches.
     """
     augment = batches.make_augment(spec, augmentation)
-    mirrors = batches.alternates(augmentation)
+    mirrors = alternates(augmentation)
 
     def loop(
         state: TrainState,
@@ -129,7 +130,7 @@ def make_statistics_loop(
         the epoch in that order; the key of a batch is ``fold_in(key, its number)``.
     """
     augment = batches.make_augment(spec, augmentation)
-    mirrors = batches.alternates(augmentation)
+    mirrors = alternates(augmentation)
 
     @functools.partial(jax.jit, static_argnums=5, **_results(sharding))
     def estimate(

@@ -23,6 +23,7 @@ def make_train_step(
     *,
     reach: int = 1,
     remat_above: int | None = None,
+    slice_above: int | None = None,
     in_order: bool = True,
     donate: bool = True,
 ) -> TrainStep:
@@ -45,6 +46,10 @@ def make_train_step(
         remat_above: bytes; a convolution whose output takes more is computed again, in slices of
             the batch, instead of keeping it (:mod:`lls_jax.steps.sliced`). None keeps every one.
             Local rules only.
+        slice_above: bytes; what follows a convolution whose output takes more, and its gradients,
+            are computed in slices of the batch, up to eight. The output itself is kept, and nothing
+            is convolved twice (:mod:`lls_jax.steps.sliced_reach`). None for never. With a `reach`
+            of 2 or more, and without `remat_above`.
         in_order: whether a local block waits for the gradient of the block below, so that its
             memory is free. Without, sums of gradients over devices may go on meanwhile.
         donate: whether the step takes the memory of the state that it is given, which is of no use
@@ -57,7 +62,8 @@ def make_train_step(
         ``logits`` ``[batch, classes]``.
 
     Raises:
-        ValueError: `reach` is no number of blocks, or the rule has no losses that could reach.
+        ValueError: `reach` is no number of blocks, or the rule has no losses that could reach; or
+            `slice_above` is given without a reach, or together with `remat_above`.
 
     >>> import jax.numpy as jnp, optax
     >>> from lls_jax import models, rules
@@ -71,10 +77,20 @@ def make_train_step(
     (1, (4,))
     """
     check_reach(rule, reach)
+    if slice_above is not None and (reach == 1 or remat_above is not None):
+        beside = f"`reach` {reach}" if reach == 1 else f"`remat_above` {remat_above}"
+        raise ValueError(
+            f"`slice_above` is {slice_above} with {beside}; it is for a reach of 2 or more whose "
+            "convolutions are not computed again: leave one of them out."
+        )
     step: Any = functools.partial(local_step, remat_above=remat_above, in_order=in_order)
     if reach > 1:
         step = functools.partial(
-            reach_step, reach=reach, remat_above=remat_above, in_order=in_order
+            reach_step,
+            reach=reach,
+            remat_above=remat_above,
+            slice_above=slice_above,
+            in_order=in_order,
         )
     if isinstance(rule, Backpropagation):
         step = backpropagation_step

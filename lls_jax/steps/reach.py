@@ -152,6 +152,7 @@ def _block_unit(
     rule: LocalRule,
     tx: optax.GradientTransformation,
     remat_above: int | None,
+    slice_above: int | None,
 ) -> ReachingUnit:
     spec = model.specs[index]
 
@@ -161,12 +162,16 @@ def _block_unit(
         key, x = _block_key(key, step, index), x.astype(model.dtype)
         trained, fixed = split_params(rule, state.params)
         own, stats = trained["block"], state.batch_stats["block"]
-        plan = sliced.plan_block(spec, rule, x, remat_above)
+        plan, keep_output = sliced.plan_block(spec, rule, x, remat_above), False
+        if plan is None and remat_above is None:
+            plan, keep_output = sliced_reach.plan_kept_block(spec, rule, x, slice_above), True
         if plan is None:
             (seen, pooled), stats, pull_block = _run_whole(spec, rule, own, stats, x, key)
             after: Callable[..., jax.Array] = spec.transition
         else:
-            (seen, pooled), stats, pull_block = sliced_reach.run_block(plan, own, stats, x)
+            (seen, pooled), stats, pull_block = sliced_reach.run_block(
+                plan, own, stats, x, keep_output=keep_output
+            )
             after = spec.after_pooling
         passed_on, pull_after = jax.vjp(lambda seen: after(seen, key), seen)
 
@@ -270,7 +275,11 @@ def _last_unit(model: Network, rule: Rule, tx: Optimizer) -> ReachingUnit:
 
 
 def make_reaching_units(
-    model: Network, rule: Rule, tx: Optimizer, remat_above: int | None = None
+    model: Network,
+    rule: Rule,
+    tx: Optimizer,
+    remat_above: int | None = None,
+    slice_above: int | None = None,
 ) -> list[ReachingUnit]:
     """A network's units in order, for :func:`lls_jax.steps.reach_schedule.schedule`.
 
@@ -279,12 +288,13 @@ def make_reaching_units(
         rule: a local rule, or one a block.
         tx: the optimizer, or one a block.
         remat_above: as of :func:`lls_jax.training.make_train_step`.
+        slice_above: likewise.
     """
     rows = list(enumerate(zip(model.block_names, model.block_rules(rule))))
     alone = len(rows) - model.classifier_in_last_group
     return [
         *(
-            _block_unit(model, index, own_rule, optimizer_of(tx, name), remat_above)
+            _block_unit(model, index, own_rule, optimizer_of(tx, name), remat_above, slice_above)
             for index, (name, own_rule) in rows[:alone]
         ),
         _last_unit(model, rows[-1][1][1], tx),
@@ -301,9 +311,10 @@ def reach_step(
     reach: int,
     remat_above: int | None = None,
     in_order: bool = True,
+    slice_above: int | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of all blocks and the classifier; see :func:`lls_jax.training.make_train_step`."""
-    units = make_reaching_units(model, rule, tx, remat_above)
+    units = make_reaching_units(model, rule, tx, remat_above, slice_above)
     x, labels = batch["image"], targets_of(model, rule, batch)
     states = {name: block_state(state, name) for unit in units for name in unit.names}
     runs: dict[int, UnitRun] = {}

@@ -66,7 +66,7 @@ def count_slices(shape: tuple[int, ...], dtype: Any, remat_above: int) -> int:
     return min(shape[0], math.ceil(size / remat_above))
 
 
-def _put(wholes: Any, parts: Any, start: int, batch: int) -> Any:
+def put_slices(wholes: Any, parts: Any, start: int, batch: int) -> Any:
     """Arrays ``[batch, ...]`` with `parts` from `start` on; zeros are made where there are none."""
     if wholes is None:
         wholes = tuple(jnp.zeros((batch, *part.shape[1:]), part.dtype) for part in parts)
@@ -122,7 +122,7 @@ def run_slices(
         y = convolve_3x3(slice_after(token, x, start, size), narrow, plan.stride, compact=True)
         own = window_sums(y, statistics, plan.pool_size)
         part = plan.downsample(apply_statistics(y, *statistics))
-        results = _put(results, (part, *own), start, batch)
+        results = put_slices(results, (part, *own), start, batch)
         token = token_of(tuple(map(jnp.sum, own)))
     downsampled, *sums = results
     window = count // batch // plan.pool_size**2

@@ -1,9 +1,11 @@
 """A convolution block in slices of the batch, for gradients that come from above and go below.
 
-As in :mod:`lls_jax.steps.sliced` the convolution's output is never kept. With a gradient from above
-the batch goes through the convolution twice more for each gradient: once for the gradients of
-BatchNorm's statistics, scale and bias, which are sums over the whole batch, and once for those of
-the weights or the input. From the pooled activation alone, once more.
+Either as in :mod:`lls_jax.steps.sliced`, where the convolution's output is never kept: with a
+gradient from above the batch goes through the convolution twice more for each gradient, once for
+the gradients of BatchNorm's statistics, scale and bias, which are sums over the whole batch, and
+once for those of the weights or the input; from the pooled activation alone, once more. Or the
+convolution's output is kept, and only what follows it, and its gradients, are in slices: no
+convolution is computed twice, and of all arrays of that size it is the only one.
 """
 
 import functools
@@ -22,21 +24,40 @@ from lls_jax.layers.normalization import (
     apply_statistics,
     gradients_from_sums,
     input_gradient,
+    pool_from_sums,
+    window_sums,
 )
 from lls_jax.layers.ordering import batch_slices, slice_after, token_of
-from lls_jax.steps.sliced import Plan, run_slices
+from lls_jax.models import BlockSpec
+from lls_jax.rules import LocalRule
+from lls_jax.steps.sliced import Plan, plan_block, put_slices, run_slices
+
+# Each slice's gradients are operations of their own: more take long to compile, and save little.
+_MOST_SLICES = 8
+
+
+def plan_kept_block(
+    spec: BlockSpec, rule: LocalRule, x: jax.Array, above: int | None
+) -> Plan | None:
+    """How a block is cut whose convolution's output is kept, or None where it is not.
+
+    Args are those of :func:`lls_jax.steps.sliced.plan_block`.
+    """
+    plan = plan_block(spec, rule, x, above)
+    return None if plan is None else plan._replace(slices=min(plan.slices, _MOST_SLICES))
 
 
 def run_block(
-    plan: Plan, params: Any, batch_stats: Any, x: jax.Array
+    plan: Plan, params: Any, batch_stats: Any, x: jax.Array, *, keep_output: bool
 ) -> tuple[tuple[jax.Array, jax.Array], Any, Callable[..., Any]]:
     """A :class:`lls_jax.blocks.ConvBlock` in training, in slices.
 
     Args:
-        plan: from :func:`lls_jax.steps.sliced.plan_block`.
+        plan: from :func:`lls_jax.steps.sliced.plan_block` or :func:`plan_kept_block`.
         params: the block's.
         batch_stats: the block's.
         x: its input, ``[batch, height, width, channels]``.
+        keep_output: whether the convolution's output is kept.
 
     Returns:
         ``((downsampled, pooled), batch_stats, pull)``. ``pull(d_downsampled, d_pooled, params=...,
@@ -44,7 +65,8 @@ def run_block(
         a cotangent may be None, for zeros.
     """
     conv, norm = params["conv"], params["norm"]
-    outputs, residuals = run_slices(
+    run = _run_kept if keep_output else _run_again
+    outputs, residuals = run(
         plan, x.astype(plan.dtype), conv["kernel"], norm["scale"], norm["bias"]
     )
     downsampled, pooled, mean, variance = outputs
@@ -55,6 +77,36 @@ def run_block(
         {"norm": new},
         Partial(functools.partial(_pull, plan, window), *arrays),
     )
+
+
+def _run_again(plan: Plan, *arrays: jax.Array) -> tuple:
+    outputs, (x, kernel, *others) = run_slices(plan, *arrays)
+    return outputs, (x, kernel, None, *others)
+
+
+def _run_kept(
+    plan: Plan, x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple:
+    """As :func:`lls_jax.steps.sliced.run_slices`, with the convolution's output kept too."""
+    batch = x.shape[0]
+    y = convolve_3x3(x, kernel.astype(plan.dtype), plan.stride)
+    count = y.size // y.shape[-1]
+    wide = y.astype(jnp.float32)
+    mean = jnp.mean(wide, (0, 1, 2))
+    variance = jnp.maximum(jnp.mean(jnp.square(wide), (0, 1, 2)) - jnp.square(mean), 0.0)
+    statistics = Statistics(mean, variance, scale, bias)
+    results: Any = None
+    token = token_of(statistics)
+    for start, size in batch_slices(batch, plan.slices):
+        part = slice_after(token, y, start, size)
+        own = window_sums(part, statistics, plan.pool_size)
+        passed = plan.downsample(apply_statistics(part, *statistics))
+        results = put_slices(results, (passed, *own), start, batch)
+        token = token_of((passed, own))
+    downsampled, *sums = results
+    window = count // batch // plan.pool_size**2
+    pooled = pool_from_sums(sums, statistics, window)
+    return (downsampled, pooled, mean, variance), (x, kernel, y, statistics, sums, window)
 
 
 def _window_means(activation: jax.Array, pool_size: int) -> jax.Array:
@@ -69,6 +121,7 @@ def _pull(
     window: int,
     x: jax.Array,
     kernel: jax.Array,
+    kept: jax.Array | None,
     statistics: Statistics,
     sums: Any,
     *cotangents: Any,
@@ -80,7 +133,7 @@ def _pull(
     d_downsampled, d_pooled = cotangents
 
     def convolve(part: jax.Array, narrow: jax.Array) -> jax.Array:
-        return convolve_3x3(part, narrow, plan.stride, compact=True)
+        return convolve_3x3(part, narrow, plan.stride, compact=kept is None)
 
     def own_cotangents(start: int, size: int) -> Any:
         return tuple(
@@ -94,14 +147,18 @@ def _pull(
         pooled = None if d_pooled is None else _window_means(activation, plan.pool_size)
         return downsampled, pooled
 
-    token = token_of(cotangents)
+    # What comes from above is made in slices too, of which this waits for the last.
+    token = token_of((cotangents, tuple(one if one is None else one[-1:] for one in cotangents)))
     if d_downsampled is None:
         pooled = gradients_from_sums(cotangents[1], sums, statistics, window)
         d_statistics = Statistics(jnp.zeros(()), jnp.zeros(()), pooled.scale, pooled.bias)
     else:
         d_statistics = jax.tree.map(jnp.zeros_like, statistics)
         for start, size in slices:
-            y = convolve(slice_after(token, x, start, size), narrow)
+            if kept is None:
+                y = convolve(slice_after(token, x, start, size), narrow)
+            else:
+                y = slice_after(token, kept, start, size)
             _, pullback = jax.vjp(functools.partial(after_convolution, y), statistics)
             (own,) = pullback(own_cotangents(start, size))
             d_statistics = jax.tree.map(jnp.add, d_statistics, own)
@@ -130,6 +187,8 @@ def _pull(
             y, pullback = jax.vjp(convolve, part, narrow)
         else:
             y, pullback = jax.vjp(functools.partial(convolve, part), narrow)
+        if kept is not None:
+            y = slice_after(token, kept, start, size)
         gradients = pullback(d_convolution(y, start, size))
         if wanted["params"]:
             d_kernel = d_kernel + gradients[-1].astype(jnp.float32)
