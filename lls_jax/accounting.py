@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lls_jax.blocks.costs import BLOCK_COSTS, BlockCost
+from lls_jax.blocks.costs import BLOCK_COSTS, BlockCost, dense_cost
 from lls_jax.models import Network
 from lls_jax.rules import (
     LLS,
@@ -257,7 +257,7 @@ def account(model: Network, rule: Rule, image_shape: Shape, reach: int = 1) -> A
             )
         )
         x = jax.eval_shape(lambda a, spec=spec: spec.transition(a, None), activation)
-    counts = _dense((x.shape[-1],), (model.num_classes,))
+    counts = dense_cost((x.shape[-1],), (model.num_classes,))
     blocks.append(counts)
     size = _size(params["classifier"])
     costs.append(Cost("classifier", size, 0, counts.forward, counts.gradient, 0, 4 * x.shape[-1]))

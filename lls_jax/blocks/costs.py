@@ -29,7 +29,8 @@ def _conv(x: Shape, out: Shape) -> BlockCost:
     return BlockCost(macs, macs, macs, math.prod(x) + math.prod(out))
 
 
-def _dense(x: Shape, out: Shape) -> BlockCost:
+def dense_cost(x: Shape, out: Shape) -> BlockCost:
+    """Of a layer that multiplies with a matrix."""
     macs = x[-1] * out[-1]
     return BlockCost(macs, macs, macs, x[-1] + out[-1])
 
@@ -80,6 +81,6 @@ BLOCK_COSTS: dict[type, Callable[[Shape, Shape], BlockCost]] = {
     ConvPair: _pair,
     WhitenedConvPair: _whitened_pair,
     ConvBlock: _conv,
-    DenseBlock: _dense,
+    DenseBlock: dense_cost,
     DepthwiseSeparableBlock: _separable,
 }
