@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import cuda
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -489,6 +490,22 @@ def test_the_rule_of_the_readme_works_from_python():
     block = LocalBlock(ConvBlock(4), rule=rule, pool_size=2)
     variables = block.init(jax.random.key(0), batch["image"])
     assert variables["params"]["rule"]["prototypes"].shape == (CLASSES, 16)
+    # Its kernel, which it says nothing of: the same numbers, and one launch on a GPU.
+    params = rule.init(jax.random.key(1), (8,), 8)
+    latents = jax.random.normal(jax.random.key(2), (5, 8))
+
+    def loss(params, latents, rule):
+        return rule.loss(params, latents, jnp.arange(5) % CLASSES)
+
+    both = jax.value_and_grad(loss, (0, 1))
+    expected = both(params, latents, rule)
+    for form in ("split", "pallas"):
+        ours = both(params, latents, rule.with_implementation(form).interpreted())
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    lowered = cuda.lower(jax.jit(both, static_argnums=2), params, latents,
+                         rule.with_implementation("pallas"))  # fmt: skip
+    assert [kernel.name for kernel in cuda.triton_kernels(lowered)] == ["head_loss"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,7 +151,7 @@ def _take(
     return batch if sharding is None else jax.lax.with_sharding_constraint(batch, sharding)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def gather(
     data: DeviceSplit,
     permutation: jax.Array,
