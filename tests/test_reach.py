@@ -201,7 +201,8 @@ def test_temporaries_are_those_of_the_blocks_within_reach():
     # Of three blocks not all are there at once yet: 4.7 and 5.4 activations less.
     assert deep - least < 7 * activation
     sliced = temporaries(3, 2, slice_above=activation // 4)
-    assert sliced < least - 2 * activation
+    # 1.2 and more than 2 activations less.
+    assert sliced < least - activation
 
 
 @pytest.mark.parametrize(
