@@ -257,7 +257,7 @@ def test_alternating_flips_show_each_image_once_each_way_over_two_epochs():
                                    "alternating_flip", size)  # fmt: skip
         for epoch in range(4):
             order = epoch_order(key, epoch, count, "alternating_flip")
-            shown = [np.asarray(batch["image"]) for batch in read(data, order, 0, lambda i: key)]
+            shown = [np.asarray(batch["image"]) for batch in read(data, order, 0, key)]
             for image in np.concatenate(shown):
                 mirrored = image[0, 0, 0] == 0
                 seen.setdefault((int(image.max()), type(data)), []).append(bool(mirrored))
