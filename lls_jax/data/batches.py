@@ -121,7 +121,7 @@ def make_sampler(spec: DatasetSpec, augmentation: str, batch_size: int) -> Sampl
     def sample(
         data: DeviceSplit, permutation: jax.Array, index: jax.Array, key: jax.Array
     ) -> Batch:
-        batch = gather(data, permutation, index, batch_size, alternates(augmentation))
+        batch = gather(data, permutation, index, batch_size, None, alternates(augmentation))
         return {**batch, "image": augment(key, batch["image"])}
 
     return sample
