@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lls_jax.models import Network
-from lls_jax.rules import Backpropagation, LabeledImages, Rule, Targets, has_local_losses
+from lls_jax.rules import Backpropagation, LabeledImages, LocalRule, Rule, Targets, has_local_losses
 from lls_jax.steps.block import BlockState, split_params
 
 # What runs once need not be fast: the same bits after a third to half of the time to compile.
@@ -138,7 +138,8 @@ def num_local_losses(model: Network, rule: Rule) -> int:
 
 def targets_of(model: Network, rule: Rule, batch: Batch) -> Targets:
     """What the blocks are told of a batch's examples: their labels, and the images if one asks."""
-    asks = any(own.needs_image for own in model.block_rules(rule))
+    own_rules = model.block_rules(rule)
+    asks = any(isinstance(own, LocalRule) and own.needs_image for own in own_rules)
     return LabeledImages(batch["label"], batch["image"]) if asks else batch["label"]
 
 

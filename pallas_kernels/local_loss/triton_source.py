@@ -21,7 +21,7 @@ _TYPES = {
 _EXPRESSIONS = {
     "neg": "-{}", "abs": "tl.abs({})", "exp": "tl.exp({})", "log": "tl.log({})",
     "sqrt": "tl.sqrt({})", "rsqrt": "tl.rsqrt({})", "sin": "tl.sin({})", "cos": "tl.cos({})",
-    "floor": "tl.floor({})", "erf": "tl.erf({})", "not": "{} == 0", "add": "{} + {}",
+    "floor": "tl.floor({})", "not": "{} == 0", "add": "{} + {}",
     "sub": "{} - {}", "mul": "{} * {}", "rem": "{} % {}", "max": "tl.maximum({}, {})",
     "min": "tl.minimum({}, {})", "eq": "{} == {}", "ne": "{} != {}", "lt": "{} < {}",
     "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}", "and": "{} & {}", "or": "{} | {}",
