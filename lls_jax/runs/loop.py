@@ -13,7 +13,7 @@ import numpy as np
 
 from lls_jax import processes
 from lls_jax.errors import DivergedError
-from lls_jax.runs import callbacks, checkpoints, epoch_sums, resuming, saving
+from lls_jax.runs import callbacks, checkpoints, epoch_sums, resuming, saving, source
 from lls_jax.runs import folder as folders
 from lls_jax.runs.evaluate import Evaluation, evaluate_weights
 from lls_jax.runs.launches import Launches
@@ -113,7 +113,10 @@ class _Trainer:
             folder=self._folder,
             reach=run.reach,
             spec=run.spec,
-            evaluation_sets=run.evaluation_sets,
+            evaluation_sets={
+                name: source.on_this_device(examples, run.execution.sharding)
+                for name, examples in run.evaluation_sets.items()
+            },
             sample=run.source.sample,
         )
         stopped = self._agree(int(_any(one.on_start(start) for one in run.callbacks)))

@@ -94,6 +94,13 @@ def on_each_device(examples: Any, sharding: jax.sharding.NamedSharding | None) -
     return batches.place(examples, sharding)
 
 
+def on_this_device(examples: Any, sharding: jax.sharding.NamedSharding | None) -> Any:
+    """What is on each of a sharding's devices on this process's own alone."""
+    if sharding is None or not isinstance(examples, batches.DeviceSplit):
+        return examples
+    return processes.local_copy(examples)
+
+
 def first_examples(examples: Any, count: int) -> Any:
     """The first `count` examples of a split."""
     return type(examples)(examples.images[:count], examples.labels[:count])
@@ -211,9 +218,10 @@ def from_arrays(
 
     def sample(count: int) -> Iterator[Batch]:
         alone = batches.make_reader(spec, augmentation, batch_size)
-        # What is on all devices is on this one too.
+        # What is on every device is on this process's own too.
+        here = on_this_device(split, sharding)
         permutation = epoch_order(key, _STATS_EPOCH, size, augmentation)
-        return itertools.islice(alone(split, permutation, 0, statistics_key), count)
+        return itertools.islice(alone(here, permutation, 0, statistics_key), count)
 
     def for_statistics(count: int) -> Iterator[jax.Array]:
         return (batch["image"] for batch in draw(read, count))
