@@ -119,7 +119,9 @@ def assert_close(ours, theirs, tolerance=2e-4):
         np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=0, err_msg=str(path))
 
 
-@pytest.mark.parametrize("reach", [1, 2, 3, 9])
+@pytest.mark.parametrize(
+    "reach", [2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 3, 9))]
+)
 def test_a_block_learns_from_the_losses_that_reach_it(reach):
     model, rule, batch = mixed(dropout=0.3), make_rule(*MIXED_RULES), make_batch()
     state = start(model, rule, batch)
@@ -141,7 +143,7 @@ def test_classifier_and_last_group_reach_down_as_one():
     assert metrics["layer_loss"].shape == (2,)
 
 
-@pytest.mark.parametrize("reach", [2, 3])
+@pytest.mark.parametrize("reach", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_computing_again_in_slices_is_training_as_before(reach):
     model = models.make("small_conv", num_classes=CLASSES, dropout=0.2)
     rule = make_rule("lls_mxm", "lls_random", "local_classifier", "lls")
@@ -156,7 +158,7 @@ def test_computing_again_in_slices_is_training_as_before(reach):
     assert not all(np.array_equal(a, b) for a, b in pairs), "nothing was computed again"
 
 
-@pytest.mark.parametrize("reach", [2, 3])
+@pytest.mark.parametrize("reach", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_gradients_in_slices_are_those_of_the_whole_batch(reach):
     model = models.make("small_conv", num_classes=CLASSES, dropout=0.2)
     rule = make_rule("lls_mxm", "lls_random", "predsim", "lls")
@@ -192,6 +194,7 @@ def temporaries(depth, reach, **options):
     return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="measured on CPUs")
 def test_temporaries_are_those_of_the_blocks_within_reach():
     least, shallow, deep = (temporaries(depth, 2) for depth in (3, 6, 9))
