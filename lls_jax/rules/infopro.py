@@ -62,8 +62,8 @@ class InfoPro(LocalRule):
     def __post_init__(self) -> None:
         """Raise ValueError for an option that is out of its range."""
         check_options(self.num_classes)
-        for name in ("first_weights", "last_weights"):
-            weights = getattr(self, name)
+        both = {"first_weights": self.first_weights, "last_weights": self.last_weights}
+        for name, weights in both.items():
             if len(weights) != 2 or min(weights) < 0:
                 raise ValueError(
                     f"`{name}` is {weights}; expected two numbers, at least 0: of the "
@@ -90,11 +90,11 @@ class InfoPro(LocalRule):
                 f"rule 'infopro' reconstructs images [height, width, channels], and an example has "
                 f"shape {shape}; use another rule."
             )
-        for name in ("pixel_mean", "pixel_std"):
-            if len(getattr(self, name)) not in (1, shape[-1]):
+        for name, values in {"pixel_mean": self.pixel_mean, "pixel_std": self.pixel_std}.items():
+            if len(values) not in (1, shape[-1]):
                 raise ValueError(
-                    f"`{name}` is {getattr(self, name)}, for images of {shape[-1]} channels; give "
-                    "one number, or one a channel."
+                    f"`{name}` is {values}, for images of {shape[-1]} channels; give one number, "
+                    "or one a channel."
                 )
         return dataclasses.replace(self, image_channels=shape[-1])
 
