@@ -32,6 +32,7 @@ from pallas_kernels.local_loss import (
     require,
     tiles,
 )
+from pallas_kernels.local_loss.results import Call
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
@@ -452,8 +453,10 @@ def kernel_passes(source, z, projection, labels, params):
     grads, losses = jax.jit(jax.grad(total, (0, 1), has_aux=True))(z, params)
     try:
         results = scope["launch"](
-            head, params, z, projection, labels, weights, wants_scores=False,
-            tiles=tiles.default_tiles(10, 70, params), interpret=True,
+            Call(
+                head, params, z, projection, labels, weights, wants_scores=False,
+                tiles=tiles.default_tiles(10, 70, params), interpret=True,
+            )
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError):
         return False

@@ -20,6 +20,7 @@ from lls_jax import models, rules, training
 from lls_jax.runs import kernels
 from pallas_kernels import local_loss, timing, tune
 from pallas_kernels.local_loss import heads, pallas_triton, shapes, split, tiles
+from pallas_kernels.local_loss.results import Call
 
 MAX_SHARED = 99 * 1024
 ARCHITECTURES = [90, *(pytest.param(number, marks=pytest.mark.exhaustive) for number in (80, 100))]
@@ -118,8 +119,7 @@ def test_every_pallas_kernel_compiles_and_does_not_spill(capability, tmp_path):
         sizes = tiles.default_tiles(rows, latents, params)
 
         def launch(params, *arrays, head=head, sizes=sizes):
-            options = {"wants_scores": not params, "tiles": sizes, "interpret": False}
-            return pallas_triton.launch(head, params, *arrays, **options)
+            return pallas_triton.launch(Call(head, params, *arrays, not params, sizes))
 
         lowered = cuda.lower(jax.jit(launch), params, *abstract(rows, latents))
         (kernel,) = cuda.triton_kernels(lowered)
@@ -164,8 +164,7 @@ def test_the_split_kernels_compile_and_do_not_spill(capability, tmp_path):
             def head(scores, square, params, label):
                 return jnp.sum(scores) + square
 
-            options = {"wants_scores": False, "tiles": sizes, "interpret": False}
-            return split.launch(head, {}, *arrays, **options)
+            return split.launch(Call(head, {}, *arrays, False, sizes))
 
         for kernel in cuda.triton_kernels(cuda.lower(jax.jit(launch), *abstract(rows, latents))):
             used = cuda.compile_ttir(kernel, capability, tmp_path)

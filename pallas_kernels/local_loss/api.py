@@ -13,7 +13,7 @@ from pallas_kernels.errors import KernelUnavailableError
 from pallas_kernels.local_loss import xla
 from pallas_kernels.local_loss.availability import Device, current_device, obstacle
 from pallas_kernels.local_loss.heads import Head, check, is_learned
-from pallas_kernels.local_loss.results import Form, Results
+from pallas_kernels.local_loss.results import Call, Form, Results
 from pallas_kernels.local_loss.tiles import Tiles, choose_tiles
 
 IMPLEMENTATIONS = ("xla", "split", "pallas", "triton")
@@ -84,9 +84,12 @@ def _differentiable(
 
     def run(arrays: Any, weights: Any, wants_scores: bool) -> Results:
         def launch(latents: Any, projection: Any, labels: Any, weights: Any, *leaves: Any) -> Any:
+            params = list(leaves)
             return form(
-                head, list(leaves), latents, projection, labels, weights,
-                wants_scores=wants_scores, tiles=tiles, interpret=interpret,
+                Call(
+                    head, params, latents, projection, labels, weights,
+                    wants_scores, tiles, interpret,
+                )
             )  # fmt: skip
 
         latents, projection, labels, *leaves = arrays

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -23,14 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.local_loss import interpreter
-from pallas_kernels.local_loss.heads import EXAMPLES, Head, HeadProgram, trace
+from pallas_kernels.local_loss.heads import EXAMPLES, HeadProgram
 from pallas_kernels.local_loss.padded import Lanes, Padded, dot_side, padded_shape
-from pallas_kernels.local_loss.results import (
-    Results,
-    collect,
-    gradient_shapes,
-    programs_of,
-)
+from pallas_kernels.local_loss.results import Call, Results, collect, prepare, programs_of
 from pallas_kernels.local_loss.tiles import Tiles
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -215,49 +209,27 @@ def _kernel(
     lax.fori_loop(jnp.int32(0), steps, back, jnp.int32(0))
 
 
-def launch(
-    head: Head,
-    params: Any,
-    latents: jax.Array,
-    projection: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array | None,
-    *,
-    wants_scores: bool,
-    tiles: Tiles,
-    interpret: bool = False,
-) -> Results:
-    """Launch the kernel once; see :class:`pallas_kernels.local_loss.results.Form`."""
-    batch, num_rows = latents.shape[0], projection.shape[0]
-    program = trace(head, num_rows, params, labels.dtype)
-    leaves = jax.tree.leaves(params)
-    wants_gradient = weights is not None
-    arrays = [*map(jnp.asarray, program.consts), *leaves]
-    shapes = tuple(tuple(array.shape) for array in arrays)
+def launch(call: Call) -> Results:
+    """Launch the kernel once; see :class:`pallas_kernels.local_loss.results.Call`."""
+    prepared, tiles = prepare(call), call.tiles
     # A reference without axes cannot be read.
-    readable = [array.reshape(array.shape or (1,)) for array in arrays]
-    learned = [leaf.shape for own, leaf in zip(program.learned, leaves) if own]
-    out_shapes = [jax.ShapeDtypeStruct((batch,), jnp.float32)]
-    if wants_gradient:
-        out_shapes += gradient_shapes(latents, num_rows, learned, wants_scores)
-    # The losses alone do not look at the weights.
-    weights = jnp.ones(batch, jnp.float32) if weights is None else weights
-    loss, *gradients = pl.pallas_call(
+    readable = [array.reshape(array.shape or (1,)) for array in prepared.arrays]
+    outputs = pl.pallas_call(
         functools.partial(
             _kernel,
-            program=program,
-            shapes=shapes,
+            program=prepared.program,
+            shapes=tuple(tuple(array.shape) for array in prepared.arrays),
             tiles=tiles,
-            wants_gradient=wants_gradient,
-            wants_scores=wants_scores,
+            wants_gradient=call.weights is not None,
+            wants_scores=call.wants_scores,
         ),
-        out_shape=out_shapes,
-        grid=(programs_of(batch),),
-        interpret=interpret,
+        out_shape=prepared.outputs,
+        grid=(programs_of(call.latents.shape[0]),),
+        interpret=call.interpret,
         name="head_loss",
         # Given, it chooses the Triton lowering; without it newer versions take another one.
         compiler_params=plgpu.CompilerParams(
             num_warps=tiles.num_warps, num_stages=tiles.num_stages
         ),
-    )(latents, projection, labels, weights, *readable)
-    return collect(loss, gradients, learned, wants_scores)
+    )(call.latents, call.projection, call.labels, prepared.weights, *readable)
+    return collect(call, prepared, outputs)

@@ -12,9 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.local_loss.heads import EXAMPLES, Head, is_learned, per_example
+from pallas_kernels.local_loss.heads import EXAMPLES, is_learned, per_example
 from pallas_kernels.local_loss.padded import dot_side
-from pallas_kernels.local_loss.results import Results, programs_of
+from pallas_kernels.local_loss.results import Call, Results, programs_of
 from pallas_kernels.local_loss.tiles import Tiles
 
 
@@ -78,19 +78,9 @@ def _back_kernel(
     plgpu.store(at, d_z.astype(d_latents_ref.dtype), mask=inside)
 
 
-def launch(
-    head: Head,
-    params: Any,
-    latents: jax.Array,
-    projection: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array | None,
-    *,
-    wants_scores: bool,
-    tiles: Tiles,
-    interpret: bool = False,
-) -> Results:
-    """Launch both kernels; see :class:`pallas_kernels.local_loss.results.Form`."""
+def launch(call: Call) -> Results:
+    """Launch both kernels; see :class:`pallas_kernels.local_loss.results.Call`."""
+    latents, projection, tiles = call.latents, call.projection, call.tiles
     (batch, num_latents), num_rows = latents.shape, projection.shape[0]
     # Given, they choose the Triton lowering; without them newer versions take another one.
     compiler = plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
@@ -101,29 +91,29 @@ def launch(
             jax.ShapeDtypeStruct((batch,), jnp.float32),
         ],
         grid=(programs_of(batch),),
-        interpret=interpret,
+        interpret=call.interpret,
         name="head_loss_scores",
         compiler_params=compiler,
     )(latents, projection)
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(call.params)
     learned = [leaf for leaf in leaves if is_learned(leaf)]
 
     def losses(scores: jax.Array, square: jax.Array, learned: list[jax.Array]) -> jax.Array:
         given = iter(learned)
         everything = [next(given) if is_learned(leaf) else leaf for leaf in leaves]
         params = jax.tree.unflatten(tree, everything)
-        return per_example(head, scores, square, params, labels).astype(jnp.float32)
+        return per_example(call.head, scores, square, params, call.labels).astype(jnp.float32)
 
-    if weights is None:
+    if call.weights is None:
         return Results(losses(scores, square, learned), None, None, ())
     loss, pullback = jax.vjp(losses, scores, square, learned)
-    d_scores, d_square, d_learned = pullback(weights)
+    d_scores, d_square, d_learned = pullback(call.weights)
     d_latents = pl.pallas_call(
         functools.partial(_back_kernel, tiles=tiles),
         out_shape=jax.ShapeDtypeStruct(latents.shape, latents.dtype),
         grid=(programs_of(batch), pl.cdiv(num_latents, tiles.block_latents)),
-        interpret=interpret,
+        interpret=call.interpret,
         name="head_loss_back",
         compiler_params=compiler,
     )(latents, projection, d_scores, d_square)
-    return Results(loss, d_latents, d_scores if wants_scores else None, tuple(d_learned))
+    return Results(loss, d_latents, d_scores if call.wants_scores else None, tuple(d_learned))

@@ -8,82 +8,56 @@ import importlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from triton.runtime.interpreter import InterpretedFunction
 
 from pallas_kernels.errors import KernelUnavailableError
-from pallas_kernels.local_loss.heads import Head, trace
-from pallas_kernels.local_loss.results import (
-    Results,
-    collect,
-    gradient_shapes,
-    programs_of,
-)
-from pallas_kernels.local_loss.tiles import Tiles
+from pallas_kernels.local_loss.results import Call, Results, collect, prepare, programs_of
 from pallas_kernels.local_loss.triton_source import constants, load_kernel, write_source
 
 
-def launch(
-    head: Head,
-    params: Any,
-    latents: jax.Array,
-    projection: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array | None,
-    *,
-    wants_scores: bool,
-    tiles: Tiles,
-    interpret: bool = False,
-) -> Results:
-    """Launch the kernel once; see :class:`pallas_kernels.local_loss.results.Form`."""
-    (batch, num_latents), num_rows = latents.shape, projection.shape[0]
-    program = trace(head, num_rows, params, labels.dtype)
-    leaves = jax.tree.leaves(params)
-    arrays = [*map(jnp.asarray, program.consts), *leaves]
-    wants_gradient = weights is not None
+def launch(call: Call) -> Results:
+    """Launch the kernel once; see :class:`pallas_kernels.local_loss.results.Call`."""
+    (batch, num_latents), num_rows = call.latents.shape, call.projection.shape[0]
+    prepared = prepare(call)
     kernel = load_kernel(
         write_source(
-            program,
-            [(tuple(array.shape), np.dtype(array.dtype)) for array in arrays],
+            prepared.program,
+            [(tuple(array.shape), np.dtype(array.dtype)) for array in prepared.arrays],
             num_rows,
-            np.dtype(labels.dtype),
-            wants_gradient,
-            wants_scores,
+            np.dtype(call.labels.dtype),
+            call.weights is not None,
+            call.wants_scores,
         )
     )
-    learned = [leaf.shape for own, leaf in zip(program.learned, leaves) if own]
-    shapes = [jax.ShapeDtypeStruct((batch,), jnp.float32)]
-    if wants_gradient:
-        shapes += gradient_shapes(latents, num_rows, learned, wants_scores)
-    weights = jnp.ones(batch, jnp.float32) if weights is None else weights
-    fixed = constants(batch, num_latents, num_rows, tiles.block_latents)
-    inputs = (latents, projection, labels, weights, *arrays)
+    fixed = constants(batch, num_latents, num_rows, call.tiles.block_latents)
+    inputs = (call.latents, call.projection, call.labels, prepared.weights, *prepared.arrays)
     grid = (programs_of(batch),)
-    if interpret:
+    if call.interpret:
         if not isinstance(kernel, InterpretedFunction):
             raise KernelUnavailableError(
                 "Triton was imported without its interpreter; set TRITON_INTERPRET=1 in the "
                 "environment before Python starts, or use 'pallas' with interpret=True."
             )
-        results = jax.pure_callback(
-            lambda *arrays: _interpret(kernel, grid, shapes, fixed, *arrays), shapes, *inputs
+        outputs = jax.pure_callback(
+            lambda *arrays: _interpret(kernel, grid, prepared.outputs, fixed, *arrays),
+            prepared.outputs,
+            *inputs,
         )
     else:
         # Optional, and needs jaxlib's GPU plugin.
         jax_triton: Any = importlib.import_module("jax_triton")
-        results = jax_triton.triton_call(
+        outputs = jax_triton.triton_call(
             *inputs,
             kernel=kernel,
-            out_type=shapes,
+            out_type=prepared.outputs,
             grid=grid,
             name="head_loss",
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            num_warps=call.tiles.num_warps,
+            num_stages=call.tiles.num_stages,
             **fixed,
         )
-    loss, *gradients = results
-    return collect(loss, gradients, learned, wants_scores)
+    return collect(call, prepared, outputs)
 
 
 class _Buffer:
