@@ -12,6 +12,7 @@ from cuda import lower
 
 from lls_jax import models, rules, training
 from lls_jax.layers import pooling
+from pallas_kernels.local_loss.pooling import adaptive_average_pool, sum_bins
 
 RNG = np.random.default_rng(0)
 
@@ -34,7 +35,7 @@ def test_adaptive_means_and_their_gradient(size, dtype):
             expected[:, i, j] = window.mean((1, 2))
             share = np.asarray(dy, np.float64)[:, i, j] / (window.shape[1] * window.shape[2])
             d_exact[:, rows, columns] += share[:, None, None]
-    ours, pullback = jax.vjp(lambda x: pooling.adaptive_average_pool(x, bins), x)
+    ours, pullback = jax.vjp(lambda x: adaptive_average_pool(x, bins), x)
     (dx,) = pullback(dy)
     assert ours.dtype == dx.dtype == dtype
     # Of sums in float32; a result is rounded once, a gradient for each window that holds it.
@@ -44,7 +45,7 @@ def test_adaptive_means_and_their_gradient(size, dtype):
     spread = pooling.spread_bins(dy.astype(jnp.float32), x.shape)
     np.testing.assert_allclose(
         np.vdot(np.asarray(spread, np.float64), exact),
-        np.vdot(np.asarray(dy, np.float64), pooling.sum_bins(x, bins)),
+        np.vdot(np.asarray(dy, np.float64), sum_bins(x, bins)),
         rtol=1e-4, atol=1e-4,
     )  # fmt: skip
 

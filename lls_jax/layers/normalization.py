@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from lls_jax.layers.pooling import bin_sizes, bins_of, spread_bins, sum_bins
+from lls_jax.layers.pooling import spread_bins
 from lls_jax.platforms import by_platform
+from pallas_kernels.local_loss.pooling import bin_sizes, bins_of, sum_bins
 
 EPSILON = 1e-5
 NEGATIVE_SLOPE = 0.01

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lls_jax.platforms import by_platform
-from pallas_kernels import local_loss
+from pallas_kernels.local_loss.pooling import bins_of
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -36,43 +36,6 @@ def _max_pool_in_strides(x: jax.Array) -> jax.Array:
     every = functools.partial(jax.lax.slice_in_dim, stride=2)
     pairs = jnp.maximum(every(x, 0, 2 * rows, axis=1), every(x, 1, 2 * rows, axis=1))
     return jnp.maximum(every(pairs, 0, 2 * columns, axis=2), every(pairs, 1, 2 * columns, axis=2))
-
-
-def bins_of(size: int, bins: int) -> list[tuple[int, int]]:
-    """Where each bin of 1-D adaptive pooling starts, and where it ends.
-
-    >>> bins_of(7, 2)
-    [(0, 4), (3, 7)]
-    """
-    return [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
-
-
-def bin_sizes(shape: tuple[int, ...], pool_size: int) -> np.ndarray:
-    """Elements of each window of ``[batch, height, width, channels]``: float32 ``[p, p]``."""
-    rows, columns = (
-        [stop - start for start, stop in bins_of(size, pool_size)] for size in shape[1:3]
-    )
-    return np.outer(rows, columns).astype(np.float32)
-
-
-def sum_bins(x: jax.Array, pool_size: int, axes: tuple[int, ...] = (1, 2)) -> jax.Array:
-    """Sums over the windows of adaptive pooling, which may overlap or repeat.
-
-    Args:
-        x: ``[batch, height, width, channels]``.
-        pool_size: ``p``, windows along each spatial axis.
-        axes: those that are left.
-
-    Returns:
-        float32 ``[batch, p, p, channels]``.
-    """
-    for axis in axes:
-        parts = (
-            jnp.sum(jax.lax.slice_in_dim(x, *ends, axis=axis), axis, dtype=jnp.float32)
-            for ends in bins_of(x.shape[axis], pool_size)
-        )
-        x = jnp.stack(list(parts), axis)
-    return x
 
 
 def spread_bins(windows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -106,22 +69,3 @@ def _spread_axis(windows: jax.Array, axis: int, size: int) -> jax.Array:
         total = values if total is None else total + values
     assert total is not None
     return total
-
-
-def adaptive_average_pool(x: jax.Array, pool_size: int) -> jax.Array:
-    """Means over the windows of adaptive pooling, as PyTorch defines them.
-
-    Args:
-        x: ``[batch, height, width, channels]``, or ``[batch, features]``.
-        pool_size: ``p``, windows along each spatial axis, or along the features.
-
-    Returns:
-        ``[batch, p, p, channels]`` or ``[batch, p]``, in the dtype of `x`.
-
-    Raises:
-        ValueError: `x` has another number of axes, or `pool_size` is below 1.
-    """
-    if x.ndim != 4 or pool_size < 1 or not (x.shape[1] % pool_size or x.shape[2] % pool_size):
-        return local_loss.adaptive_average_pool(x, pool_size)
-    sizes = bin_sizes(x.shape, pool_size)[None, :, :, None]
-    return (sum_bins(x, pool_size) / sizes).astype(x.dtype)

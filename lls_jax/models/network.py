@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.blocks import Classifier, LocalBlock, ResidualBlock, apply_module, call_options
-from lls_jax.layers.pooling import adaptive_average_pool, max_pool
+from lls_jax.layers.pooling import max_pool
 from lls_jax.models.whitening import Whitening
 from lls_jax.rules import LaterBlock, Rule, Surroundings
+from pallas_kernels.local_loss import adaptive_average_pool
 
 Variables = dict[str, Any]
 

@@ -7,6 +7,43 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def bins_of(size: int, bins: int) -> list[tuple[int, int]]:
+    """Where each bin of 1-D adaptive pooling starts, and where it ends.
+
+    >>> bins_of(7, 2)
+    [(0, 4), (3, 7)]
+    """
+    return [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
+
+
+def bin_sizes(shape: tuple[int, ...], pool_size: int) -> np.ndarray:
+    """Elements of each window of ``[batch, height, width, channels]``: float32 ``[p, p]``."""
+    rows, columns = (
+        [stop - start for start, stop in bins_of(size, pool_size)] for size in shape[1:3]
+    )
+    return np.outer(rows, columns).astype(np.float32)
+
+
+def sum_bins(x: jax.Array, pool_size: int, axes: tuple[int, ...] = (1, 2)) -> jax.Array:
+    """Sums over the windows of adaptive pooling, which may overlap or repeat.
+
+    Args:
+        x: ``[batch, height, width, channels]``.
+        pool_size: ``p``, windows along each spatial axis.
+        axes: those that are left.
+
+    Returns:
+        float32 ``[batch, p, p, channels]``.
+    """
+    for axis in axes:
+        parts = (
+            jnp.sum(jax.lax.slice_in_dim(x, *ends, axis=axis), axis, dtype=jnp.float32)
+            for ends in bins_of(x.shape[axis], pool_size)
+        )
+        x = jnp.stack(list(parts), axis)
+    return x
+
+
 @functools.lru_cache(maxsize=256)
 def pooling_matrix(size: int, bins: int) -> np.ndarray:
     """The averaging weights of 1-D adaptive pooling.
@@ -26,8 +63,7 @@ def pooling_matrix(size: int, bins: int) -> np.ndarray:
     [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]
     """
     matrix = np.zeros((bins, size), np.float32)
-    for i in range(bins):
-        start, stop = i * size // bins, -(-(i + 1) * size // bins)
+    for i, (start, stop) in enumerate(bins_of(size, bins)):
         matrix[i, start:stop] = 1.0 / (stop - start)
     matrix.setflags(write=False)
     return matrix
@@ -74,7 +110,9 @@ def adaptive_average_pool(x: jax.Array, pool_size: int) -> jax.Array:
         )
         return jnp.mean(windows, axis=(2, 4))
     if x.ndim == 4:
-        return _pool_axis(_pool_axis(x, 1, pool_size), 2, pool_size)
+        # Sums alone are in float32, never a whole activation.
+        sizes = bin_sizes(x.shape, pool_size)[None, :, :, None]
+        return (sum_bins(x, pool_size) / sizes).astype(x.dtype)
     if x.ndim in (2, 3):
         return _pool_axis(x, 1, pool_size)
     raise ValueError(
