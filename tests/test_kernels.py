@@ -278,6 +278,9 @@ def test_a_choice_is_kept_with_the_run_and_for_the_next_one(tmp_path, monkeypatc
     kernels.keep(kernels.KernelChoice("split", {}, {}), folder)
     assert kernels.choose(one, folder, "gpu") == kernels.KernelChoice("split", {}, {}, "resumed")
     assert len(measured) == 2
+    # Of a later version, which may know more.
+    (folder / "kernels.json").write_text('{"implementation": "split", "colour": 3}')
+    assert kernels.choose(one, folder, "gpu").origin == "remembered"
     # Where there is nothing to choose.
     for rule in (rules.make("predsim", num_classes=10), one.rule.with_implementation("xla")):
         assert kernels.choose(one._replace(rule=rule), None, "gpu") is None

@@ -90,11 +90,11 @@ def choose(
     """
     if (platform or jax.default_backend()) != "gpu" or not has_choice(work.rule):
         return None
-    if folder is not None and (kept := _read(folder / _FILE)):
-        return KernelChoice(**{**kept, "origin": "resumed"})
+    if folder is not None and (kept := _choice(_read(folder / _FILE), "resumed")):
+        return kept
     memory, key = _memory(), _key(work)
-    if known := _read(memory).get(key):
-        return KernelChoice(**{**known, "origin": "remembered"})
+    if known := _choice(_read(memory).get(key), "remembered"):
+        return known
     choice = measure(work)
     _write(memory, {**_read(memory), key: dataclasses.asdict(choice)})
     return choice
@@ -195,6 +195,14 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+
+
+def _choice(values: Any, origin: str) -> KernelChoice | None:
+    """A choice that was written; None for what this version does not understand."""
+    try:
+        return KernelChoice(**{**values, "origin": origin})
+    except TypeError:
+        return None
 
 
 def _write(path: pathlib.Path, values: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels.errors import KernelUnavailableError
 from pallas_kernels.local_loss import xla
 from pallas_kernels.local_loss.availability import Device, current_device, obstacle
-from pallas_kernels.local_loss.heads import Head, check, is_learned
+from pallas_kernels.local_loss.heads import Head, inspect_head, is_learned
 from pallas_kernels.local_loss.results import Call, Form, Results
 from pallas_kernels.local_loss.tiles import Tiles, choose_tiles
 
@@ -155,7 +155,7 @@ def _loss(
     _check(latents, projection, labels, implementation)
     params = jax.tree.map(jnp.asarray, params)
     leaves, tree = jax.tree.flatten(params)
-    used, couples = check(head, projection.shape[0], params, labels.dtype)
+    used, couples = inspect_head(head, projection.shape[0], params, labels.dtype)
     if implementation in (None, "xla"):
         losses = xla.head_loss(latents, projection, labels, head, params)
         return jnp.mean(losses) if is_mean else losses

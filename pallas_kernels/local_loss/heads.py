@@ -73,7 +73,9 @@ def live_equations(jaxpr: Any, wanted: Sequence[bool]) -> tuple[list[tuple[Any, 
     return live[::-1], needed
 
 
-def check(head: Head, rows: int, params: Any, label_dtype: Any) -> tuple[tuple[bool, ...], bool]:
+def inspect_head(
+    head: Head, rows: int, params: Any, label_dtype: Any
+) -> tuple[tuple[bool, ...], bool]:
     """Which leaves of the parameters a head looks at, and whether it looks at other examples.
 
     A projection's own parameters are no business of the head, and of its kernel.
@@ -83,6 +85,9 @@ def check(head: Head, rows: int, params: Any, label_dtype: Any) -> tuple[tuple[b
         rows: scores of an example.
         params: a pytree of arrays; only shapes and dtypes count.
         label_dtype: integers.
+
+    Returns:
+        By leaf, whether the head looks at it; and whether it looks at other examples.
 
     Raises:
         ValueError: the head does not give a scalar.

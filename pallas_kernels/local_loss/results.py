@@ -1,4 +1,4 @@
-"""What every form of the op computes, and how it gives it."""
+"""What a form of the op is given, and what it gives."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
