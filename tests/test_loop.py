@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cuda import lower
+from cuda import lower, triton_kernels
 
 from lls_jax import rules, training
 from lls_jax.blocks import ConvBlock
@@ -90,6 +90,18 @@ def test_a_gpu_is_never_asked_whether_a_loop_goes_on(training_loop):
         bound_of(one)
         for one in ops(lower(made.any_count, *start(), *drawn, 0, STEPS), "stablehlo.while")
     ]
+
+
+def test_a_gpu_launches_one_kernel_a_layer_in_the_loop(training_loop):
+    """In the loop as in the step: the layer's loss and gradient, and no product beside it."""
+    _, _, start, drawn = training_loop
+    rule = RULE.with_implementation("pallas")
+    step = training.make_train_step(MODEL, rule, optax.sgd(0.05, momentum=0.9))
+    made = loop.make_loop(step, epoch_sums.add, SPEC, "flip", BATCH)
+    program = lower(made.constant, *start(), *drawn, 0, STEPS)
+    assert [kernel.name for kernel in triton_kernels(program)] == ["head_loss"]
+    # The classifier's products alone, forward and to its weights.
+    assert len(ops(program, "stablehlo.dot_general")) == 2
 
 
 def test_rows_are_taken_without_a_mask(training_loop):
