@@ -32,7 +32,8 @@ from experiments import (
     startup,
     train,
 )
-from experiments.config import AVERAGING, OPTIMIZERS, TrainConfig
+from experiments.config import TrainConfig
+from experiments.config_choices import AVERAGING, OPTIMIZERS
 from experiments.suites import training as suites_training
 from lls_jax import data, models, rules
 from lls_jax.data import augment, batches
