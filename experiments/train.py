@@ -12,7 +12,7 @@ from experiments.config import TrainConfig
 from experiments.option_files import to_arguments
 from experiments.presets import PRESETS, default_config
 from experiments.signals import Signals
-from lls_jax import fit, processes
+from lls_jax import fit, processes, trackers
 from lls_jax.runs import folder as folders
 from lls_jax.runs.callbacks import selection_accuracy
 from lls_jax.runs.run import FitResult
@@ -48,6 +48,7 @@ def train_and_evaluate(config: TrainConfig) -> int:
         UserError: the config, the folder or a loss is such that the run cannot go on.
         lls_jax.errors.ProcessesError: the processes could not connect, or one was lost.
     """
+    trackers.require(config.trackers())
     folder = pathlib.Path(config.run_folder())
     signals = Signals()
     with contextlib.ExitStack() as stack:
