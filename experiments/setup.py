@@ -71,6 +71,12 @@ def make_task(config: TrainConfig, spec: data.DatasetSpec | None = None) -> Task
     with as_user_error():
         spec = spec or data_sets.open_data(config).spec
         task = _make_task(config, spec)
+        if task.model.num_classes != spec.num_classes:
+            raise ValueError(
+                f"model {config.model!r} has {task.model.num_classes} classes, and data set "
+                f"{config.dataset!r} has {spec.num_classes}; give its function a parameter "
+                "`num_classes`, and use it."
+            )
         task.model.check_image((1, *spec.input_shape))
         return task
 

@@ -273,14 +273,8 @@ def _make_own(
     }
     plain = {"dropout": 0, "dtype": jnp.float32, "width": 1, "classifier_smoothing": 0}
     own.check_used({option: v for option, v in options.items() if v != plain[option]})
-    network: Network = own.make_hashable(
+    return own.make_hashable(
         {"num_classes": num_classes, **options},
         Network,
         "lls_jax.models.Network; return one, made of BlockSpecs.",
     )
-    if network.num_classes != num_classes:
-        raise ValueError(
-            f"model {name!r} has {network.num_classes} classes, and the data set has "
-            f"{num_classes}; give its function a parameter `num_classes`, and use it."
-        )
-    return network

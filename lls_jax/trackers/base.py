@@ -21,7 +21,7 @@ def scalars(record: Record) -> dict[str, float]:
     >>> scalars({"epoch": 1, "step": 9, "test_loss": 0.5, "test_top5": None, "layer_loss": [2, 1]})
     {'test_loss': 0.5, 'layer_loss/L1': 2.0, 'layer_loss/L2': 1.0}
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, value in record.items():
         if name in _NOT_SCALARS:
             continue

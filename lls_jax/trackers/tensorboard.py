@@ -24,10 +24,9 @@ class TensorBoard(Tracker):
             purge_step=None if kept is None else event.step + 1,
         )
         if kept is None and self._settings:
-            lines = [f"| {name} | {value} |" for name, value in self._settings.items()]
-            self._writer.add_text(
-                "settings", "\n".join(["| option | value |", "|---|---|", *lines])
-            )
+            lines = ["| option | value |", "| --- | --- |"]
+            lines += [f"| {name} | {value} |" for name, value in self._settings.items()]
+            self._writer.add_text("settings", "\n".join(lines))
         return {"folder": FOLDER}
 
     def send(self, records: list[Record]) -> None:
