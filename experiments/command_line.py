@@ -127,7 +127,7 @@ def _add_elsewhere(parser: argparse.ArgumentParser) -> None:
         "--config",
         dest="options_file",
         metavar="FILE",
-        help="TOML file of the options above, like batch-size = 64; the command line stands "
+        help="TOML file of the options below, like batch-size = 64; the command line stands "
         "before it.",
     )
     group.add_argument(

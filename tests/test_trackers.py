@@ -11,6 +11,7 @@ import pytest
 
 from experiments import train
 from experiments.config import TrainConfig
+from experiments.config_choices import TRACKERS
 from lls_jax import trackers
 from lls_jax.errors import UserError
 from lls_jax.runs import callbacks, profile
@@ -209,6 +210,7 @@ def test_what_cannot_be_sent_is_sent_later_and_a_run_goes_on(tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", trackers.NAMES)
 def test_what_is_not_installed_is_said_before_anything_is_done(tmp_path, monkeypatch, name):
+    assert trackers.NAMES == TRACKERS
     package = {"tensorboard": "tensorboardX"}.get(name, name)
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda wanted: None if wanted == package else wanted

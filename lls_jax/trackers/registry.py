@@ -48,8 +48,8 @@ def require(names: Sequence[str]) -> None:
             raise ValueError(f"unknown tracker {name!r}; expected some of {', '.join(NAMES)}.")
         if importlib.util.find_spec(_KINDS[name].module) is None:
             raise UserError(
-                f"{name} needs {_KINDS[name].module}, which is not installed; "
-                f"`pip install {_KINDS[name].install}`, or leave {name} out."
+                f"tracker {name!r} needs the package {_KINDS[name].install}, which is not "
+                f"installed; `pip install {_KINDS[name].install}`, or leave {name} out."
             )
 
 
