@@ -144,14 +144,14 @@ def find(kind: str, name: str) -> OwnPart:
     if not module_name or not function_name:
         raise ValueError(f"{kind} {name!r} is not of the form package.module:function.")
     try:
-        module = importlib.import_module(module_name)
+        imported = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
             f"{kind} {name!r}: module {module_name!r} cannot be imported ({error}); is its folder "
             "the current one, or on PYTHONPATH?"
         ) from error
     try:
-        function = getattr(module, function_name)
+        function = getattr(imported, function_name)
     except AttributeError:
         raise ValueError(f"{kind} {name!r}: {module_name} has no {function_name!r}.") from None
     if not callable(function):
