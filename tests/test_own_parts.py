@@ -117,7 +117,7 @@ def test_a_run_of_ones_own_parts_is_resumed_evaluated_and_compared(page, capsys)
     # Another network is refused: nothing is lost.
     other = (BlockSpec(ConvBlock(8), pool_size=4, average_pool=1, flatten=True),)
     sys.modules["mynet"].make = lambda num_classes: Network("other", num_classes, other)
-    with pytest.raises(UserError, match="but what is to be restored has it .*--workdir"):
+    with pytest.raises(UserError, match=r"what is to be restored has it .*--workdir"):
         train.train_and_evaluate(longer)
     with pytest.raises(StructureError, match="block_0/rule/centres"):
         evaluate.evaluate(evaluate.EvaluateConfig(str(run)))
