@@ -44,7 +44,7 @@ def _parts(folder: pathlib.Path, config: TrainConfig) -> Iterator[_Part]:
 
 
 def changed(folder: pathlib.Path, config: TrainConfig) -> list[str]:
-    """A line for each of a user's own parts whose source is not what the run began with.
+    """A line for each file of a user's own parts that is not what the run began with.
 
     Only the file itself is compared, and nothing that it imports.
 
@@ -55,11 +55,14 @@ def changed(folder: pathlib.Path, config: TrainConfig) -> list[str]:
     Raises:
         ValueError: a part cannot be found any more.
     """
+    found: dict[tuple[pathlib.Path, pathlib.Path], list[str]] = {}
+    for part, source, kept in _parts(folder, config):
+        if kept.is_file() and kept.read_bytes() != source.read_bytes():
+            found.setdefault((source, kept), []).append(f"{part.kind} {part.name!r}")
     return [
-        f"{source}, of {part.kind} {part.name!r}, has changed since this run began; what it was "
-        f"then is in {kept}."
-        for part, source, kept in _parts(folder, config)
-        if kept.is_file() and kept.read_bytes() != source.read_bytes()
+        f"{source}, of {' and '.join(parts)}, has changed since this run began; what it was then "
+        f"is in {kept}."
+        for (source, kept), parts in found.items()
     ]
 
 
