@@ -75,8 +75,9 @@ class Profile(Callback):
             self._annotate()
 
     def on_epoch(self, event: EpochEnd) -> None:
-        """The next epoch's first step follows."""
-        self._annotate()
+        """The next epoch's first step follows, if there is one."""
+        if event.record["epoch"] < event.epochs:
+            self._annotate()
 
     def on_exit(self) -> None:
         """End the trace where the run ends."""
