@@ -14,7 +14,8 @@ from simple_parsing import field
 
 from experiments import startup
 from experiments.command_line import parse, run
-from experiments.config import KERNELS, PRECISIONS, check_reaches, option
+from experiments.config import check_reaches
+from experiments.config_choices import KERNELS, PRECISIONS, option
 
 # Whose rules may be measured with several reaches.
 _REACHING = ("training", "epochs")

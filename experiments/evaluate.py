@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 from simple_parsing import flag
 
 from experiments.command_line import parse, run
-from experiments.config import VIEWS
+from experiments.config_choices import VIEWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,9 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> int:
     """Evaluate a checkpoint and say how it did; returns the exit status."""
-    from experiments import plots
+    from experiments import data_sets, own_sources, plots
     from experiments.run_config import read_config
-    from experiments.setup import example_image, load_split, make_task, prepare_data
+    from experiments.setup import as_user_error, example_image, make_task
     from lls_jax.runs.evaluate import evaluate_weights
     from lls_jax.runs.restore import restore
 
@@ -59,12 +60,16 @@ def evaluate(config: EvaluateConfig) -> int:
         if getattr(config, name) is not None
     }
     trained = dataclasses.replace(trained, **changes)
-    prepare_data(trained)
-    task = make_task(trained)
+    with as_user_error():
+        data_sets.download(trained)
+        opened = data_sets.open_data(trained)
+    task = make_task(trained, opened.spec)
+    for changed in own_sources.changed(folder, trained):
+        print(f"warning: {changed}", file=sys.stderr)
     restored = restore(folder, task.model, task.rule, example_image(task.spec), config.checkpoint)
     step, meta = int(restored.state.step), restored.meta
     variables = {"params": restored.state.params, "batch_stats": restored.state.batch_stats}
-    test = load_split(trained, task.spec, "test")
+    test = data_sets.load_split(trained, opened, "test")
     result = evaluate_weights(
         *(task.model, variables, task.spec, test, trained.eval_batch_size), views=config.views
     )

@@ -46,13 +46,22 @@ def default_config(dataset: str, preset: str | None = None) -> TrainConfig:
     """What a command trains a data set with unless told otherwise.
 
     Args:
-        dataset: of :data:`PRESETS`.
+        dataset: of :data:`PRESETS`, or a user's own, whose images are taken as they are.
         preset: of :data:`RECIPES`; None for the data set's own.
 
     Raises:
-        ValueError: an unknown preset.
+        ValueError: an unknown data set or preset.
     """
-    config = PRESETS[dataset]
+    config = PRESETS.get(dataset)
+    if config is None:
+        if ":" not in dataset:
+            close = difflib.get_close_matches(dataset, PRESETS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"unknown data set {dataset!r}; expected one of {', '.join(PRESETS)}, or your own "
+                f"as package.module:function.{hint}"
+            )
+        config = TrainConfig(dataset=dataset, augmentation="none")
     if preset is None:
         return config
     if preset not in RECIPES:

@@ -8,10 +8,11 @@ import shlex
 import jax
 
 from experiments import console, determinism, run_config, setup
-from experiments.config import TrainConfig, option
-from experiments.presets import default_config
+from experiments.config import TrainConfig
+from experiments.option_files import to_arguments
+from experiments.presets import PRESETS, default_config
 from experiments.signals import Signals
-from lls_jax import fit, processes
+from lls_jax import fit, processes, trackers
 from lls_jax.runs import folder as folders
 from lls_jax.runs.callbacks import selection_accuracy
 from lls_jax.runs.run import FitResult
@@ -20,18 +21,18 @@ from lls_jax.runs.run import FitResult
 def resume_command(config: TrainConfig) -> str:
     """The command that goes on with a run."""
     default = default_config(config.dataset, config.preset)
-    arguments = ["python", "-m", f"experiments.{config.dataset}"]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        is_default = value == getattr(default, field.name) and field.name not in ("rule", "preset")
-        is_default |= field.name == "preset" and value is None
-        if field.name == "dataset" or is_default:
-            continue
-        if isinstance(value, bool):
-            arguments.append(option(field.name if value else f"no_{field.name}"))
-        else:
-            arguments += [option(field.name), str(value)]
-    return shlex.join(arguments)
+    values = {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != getattr(default, field.name)
+        or field.name in ("rule", "preset", "dataset")
+    }
+    if config.preset is None:
+        values.pop("preset")
+    command = "run"
+    if config.dataset in PRESETS:
+        command = values.pop("dataset")
+    return shlex.join(["python", "-m", f"experiments.{command}", *to_arguments(values)])
 
 
 def train_and_evaluate(config: TrainConfig) -> int:
@@ -47,6 +48,7 @@ def train_and_evaluate(config: TrainConfig) -> int:
         UserError: the config, the folder or a loss is such that the run cannot go on.
         lls_jax.errors.ProcessesError: the processes could not connect, or one was lost.
     """
+    trackers.require(config.trackers())
     folder = pathlib.Path(config.run_folder())
     signals = Signals()
     with contextlib.ExitStack() as stack:

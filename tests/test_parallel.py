@@ -24,12 +24,12 @@ from lls_jax import fit, models, placement, processes, rules, training
 from lls_jax.blocks import ConvBlock, DepthwiseSeparableBlock
 from lls_jax.data import Split
 from lls_jax.data import batches as data
+from lls_jax.data.arrays import describe
 from lls_jax.data.order import epoch_permutation
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
 from lls_jax.placement import block_pipeline
 from lls_jax.runs import folder as folders
-from lls_jax.runs.source import describe
 
 CLASSES, DEVICES = 5, 5
 HAS_DEVICES = len(jax.devices()) >= DEVICES

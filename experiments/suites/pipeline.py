@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import optimizers
-from experiments.config import BASELINES, TrainConfig
+from experiments.config import TrainConfig
+from experiments.config_choices import BASELINES
 from experiments.setup import bytes_above
 from experiments.suites import report
 from experiments.suites.training import make_benchmark_task

@@ -29,7 +29,8 @@ import numpy as np
 import optax
 
 from experiments import optimizers
-from experiments.config import BASELINES, TrainConfig
+from experiments.config import TrainConfig
+from experiments.config_choices import BASELINES
 from experiments.setup import Task, bytes_above, example_image, make_task
 from experiments.suites import against_torch, baselines, report
 from lls_jax import rules, training
