@@ -48,7 +48,7 @@ class TrainConfig:
     up to one more than there are blocks [default: each block by itself]."""
     reach: int = 1
     """Blocks that a local loss teaches: its own and N - 1 below it; the classifier counts as the
-    block after the last. A local rule only, and not with --pipeline."""
+    block after the last. A local rule only."""
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 128
@@ -255,11 +255,6 @@ class TrainConfig:
             )
         if self.pipeline and self.shares_batches:
             raise ValueError(f"--pipeline and {sharing} do not go together; choose one.")
-        if self.pipeline and self.reach > 1:
-            raise ValueError(
-                f"--reach {self.reach} does not go with --pipeline, whose blocks wait for nothing "
-                "from above; leave one of them out."
-            )
         if self.deterministic and self.coordinator:
             raise ValueError(
                 "--deterministic does not go with --coordinator, each of whose processes chooses "
