@@ -34,7 +34,7 @@ class Ops(Protocol):
     """
 
     def elementwise(self, name: str, dtype: np.dtype, *values: Any) -> Any:
-        """One of :data:`ELEMENTWISE`, whose result has the given dtype."""
+        """One of :data:`ELEMENTWISE`, or ``"bitcast"``; its result has the given dtype."""
 
     def iota(self, shape: tuple[int, ...], axis: int) -> Any:
         """The index along an axis, int32, with a length of 1 along the others."""

@@ -45,6 +45,8 @@ class PallasOps:
         """See :class:`Ops`."""
         if name == "cast":
             return values[0].astype(dtype)
+        if name == "bitcast":
+            return lax.bitcast_convert_type(values[0], dtype)
         shape = np.broadcast_shapes(*(np.shape(value) for value in values))
         # Operands of lax functions have one shape.
         same = [

@@ -17,6 +17,14 @@ def _cast(lanes: Lanes, params: Any, shape: Any, dtype: Any, x: Padded) -> Padde
     return x if x.dtype == dtype else lanes.apply("cast", x, dtype=dtype)
 
 
+def _bitcast(lanes: Lanes, params: Any, shape: Any, dtype: Any, x: Padded) -> Padded:
+    if x.dtype.itemsize != dtype.itemsize:
+        raise refuse(f"`bitcast_convert_type` from {x.dtype} to {dtype}")
+    if isinstance(x.value, np.generic):
+        return x._replace(value=x.value.view(dtype), dtype=dtype)
+    return x._replace(value=lanes.ops.elementwise("bitcast", dtype, x.value), dtype=dtype)
+
+
 def _select(lanes: Lanes, params: Any, shape: Any, dtype: Any, *xs: Padded) -> Padded:
     which, *cases = xs
     if len(cases) != 2 or which.dtype != bool:
@@ -174,6 +182,7 @@ def _dot_general(lanes: Lanes, params: Any, shape: Any, dtype: Any, a: Padded, b
 
 STRUCTURAL: dict[str, Callable[..., Padded]] = {
     "convert_element_type": _cast,
+    "bitcast_convert_type": _bitcast,
     "select_n": _select,
     "broadcast_in_dim": _broadcast,
     "iota": _iota,

@@ -97,6 +97,8 @@ class SourceOps:
         """See :class:`Ops`."""
         if name == "cast":
             return self.named(f"{values[0]}.to({_TYPES[dtype.name]})")
+        if name == "bitcast":
+            return self.named(f"{values[0]}.to({_TYPES[dtype.name]}, bitcast=True)")
         expression = _EXPRESSIONS.get(name) or (
             "{} / {}" if np.issubdtype(dtype, np.floating) else "{} // {}"
         )
