@@ -39,7 +39,7 @@ ODD = [
 LAYERS = [layer for layers in shapes.LAYERS.values() for layer in layers]
 # One of each modulation, and the largest.
 SOME_PROBLEMS = [*shapes.problems(LAYERS[:1], shapes.MODULATIONS, 10), *ODD[:1], *ODD[4:5]]
-SOME_HEADS = {name: CASES[name] for name in ("mlp", "goodness", "regression")}
+SOME_HEADS = {name: CASES[name] for name in ("mlp", "goodness", "hundred")}
 EVERY_PROBLEM = [*SOME_PROBLEMS, *shapes.problems(LAYERS, ["matrix"], 10)[1:], *ODD]
 EXHAUSTIVE = bool(os.environ.get("LLS_JAX_EXHAUSTIVE"))
 PROBLEMS = EVERY_PROBLEM if EXHAUSTIVE else SOME_PROBLEMS

@@ -10,10 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.local_loss.padded import LARGEST_PRODUCT, Lanes, Padded, padded_shape, refuse
+from pallas_kernels.local_loss.lanes import Lanes
+from pallas_kernels.local_loss.padded import (
+    LARGEST_PRODUCT,
+    InMemory,
+    Outer,
+    Padded,
+    padded_shape,
+    refuse,
+)
 
 
 def _cast(lanes: Lanes, params: Any, shape: Any, dtype: Any, x: Padded) -> Padded:
+    if isinstance(x.value, InMemory | Outer):
+        # Read in float32, and stored so.
+        return x._replace(dtype=dtype)
     return x if x.dtype == dtype else lanes.apply("cast", x, dtype=dtype)
 
 
