@@ -6,6 +6,7 @@ None of this needs a GPU; what does carries the marker `gpu` (`LLS_JAX_TEST_GPU=
 import dataclasses
 import json
 import os
+import random
 
 import cuda
 import jax
@@ -30,6 +31,7 @@ ODD = [
     for latents, rows, classes, modulation in [
         (2048, 20, 100, "matrix"),
         (2048, 100, 10, "matrix"),
+        (2048, 100, 100, "matrix"),
         (1024, 200, 200, "none"),
         (75, 20, 20, "vector"),
         (2048, 500, 500, "none"),
@@ -112,46 +114,74 @@ def abstract(rows, latents, batch=128):
     )
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_every_pallas_kernel_compiles_and_does_not_spill(capability, tmp_path):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    for what, head, params, rows, latents in cases(capability):
-        sizes = tiles.default_tiles(rows, latents, params)
+def compile_pallas(head, params, rows, latents, sizes, capability, folder):
+    def launch(params, *arrays):
+        return pallas_triton.launch(Call(head, params, *arrays, not params, sizes))
 
-        def launch(params, *arrays, head=head, sizes=sizes):
-            return pallas_triton.launch(Call(head, params, *arrays, not params, sizes))
-
-        lowered = cuda.lower(jax.jit(launch), params, *abstract(rows, latents))
-        (kernel,) = cuda.triton_kernels(lowered)
-        assert_fits(cuda.compile_ttir(kernel, capability, tmp_path), what)
+    lowered = cuda.lower(jax.jit(launch), params, *abstract(rows, latents))
+    (kernel,) = cuda.triton_kernels(lowered)
+    return cuda.compile_ttir(kernel, capability, folder)
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_every_triton_kernel_compiles_and_does_not_spill(capability, tmp_path):
-    pytest.importorskip("triton", reason="Triton is not installed")
+def compile_triton(head, params, rows, latents, sizes, capability, folder):
     from pallas_kernels.local_loss import triton_source
 
+    program = heads.trace(head, rows, params, jnp.int32)
+    arrays = [*program.consts, *jax.tree.leaves(params)]
+    source = triton_source.write_source(
+        program,
+        [(tuple(array.shape), np.dtype(array.dtype)) for array in arrays],
+        rows,
+        np.dtype(np.int32),
+        True,
+        not params,
+    )
+    return cuda.compile_jit(
+        triton_source.load_kernel(source),
+        triton_source.constants(128, latents, rows, sizes.block_latents),
+        {"labels_ptr": "*i32"},
+        sizes,
+        capability,
+        folder,
+    )
+
+
+COMPILE = {"pallas": compile_pallas, "triton": compile_triton}
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("form", COMPILE)
+def test_every_kernel_compiles_and_does_not_spill(form, capability, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
     for what, head, params, rows, latents in cases(capability):
         sizes = tiles.default_tiles(rows, latents, params)
-        program = heads.trace(head, rows, params, jnp.int32)
-        arrays = [*program.consts, *jax.tree.leaves(params)]
-        source = triton_source.write_source(
-            program,
-            [(tuple(array.shape), np.dtype(array.dtype)) for array in arrays],
-            rows,
-            np.dtype(np.int32),
-            True,
-            not params,
-        )
-        used = cuda.compile_jit(
-            triton_source.load_kernel(source),
-            triton_source.constants(128, latents, rows, sizes.block_latents),
-            {"labels_ptr": "*i32"},
-            sizes,
-            capability,
-            tmp_path,
-        )
+        used = COMPILE[form](head, params, rows, latents, sizes, capability, tmp_path)
         assert_fits(used, what)
+
+
+def test_the_tiles_that_a_search_tries_compile(tmp_path):
+    """Of all neighbours of all tiles, by both forms, for three architectures, some."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    draw = random.Random(seed)
+    tried = [
+        (problem, base, sizes, form, capability)
+        for problem in PROBLEMS
+        for base, *others in [tune.neighbours(problem)]
+        for sizes in others
+        for form in COMPILE
+        for capability in (80, 90, 100)
+    ]
+    for problem, base, sizes, form, capability in draw.sample(tried, 40 if EXHAUSTIVE else 2):
+        head, params, rows, latents = problem.head, problem.params, problem.rows, problem.latents
+        used = COMPILE[form](head, params, rows, latents, sizes, capability, tmp_path)
+        print(problem, sizes, form, capability, used)
+        # What a block may have with compute capability 8.0.
+        assert used.shared <= 163 * 1024 and 0 < used.registers <= 255
+        # With fewer threads, or larger tiles for them, registers may not suffice.
+        if sizes.num_warps >= base.num_warps and sizes.block_latents <= base.block_latents:
+            assert_fits(used._replace(shared=0), problem)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
