@@ -243,7 +243,7 @@ def test_tuning_writes_the_fastest_tiles(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "loss_and_gradients", interpreted)
     small = shapes.Problem(16, 4, 4, "matrix")
     monkeypatch.setattr(
-        timing, "turns", lambda calls, count: [1.0] * (len(calls) - 2) + [0.25, 0.5]
+        timing, "turns", lambda calls, count, agree: [1.0] * (len(calls) - 2) + [0.25, 0.5]
     )
     (row,) = tune.tune([small], ["pallas"], [2])
     assert row["speed_over_xla"] == pytest.approx(4) and row["speed_over_heuristic"] == 4
@@ -279,7 +279,7 @@ def test_a_form_is_taken_by_a_margin(seconds, taken):
 
 
 def test_a_run_measures_its_own_steps():
-    def turns(calls, count):
+    def turns(calls, count, agree):
         # Every contestant has been compiled, and runs.
         found = [call()[1] for call in calls]
         np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-4)
@@ -317,11 +317,60 @@ def test_a_choice_is_kept_with_the_run_and_for_the_next_one(tmp_path, monkeypatc
     assert kernels.choose(one, None, "cpu") is None
 
 
+@pytest.mark.parametrize(
+    ("is_first", "said", "taken", "measures"),
+    [
+        # What the first process knows; what it has measured, whatever this one has.
+        (False, [3], "pallas", False),
+        (False, [0, 2], "split", True),
+        (True, [0, 4], "triton", True),
+    ],
+)
+def test_processes_take_what_the_first_one_says(
+    tmp_path, monkeypatch, is_first, said, taken, measures
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    told, measured = [], []
+
+    def agree(number):
+        told.append(number)
+        return said[len(told) - 1]
+
+    def measure(work):
+        measured.append(work)
+        return kernels.KernelChoice("triton", {"xla": 1.0, "triton": 1.2}, {})
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(kernels.processes, "is_first", lambda: is_first)
+    monkeypatch.setattr(kernels.processes, "make_agreement", lambda: agree)
+    one = work(rule=rules.make("lls_mxm", num_classes=10))
+    assert kernels.choose(one, None, "gpu").implementation == taken
+    assert bool(measured) == measures
+    assert told == ([0, 4] if is_first else [0] * len(said))
+    # The others write nothing.
+    assert any(tmp_path.rglob("*.json")) == is_first
+
+
 def test_a_form_that_cannot_run_is_left_out_and_says_why():
     one = work(rule=rules.make("lls_mxm", num_classes=10), batch_size=1)
-    choice = kernels.measure(one, ("pallas",), lambda calls, count: [1.0] * len(calls))
+    choice = kernels.measure(one, ("pallas",), lambda calls, count, agree: [1.0] * len(calls))
     if jax.default_backend() == "cpu":
         assert choice.implementation == "xla" and "needs an NVIDIA GPU" in choice.refused["pallas"]
+
+
+def test_a_form_that_another_process_cannot_run_is_left_out(monkeypatch):
+    said = iter([0, 1])
+    monkeypatch.setattr(kernels.processes, "make_agreement", lambda: lambda number: next(said))
+    monkeypatch.setattr(kernels, "_chain", lambda *arguments: lambda: None)
+    choice = kernels.measure(work(), ("pallas",), lambda calls, count, agree: [1.0] * len(calls))
+    assert list(choice.speeds) == ["xla"] and "another process" in choice.refused["pallas"]
+
+
+def test_turns_are_as_many_as_all_agree_on():
+    called = []
+    timing.turns([lambda: called.append(1)], 2, lambda number: 3)
+    # To compile, to guess, and two turns of three.
+    assert len(called) == 1 + 3 + 2 * 3
 
 
 def test_turns_measures_each_function_and_copies_have_a_speed():

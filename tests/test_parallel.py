@@ -29,6 +29,7 @@ from lls_jax.data.order import epoch_permutation
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
 from lls_jax.placement import block_pipeline
+from lls_jax.runs import callbacks, kernels
 from lls_jax.runs import folder as folders
 from lls_jax.runs.source import describe
 from lls_jax.steps.reach_schedule import Move, schedule
@@ -362,6 +363,48 @@ def test_a_kernel_runs_on_each_shard(form):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert make_rule("predsim").on_mesh(mesh) == make_rule("predsim")
+
+
+@on_devices
+def test_a_form_is_chosen_by_steps_on_shards(monkeypatch):
+    """Each form's steps run on both devices, with the same losses; the run takes the choice."""
+    specs = (BlockSpec(ConvBlock(4), pool_size=2, average_pool=2, flatten=True),)
+    model, tx = Network("one", CLASSES, specs), optax.sgd(0.05)
+    rule = make_rule("lls_mxm").interpreted()
+    execution = placement.data_parallel(model, rule, tx, jax.devices()[:2])
+    work = kernels.Work(model, rule, tx, (8, 8, 3), 12, execution=execution)
+
+    def turns(calls, count, agree):
+        found = [call() for call in calls]
+        for state, losses in found:
+            assert len(jax.tree.leaves(state)[0].sharding.device_set) == 2
+            np.testing.assert_allclose(losses, found[0][1], rtol=1e-4)
+        assert len(found) == 2 and agree(7) == 7
+        return [1.0, 0.5]
+
+    choice = kernels.measure(work, ("xla", "pallas"), turns)
+    assert choice.implementation == "pallas"
+    # Where none is measured, as in a pipeline, none is chosen.
+    pipeline = placement.pipeline(model, rule, tx, jax.devices()[:1], (2,))
+    assert kernels.choose(work._replace(execution=pipeline), None, "gpu") is None
+
+    taken, told = [], []
+    monkeypatch.setattr(kernels, "choose", lambda work, folder: choice)
+
+    def with_rule(rule):
+        taken.append(rule.implementation)
+        return execution.with_rule(rule)
+
+    class Listener(callbacks.Callback):
+        def on_kernels(self, choice):
+            told.append(choice)
+
+    split = data.to_device(make_split())
+    fit(
+        model, rule, tx, train=split, epochs=1, batch_size=12, callbacks=[Listener()],
+        execution=execution._replace(with_rule=with_rule),
+    )  # fmt: skip
+    assert taken == ["pallas"] and told == [choice]
 
 
 @on_devices
