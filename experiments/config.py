@@ -36,7 +36,7 @@ class TrainConfig:
     up to one more than there are blocks [default: each block by itself]."""
     reach: int = 1
     """Blocks that a local loss teaches: its own and N - 1 below it; the classifier counts as the
-    block after the last. A local rule only, and not with --pipeline."""
+    block after the last. A local rule only."""
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 128

@@ -156,11 +156,6 @@ def _check_execution(given: Any) -> None:
         )
     if given.pipeline and shares_batches:
         raise ValueError(f"--pipeline and {sharing} do not go together; choose one.")
-    if given.pipeline and given.reach > 1:
-        raise ValueError(
-            f"--reach {given.reach} does not go with --pipeline, whose blocks wait for nothing "
-            "from above; leave one of them out."
-        )
     if given.deterministic and given.coordinator:
         raise ValueError(
             "--deterministic does not go with --coordinator, each of whose processes chooses its "

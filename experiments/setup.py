@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import data_sets, optimizers
+from experiments import data_sets, execution, optimizers
 from experiments.config import TrainConfig
 from experiments.config_choices import option
 from experiments.data_sets import Examples
@@ -206,7 +206,7 @@ def make_run(config: TrainConfig) -> Run:
     return Run(
         task=task,
         tx=tx,
-        execution=_make_execution(config, task, tx),
+        execution=execution.make(config, *task, tx),
         train=train,
         validation=validation,
         test=test,
@@ -223,52 +223,6 @@ def _check_batch_size(config: TrainConfig, available: int) -> None:
         )
 
 
-def bytes_above(mebibytes: int | None) -> int | None:
-    """What --remat and --slice mean: bytes from which on it is done; None for never."""
-    return (mebibytes or 0) * 2**20 or None
-
-
-def _make_execution(
-    config: TrainConfig, task: Task, tx: training.Optimizer
-) -> placement.Execution | None:
-    """How the config wants a step to be executed; None for the plain way.
-
-    Raises:
-        UserError: there are too few devices, or the config asks for what cannot be together.
-    """
-    devices = jax.devices()
-    wanted = config.pipeline or config.data_parallel or (config.coordinator and len(devices))
-    if not wanted:
-        return None
-    name = "--pipeline" if config.pipeline else "--data-parallel"
-    if config.coordinator and wanted != len(devices):
-        raise UserError(
-            f"{name} is {wanted}, but the {jax.process_count()} processes have {len(devices)} "
-            "devices, all of which work; leave it out."
-        )
-    if wanted > len(devices):
-        raise UserError(
-            f"{name} is {wanted}, but this machine has {len(devices)} {devices[0].platform} "
-            "device(s); use fewer (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N "
-            "makes several of one)."
-        )
-    devices = devices[:wanted]
-    try:
-        if config.shares_batches:
-            if config.batch_size % wanted:
-                raise ValueError(
-                    f"--batch-size is {config.batch_size}, which {wanted} devices do not divide."
-                )
-            return placement.data_parallel(task.model, task.rule, tx, devices, config.reach)
-        sizes = config.stage_sizes() or _balanced(config, task, tx)
-        print(f"stages of {', '.join(map(str, sizes))} units", flush=True)
-        return placement.pipeline(
-            task.model, task.rule, tx, devices, sizes, bytes_above(config.remat)
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def _many_steps(config: TrainConfig, train: Examples) -> bool:
     """Whether a launch has many steps.
 
@@ -283,23 +237,6 @@ def _many_steps(config: TrainConfig, train: Examples) -> bool:
         )
     is_fast = platforms.choices(jax.default_backend()).compiled_loops
     return config.loop == "scan" or (config.loop == "auto" and fits and is_fast)
-
-
-def _balanced(config: TrainConfig, task: Task, tx: training.Optimizer) -> tuple[int, ...]:
-    """Stages that take about the same time, after a short measurement."""
-    key = jax.random.key(0)
-    image = jax.random.normal(key, (config.batch_size, *task.spec.input_shape))
-    label = jnp.arange(config.batch_size) % task.spec.num_classes
-    state = training.create_train_state(task.model, task.rule, tx, key, image)
-    seconds = placement.measure_units(
-        task.model,
-        task.rule,
-        tx,
-        state,
-        {"image": image, "label": label},
-        remat_above=bytes_above(config.remat),
-    )
-    return placement.partition(seconds, config.pipeline or 1)
 
 
 def example_image(spec: data.DatasetSpec) -> jax.Array:

@@ -7,7 +7,7 @@ import shlex
 
 import jax
 
-from experiments import console, determinism, run_config, setup
+from experiments import console, determinism, execution, run_config, setup
 from experiments.config import TrainConfig
 from experiments.option_files import to_arguments
 from experiments.presets import PRESETS, default_config
@@ -83,8 +83,8 @@ def train_and_evaluate(config: TrainConfig) -> int:
             early_stopping=config.patience,
             checkpoint_every=config.checkpoint_every,
             reach=config.reach,
-            remat_above=setup.bytes_above(config.remat),
-            slice_above=setup.bytes_above(config.slice),
+            remat_above=execution.bytes_above(config.remat),
+            slice_above=execution.bytes_above(config.slice),
             execution=run.execution,
             steps_a_launch=setup.STEPS_A_LAUNCH[config.loop],
             settings=settings,

@@ -31,7 +31,8 @@ import optax
 from experiments import optimizers
 from experiments.config import TrainConfig
 from experiments.config_choices import BASELINES
-from experiments.setup import Task, bytes_above, example_image, make_task
+from experiments.execution import bytes_above
+from experiments.setup import Task, example_image, make_task
 from experiments.suites import against_torch, baselines, report
 from lls_jax import rules, training
 from lls_jax.data import batches

@@ -22,6 +22,8 @@ class Execution(NamedTuple):
         sharding: of the batches, where they are shared out; else None.
         train_step: ``train_step(state, batch) -> (state, metrics)``, the step as a function that
             a compiled loop may have inside; None where a step is no single program.
+        with_rule: ``with_rule(rule) -> execution``: the same with another rule, like one with
+            another implementation of its losses; None where that is not measured.
     """
 
     enter: Callable[[TrainState], Any]
@@ -30,6 +32,7 @@ class Execution(NamedTuple):
     place: Callable[[Any], Any]
     sharding: jax.sharding.NamedSharding | None = None
     train_step: TrainStep | None = None
+    with_rule: Callable[[Rule], "Execution"] | None = None
 
 
 def single(

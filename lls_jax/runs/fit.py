@@ -181,17 +181,19 @@ def fit(
                 "validation": validation if isinstance(validation, int) else None,
             }
         )
-    choice = None
+    options = reach, remat_above, slice_above
+    work = kernels.Work(
+        model, rule, tx, example.shape[1:], source.batch_size, *options, execution=execution
+    )
+    choice = kernels.choose(work, None if workdir is None else pathlib.Path(workdir))
+    if choice is not None:
+        rule = rule.with_implementation(choice.implementation)
+        for listener in listeners:
+            listener.on_kernels(choice)
     if execution is None:
-        work = kernels.Work(
-            model, rule, tx, example.shape[1:], source.batch_size, reach, remat_above, slice_above
-        )
-        choice = kernels.choose(work, None if workdir is None else pathlib.Path(workdir))
-        if choice is not None:
-            rule = rule.with_implementation(choice.implementation)
-            for listener in listeners:
-                listener.on_kernels(choice)
         execution = single(model, rule, tx, remat_above, reach, slice_above)
+    elif choice is not None and execution.with_rule is not None:
+        execution = execution.with_rule(rule)
     run = Run(
         model=model,
         rule=rule,
