@@ -36,16 +36,23 @@ MEASURED = {
 }
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """A figure of so many inches, of no window."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: pathlib.Path) -> None:
+def save(figure: Any, path: pathlib.Path) -> None:
+    """Write a figure as PNG, in one step."""
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=110)
     temporary.replace(path)
+
+
+def color(index: int) -> str:
+    """The colour of a line or a point among others, the same in every picture."""
+    return f"C{index % 10}"
 
 
 def _series(records: Sequence[Record], name: str) -> list[float]:
@@ -65,7 +72,7 @@ def draw_curves(records: Sequence[Record], title: str, path: pathlib.Path) -> No
     count = (3 if layers else 2) + len(measured)
     columns = min(count, 4 if measured else 3)
     rows = -(-count // columns)
-    figure = _figure(5 * columns, 4 * rows)
+    figure = new_figure(5 * columns, 4 * rows)
     figure.suptitle(title)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     panels = grid[:count]
@@ -95,7 +102,7 @@ def draw_curves(records: Sequence[Record], title: str, path: pathlib.Path) -> No
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.3)
         panel.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_comparison(runs: Mapping[str, Sequence[Record]], path: pathlib.Path) -> None:
@@ -105,7 +112,7 @@ def draw_comparison(runs: Mapping[str, Sequence[Record]], path: pathlib.Path) ->
         runs: records by the run's name.
         path: of the PNG.
     """
-    figure = _figure(12, 8)
+    figure = new_figure(12, 8)
     panels = figure.subplots(2, 2)
     for row, (quantity, label) in enumerate(
         (("test_accuracy", "test accuracy [%]"), ("test_loss", "test loss"))
@@ -121,7 +128,7 @@ def draw_comparison(runs: Mapping[str, Sequence[Record]], path: pathlib.Path) ->
             panel.set_ylabel(label)
             panel.grid(alpha=0.3)
     panels[0][0].legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_confusion(
@@ -137,7 +144,7 @@ def draw_confusion(
     """
     count = len(class_names)
     side = min(4 + 0.45 * count, 30)
-    figure = _figure(side + 1, side)
+    figure = new_figure(side + 1, side)
     panel = figure.subplots()
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = panel.imshow(percent, cmap="Blues", vmin=0, vmax=100)
@@ -155,4 +162,4 @@ def draw_confusion(
                 panel.text(
                     column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=8
                 )
-    _save(figure, path)
+    save(figure, path)

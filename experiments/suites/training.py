@@ -41,7 +41,7 @@ from lls_jax.runs import epoch_sums
 _WARM_UP_STEPS = 3
 _STEPS_A_TURN = 5
 # Micro-batches that gradients are accumulated over.
-_PARTS = 4
+PARTS = 4
 # Pixels along a side of the random images; the published runs of MobileNet have no smaller ones.
 _SIDES = {"mobilenet_v1": 128, "mobilenet_v1_small": 128}
 _COLUMNS = {
@@ -86,9 +86,9 @@ def make_benchmark_task(config: TrainConfig) -> Task:
 
 
 # Ways to save memory with bp, by name.
-_BASELINES: dict[str, Callable[[Network, optax.GradientTransformation], training.TrainStep]] = {
+BASELINE_STEPS: dict[str, Callable[[Network, optax.GradientTransformation], training.TrainStep]] = {
     "checkpointed": baselines.make_checkpointed_step,
-    "accumulated": functools.partial(baselines.make_accumulating_step, parts=_PARTS),
+    "accumulated": functools.partial(baselines.make_accumulating_step, parts=PARTS),
 }
 
 
@@ -107,13 +107,15 @@ class Entrant(NamedTuple):
     def label(self) -> str:
         """The rule, and what is done about its memory."""
         if self.baseline == "accumulated":
-            return f"{self.config.rule}, {_PARTS} x {self.config.batch_size // _PARTS}"
+            return f"{self.config.rule}, {PARTS} x {self.config.batch_size // PARTS}"
         return f"{self.config.rule}, {self.baseline}" if self.baseline else self.config.rule
 
 
 def with_baselines(config: TrainConfig) -> list[Entrant]:
     """A config of rule ``bp``, and the ways to save its memory that its batch size allows."""
-    names = [name for name in _BASELINES if name != "accumulated" or not config.batch_size % _PARTS]
+    names = [
+        name for name in BASELINE_STEPS if name != "accumulated" or not config.batch_size % PARTS
+    ]
     return [Entrant(config), *(Entrant(config, name) for name in names)]
 
 
@@ -123,11 +125,17 @@ class Contestant:
     Args:
         entrant: what takes part.
         seed: of the random images and weights.
+        make: what its config is a task of.
     """
 
-    def __init__(self, entrant: Entrant, seed: int) -> None:
+    def __init__(
+        self,
+        entrant: Entrant,
+        seed: int,
+        make: Callable[[TrainConfig], Task] = make_benchmark_task,
+    ) -> None:
         config = entrant.config
-        task = make_benchmark_task(config)
+        task = make(config)
         tx = optimizers.make(config, steps_per_epoch=1000)
         generator = np.random.default_rng(seed)
         count = config.batch_size * 4
@@ -154,7 +162,7 @@ class Contestant:
                 slice_above=bytes_above(config.slice),
             )
         else:
-            self._step = _BASELINES[entrant.baseline](task.model, tx)
+            self._step = BASELINE_STEPS[entrant.baseline](task.model, tx)
         batch = self._sample(self._data, self._permutation, 0, self._key)
         start = time.perf_counter()
         compiled = self._step.lower(self._state, batch).compile()  # type: ignore[attr-defined]
@@ -209,6 +217,7 @@ def race(
     seed: int,
     peaks: Sequence[int | None] | None = None,
     rivals: Sequence[against_torch.Rival | None] | None = None,
+    make: Callable[[TrainConfig], Task] = make_benchmark_task,
 ) -> list[report.Row]:
     """Measure some entrants in turns; plain ``bp`` is what the others are compared to.
 
@@ -218,8 +227,9 @@ def race(
         seed: of the random images and weights.
         peaks: from :func:`allocator_peaks`.
         rivals: of each entrant, whose turn is right after the entrant's; None for no one.
+        make: what a config is a task of, whose images are random.
     """
-    contestants = [Contestant(entrant, seed) for entrant in entrants]
+    contestants = [Contestant(entrant, seed, make) for entrant in entrants]
     rivals = rivals or [None] * len(entrants)
 
     def advance(steps: int, *, keep: bool) -> None:

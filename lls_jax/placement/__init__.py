@@ -2,6 +2,14 @@
 
 from lls_jax.placement.batch_shards import data_parallel
 from lls_jax.placement.block_pipeline import measure_units, partition, pipeline
-from lls_jax.placement.execution import Execution, single
+from lls_jax.placement.execution import Execution, of_step, single
 
-__all__ = ["Execution", "data_parallel", "measure_units", "partition", "pipeline", "single"]
+__all__ = [
+    "Execution",
+    "data_parallel",
+    "measure_units",
+    "of_step",
+    "partition",
+    "pipeline",
+    "single",
+]
