@@ -44,14 +44,15 @@ def draw(summary: Sequence[dict[str, Any]], title: str, path: pathlib.Path) -> N
                     yerr=entry["deviation"],
                     fmt=_MARKERS[reaches.index(row.reach) % len(_MARKERS)],
                     color=plots.color(rules.index(row.rule)),
-                    markersize=8,
+                    markersize=9,
+                    markeredgecolor="white",
                     capsize=4,
                     label=row.label,
                 )
             panel.set_xlabel(label)
             panel.set_ylabel("test accuracy [%]")
+            panel.margins(x=0.1, y=0.15)
             panel.set_xlim(left=0)
-            panel.margins(x=0.08, y=0.15)
             panel.grid(alpha=0.3)
             panel.set_title(f"{row.model}, {row.shown_budget}", fontsize=10)
         handles, labels = panels[1].get_legend_handles_labels()

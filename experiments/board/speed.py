@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from experiments.board.content import Key
 from experiments.board.rows import Row, train_config
 from experiments.config import TrainConfig
 from experiments.setup import make_task
-from experiments.suites import training
+from experiments.suites import report, training
 from lls_jax.runs import folder as folders
 
 
@@ -31,21 +33,30 @@ def measure(
         rows = [Row(rows[0].model, "bp", 1, rows[0].budget, rows[0].amount), *rows]
     entrants = [training.Entrant(train_config(recipe, row), row.baseline) for row in rows]
     raced = training.race(entrants, turns, recipe.seed, make=make_task)
-    (own_bp,) = (one["step_ms"] for row, one in zip(rows, raced) if row.rule == "bp")
-    clock = (bp_step_ms or own_bp) / own_bp
+    (own_bp,) = (one for row, one in zip(rows, raced) if row.rule == "bp")
     environment = folders.environment()
-    return {
-        (row.model, row.rule, row.reach): {
+    measured = {}
+    for row, one in zip(rows, raced):
+        # Turn by turn: what else the machine did met both sides of a ratio.
+        ratios = _turns(own_bp) / _turns(one)
+        speed = float(np.median(ratios))
+        step_ms = (bp_step_ms or own_bp["step_ms"]) / speed
+        measured[row.model, row.rule, row.reach] = {
             "model": row.model,
             "rule": row.rule,
             "reach": row.reach,
-            "step_ms": clock * one["step_ms"],
-            "images_per_second": one["images_per_second"] / clock,
-            "speed_over_bp": one["speed_over_bp"],
+            "speed_over_bp": speed,
+            "speed_over_bp_quartiles": [float(q) for q in np.quantile(ratios, (0.25, 0.75))],
+            "step_ms": step_ms,
+            "images_per_second": 1e3 * recipe.batch_size / step_ms,
             "temporary_mb": one["temporary_mb"],
             "temporaries_over_bp": one["temporaries_over_bp"],
             "device": environment["device"],
             "versions": environment["packages"],
         }
-        for row, one in zip(rows, raced)
-    }
+    return measured
+
+
+def _turns(one: report.Row) -> np.ndarray:
+    """Milliseconds of each turn."""
+    return np.reshape(one["all_step_ms"], (-1, training.STEPS_A_TURN)).sum(axis=1)

@@ -36,8 +36,9 @@ _HOW_TO_READ = """\
 Test accuracy after the last step, mean and deviation over seeds; nothing is chosen by the test
 images. Against bp and lls_mxm (reach 1): mean difference in points, and p of a two-sided paired
 t-test over the seeds that both have; a seed has the same order of images and the same initial
-weights in every row. Speed: medians of steps that the rows took in turns. Temporaries: of the
-compiled step (`memory_analysis`). MACs: multiply-accumulates of a training step, counted."""
+weights in every row. Speed over bp: median over turns of a few steps, in which the rows followed
+each other; images/s: that, times bp's. Temporaries: of the compiled step (`memory_analysis`). MACs:
+multiply-accumulates of a training step, counted."""
 # That are left out where no row has anything to say.
 _OPTIONAL = ("shown_views", "shown_validation", "missing")
 

@@ -39,7 +39,7 @@ from lls_jax.models import Network
 from lls_jax.runs import epoch_sums
 
 _WARM_UP_STEPS = 3
-_STEPS_A_TURN = 5
+STEPS_A_TURN = 5
 # Micro-batches that gradients are accumulated over.
 PARTS = 4
 # Pixels along a side of the random images; the published runs of MobileNet have no smaller ones.
@@ -240,7 +240,7 @@ def race(
 
     advance(_WARM_UP_STEPS, keep=False)
     for _ in range(turns):
-        advance(_STEPS_A_TURN, keep=True)
+        advance(STEPS_A_TURN, keep=True)
     seconds = [statistics.median(contestant.times) for contestant in contestants]
     peak_bytes = [
         contestant.peak_bytes if peak is None else peak
@@ -259,7 +259,7 @@ def race(
         against: report.Row = {}
         if rival is not None:
             against = against_torch.compare(
-                contestant.times, rival, _STEPS_A_TURN, config.batch_size
+                contestant.times, rival, STEPS_A_TURN, config.batch_size
             )
         return {
             "model": config.model,
@@ -346,6 +346,6 @@ def run(config: Any) -> int:
         head += f", load {raced['load_before']:.1f} before, OMP_WAIT_POLICY "
         head += raced["omp_wait_policy"] or "not set"
         columns = {**_COLUMNS, **against_torch.COLUMNS}
-    head += f"; medians of {_STEPS_A_TURN * config.turns} steps\n\n"
+    head += f"; medians of {STEPS_A_TURN * config.turns} steps\n\n"
     report.write(pathlib.Path(config.out), config, rows, head + report.markdown(columns, rows))
     return 0
