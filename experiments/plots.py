@@ -3,37 +3,14 @@
 It takes most of a second to import, which only drawing waits for.
 """
 
+import io
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-Record = dict[str, Any]
-
-
-class Measured(NamedTuple):
-    """How a measurement of the blocks is shown.
-
-    Attributes:
-        label: what it is.
-        digits: ``digits(value)``, for a line of text.
-        scale: of a picture's axis.
-    """
-
-    label: str
-    digits: Callable[[float], str]
-    scale: str = "linear"
-
-
-# What :class:`lls_jax.analysis.Measure` writes into a record, by its key.
-MEASURED = {
-    "alignment": Measured("cosine with bp's gradient", "{:.3f}".format),
-    "gradient_norm": Measured("gradient norm", "{:.2e}".format, "log"),
-    "bp_gradient_norm": Measured("bp's gradient norm", "{:.2e}".format, "log"),
-    "probe_accuracy": Measured("linear probe accuracy [%]", "{:.2f}".format),
-    "head_accuracy": Measured("local head accuracy [%]", "{:.2f}".format),
-}
+from experiments.panels import Panel, Record, comparison_panels, curve_panels
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -50,97 +27,97 @@ def save(figure: Any, path: pathlib.Path) -> None:
     temporary.replace(path)
 
 
-def color(index: int) -> str:
-    """The colour of a line or a point among others, the same in every picture."""
-    return f"C{index % 10}"
+def draw_panel(axes: Any, panel: Panel) -> None:
+    """Draw a panel on axes of matplotlib."""
+    for line in panel.lines:
+        few = len(line.x) <= 40
+        axes.plot(
+            line.x, line.y, ".-" if few else "-", label=line.label, color=line.color, linewidth=1.6
+        )
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.set_yscale(panel.scale)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if panel.x_label in ("epoch", "block"):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    # Many lines get a narrow legend.
+    many = len(panel.lines) > 6
+    axes.legend(ncols=1 + len(panel.lines) // 7, fontsize=8 if many else 9, framealpha=0.7)
 
 
-def _series(records: Sequence[Record], name: str) -> list[float]:
-    return [record[name] for record in records]
+def _grid(panels: Sequence[Panel], title: str, columns: int) -> Any:
+    rows = -(-len(panels) // columns)
+    figure = new_figure(5 * columns, 4 * rows + 0.4)
+    figure.suptitle(title)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, panel in zip(grid, panels):
+        draw_panel(axes, panel)
+    for unused in grid[len(panels) :]:
+        unused.set_axis_off()
+    return figure
 
 
 def draw_curves(records: Sequence[Record], title: str, path: pathlib.Path) -> None:
-    """Accuracy, loss, each local layer's loss, and what was measured of blocks, against epochs.
+    """Draw :func:`curve_panels` beside each other.
 
     Args:
         records: one an epoch, from ``metrics.jsonl``.
-        title: above the picture.
+        title: above the picture; what was reached is added.
         path: of the PNG; replaced in one step.
     """
-    layers = len(records[0]["layer_loss"])
-    measured = [name for name in MEASURED if any(name in record for record in records)]
-    count = (3 if layers else 2) + len(measured)
-    columns = min(count, 4 if measured else 3)
-    rows = -(-count // columns)
-    figure = new_figure(5 * columns, 4 * rows)
-    figure.suptitle(title)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    panels = grid[:count]
-    for unused in grid[count:]:
-        unused.set_axis_off()
-    epochs = _series(records, "epoch")
-    for panel, quantity, label in zip(
-        panels, ("accuracy", "loss"), ("accuracy [%]", "cross-entropy of the classifier")
-    ):
-        for split in ("train", "test"):
-            panel.plot(epochs, _series(records, f"{split}_{quantity}"), ".-", label=split)
-        panel.set_ylabel(label)
-    if layers:
-        losses = np.array(_series(records, "layer_loss"))
-        for layer in range(layers):
-            panels[2].plot(epochs, losses[:, layer], ".-", label=f"L{layer + 1}")
-        panels[2].set_ylabel("local loss, training")
-    for panel, name in zip(panels[count - len(measured) :], measured):
-        own = [record for record in records if name in record]
-        # None, where there is no number, becomes NaN, which is not drawn.
-        values = np.array(_series(own, name), dtype=float)
-        for layer in range(values.shape[1]):
-            panel.plot(_series(own, "epoch"), values[:, layer], ".-", label=f"L{layer + 1}")
-        panel.set_ylabel(MEASURED[name].label)
-        panel.set_yscale(MEASURED[name].scale)
-    for panel in panels:
-        panel.set_xlabel("epoch")
-        panel.grid(alpha=0.3)
-        panel.legend()
-    save(figure, path)
+    panels = curve_panels(records)
+    last = records[-1]
+    reached = f"test accuracy {last['test_accuracy']:.2f} % after epoch {last['epoch']}"
+    save(_grid(panels, f"{title}: {reached}", min(len(panels), 3)), path)
 
 
 def draw_comparison(runs: Mapping[str, Sequence[Record]], path: pathlib.Path) -> None:
-    """Test accuracy and loss of several runs, against epochs and against seconds.
+    """Draw :func:`comparison_panels` beside each other.
 
     Args:
         runs: records by the run's name.
         path: of the PNG.
     """
-    figure = new_figure(12, 8)
-    panels = figure.subplots(2, 2)
-    for row, (quantity, label) in enumerate(
-        (("test_accuracy", "test accuracy [%]"), ("test_loss", "test loss"))
-    ):
-        for column, (against, unit) in enumerate(
-            (("epoch", "epoch"), ("total_seconds", "time [s]"))
-        ):
-            panel = panels[row][column]
-            for name, records in runs.items():
-                x, y = _series(records, against), _series(records, quantity)
-                panel.plot(x, y, ".-", label=name)
-            panel.set_xlabel(unit)
-            panel.set_ylabel(label)
-            panel.grid(alpha=0.3)
-    panels[0][0].legend()
-    save(figure, path)
+    panels = comparison_panels(runs)
+    save(_grid(panels, f"{len(runs)} runs", 2), path)
+
+
+def to_svg(panel: Panel) -> bytes:
+    """A panel as a picture of its own."""
+    figure = new_figure(5, 3.6)
+    draw_panel(figure.subplots(), panel)
+    return svg_of(figure)
+
+
+def svg_of(figure: Any) -> bytes:
+    """A figure as SVG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
 
 
 def draw_confusion(
     confusion: np.ndarray, class_names: Sequence[str], title: str, path: pathlib.Path
 ) -> None:
-    """A confusion matrix, its rows scaled to 100 %.
+    """Write :func:`confusion_figure` as PNG.
 
     Args:
         confusion: counts ``[true class, predicted class]``.
         class_names: names of the classes, in label order.
         title: above the picture.
         path: of the PNG.
+    """
+    save(confusion_figure(confusion, class_names, title), path)
+
+
+def confusion_figure(confusion: np.ndarray, class_names: Sequence[str], title: str) -> Any:
+    """A confusion matrix, its rows scaled to 100 %.
+
+    Args:
+        confusion: counts ``[true class, predicted class]``.
+        class_names: names of the classes, in label order.
+        title: above the picture.
     """
     count = len(class_names)
     side = min(4 + 0.45 * count, 30)
@@ -162,4 +139,4 @@ def draw_confusion(
                 panel.text(
                     column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=8
                 )
-    save(figure, path)
+    return figure

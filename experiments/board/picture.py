@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import plots
+from experiments import panels, plots
 from experiments.board.rows import Row
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -31,9 +31,9 @@ def draw(summary: Sequence[dict[str, Any]], title: str, path: pathlib.Path) -> N
     figure = plots.new_figure(12, 4.2 * len(groups) + 0.4)
     figure.suptitle(title)
     grid = figure.subplots(len(groups), 2, squeeze=False)
-    for group, panels in zip(groups, grid):
+    for group, pair in zip(groups, grid):
         own = [e for e in entries if (e["model"], e["budget"], e["amount"]) == group]
-        for panel, (axis, label) in zip(panels, _AXES):
+        for panel, (axis, label) in zip(pair, _AXES):
             for entry in own:
                 row = Row(**{name: entry[name] for name in Row.__dataclass_fields__})
                 if axis not in entry:
@@ -43,7 +43,7 @@ def draw(summary: Sequence[dict[str, Any]], title: str, path: pathlib.Path) -> N
                     entry["accuracy"],
                     yerr=entry["deviation"],
                     fmt=_MARKERS[reaches.index(row.reach) % len(_MARKERS)],
-                    color=plots.color(rules.index(row.rule)),
+                    color=panels.color(rules.index(row.rule)),
                     markersize=9,
                     markeredgecolor="white",
                     capsize=4,
@@ -55,6 +55,6 @@ def draw(summary: Sequence[dict[str, Any]], title: str, path: pathlib.Path) -> N
             panel.set_xlim(left=0)
             panel.grid(alpha=0.3)
             panel.set_title(f"{row.model}, {row.shown_budget}", fontsize=10)
-        handles, labels = panels[1].get_legend_handles_labels()
-        panels[1].legend(handles, labels, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        handles, labels = pair[1].get_legend_handles_labels()
+        pair[1].legend(handles, labels, loc="center left", bbox_to_anchor=(1.02, 0.5))
     plots.save(figure, path)
