@@ -120,12 +120,12 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str], title: s
         title: above the picture.
     """
     count = len(class_names)
-    side = min(4 + 0.45 * count, 30)
+    side = min(3 + 0.35 * count, 30)
     figure = new_figure(side + 1, side)
     panel = figure.subplots()
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = panel.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="% of the true class")
+    figure.colorbar(image, label="% of the true class", shrink=0.8)
     panel.set_xticks(range(count), class_names, rotation=60, ha="right")
     panel.set_yticks(range(count), class_names)
     panel.set_xlabel("predicted")
@@ -134,6 +134,8 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str], title: s
     if count <= 20:
         for row in range(count):
             for column in range(count):
+                if not confusion[row, column]:
+                    continue
                 value = percent[row, column]
                 color = "white" if value > 50 else "black"
                 panel.text(

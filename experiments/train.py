@@ -11,6 +11,7 @@ import jax
 from experiments import console, determinism, run_config, setup
 from experiments.commands import resume_command
 from experiments.config import TrainConfig
+from experiments.next_steps import next_steps
 from experiments.signals import Signals
 from lls_jax import fit, processes
 from lls_jax.runs import folder as folders
@@ -134,3 +135,5 @@ def _say_done(config: TrainConfig, result: FitResult) -> None:
         f"after epoch {best['epoch']}); evaluate with:\n"
         f"  python -m experiments.evaluate --workdir {shlex.quote(config.run_folder())}"
     )
+    for line in next_steps(config):
+        console.say(line)

@@ -778,7 +778,7 @@ def test_a_full_disk_is_one_clear_line_and_keeps_what_was_saved(tmp_path, monkey
 COMMANDS = (
     *("cifar10", "cifar100", "fashion_mnist", "mnist", "digits", "imagenette", "tiny_imagenet"),
     *("visual_wake_words", "image_folder", "prepare_data", "evaluate", "compare"),
-    *("import_lls_dnn", "export_lls_dnn", "accounting", "paper"),
+    *("import_lls_dnn", "export_lls_dnn", "accounting", "paper", "board", "report"),
 )
 
 

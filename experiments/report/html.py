@@ -22,7 +22,8 @@ p.quiet, .quiet { color: var(--quiet); margin: .2rem 0 .8rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
   gap: 1rem; }
 img { width: 100%; height: auto; display: block; }
-.confusion { max-width: 44rem; }
+.confusion { max-width: 38rem; }
+.confusion img { min-width: 27rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .93rem; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line);
@@ -30,6 +31,7 @@ th, td { padding: .3rem .8rem .3rem 0; text-align: right; border-bottom: 1px sol
 th { color: var(--quiet); font-weight: 600; }
 th:first-child, td:first-child, table.text th, table.text td { text-align: left; }
 table.text td { overflow-wrap: anywhere; }
+table.text td:first-child { white-space: nowrap; overflow-wrap: normal; }
 pre { background: #f4f6f8; border-radius: .4rem; padding: .7rem .9rem; white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: .9rem; }
 summary { cursor: pointer; color: var(--mark); margin: .6rem 0; }
@@ -56,16 +58,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "")
         kind: ``"text"`` for one of words.
     """
     head = "".join(f"<th>{text(column)}</th>" for column in columns)
+    head = f"<thead><tr>{head}</tr></thead>\n" if any(columns) else ""
     body = "".join(
         "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>\n" for row in rows
     )
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>\n"
-    )
+    return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>\n'
 
 
-def pairs(values: Mapping[str, Any], head: tuple[str, str]) -> str:
+def pairs(values: Mapping[str, Any], head: tuple[str, str] = ("", "")) -> str:
     """A table of names and values."""
     return table(head, list(values.items()), "text")
 

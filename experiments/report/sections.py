@@ -76,11 +76,12 @@ def confusion(judged: Judged | str) -> str:
         + ("" if result.top5 is None else f", {result.top5:.2f} % among the first five")
         + "."
     )
+    drawn = html.picture(plots.svg_of(figure), "confusion matrix")
     classes = [[name, accuracy] for name, accuracy in by_class(judged).items()]
     return html.section(
         "Confusion matrix",
         f"<p>{html.text(said)}</p>\n"
-        f'<div class="confusion">{html.picture(plots.svg_of(figure), "confusion matrix")}</div>\n'
+        f'<div class="confusion scroll">{drawn}</div>\n'
         "<details><summary>Accuracy by class</summary>"
         + html.table(("class", "accuracy [%]"), classes)
         + "</details>\n",
@@ -133,7 +134,10 @@ def timing(records: Sequence[Record]) -> str:
         "an epoch, median of the others": _duration(statistics.median(r["seconds"] for r in later)),
         "images/s, median": f"{statistics.median(r['images_per_second'] for r in later):.0f}",
     }
-    return html.section("Timing", html.pairs(rows, ("what", "")))
+    return html.section("Timing", html.pairs(rows))
+
+
+_HERE = ("workdir", "data_dir", "progress")
 
 
 def options(config: TrainConfig) -> str:
@@ -143,14 +147,16 @@ def options(config: TrainConfig) -> str:
     changed = {
         option(name): value
         for name, value in values.items()
-        if name != "dataset" and value != getattr(default, name)
+        if name not in ("dataset", *_HERE) and value != getattr(default, name)
     }
     others = {
         option(name): "not given" if value is None else value
         for name, value in values.items()
-        if name != "dataset" and option(name) not in changed
+        if name not in ("dataset", *_HERE) and option(name) not in changed
     }
-    command = resume_command(dataclasses.replace(config, workdir=None))
+    # Without what is this machine's own.
+    here = {name: getattr(default, name) for name in _HERE}
+    command = resume_command(dataclasses.replace(config, **here))
     return html.section(
         "Repeat it",
         f"<pre>{escaping.escape(command)}</pre>\n"
@@ -166,6 +172,6 @@ def versions(environments: Sequence[dict[str, Any]]) -> str:
     parts = []
     for environment in environments:
         known = {name: value for name, value in environment.items() if name != "packages"}
-        parts.append(html.pairs({**known, **environment.get("packages", {})}, ("what", "")))
+        parts.append(html.pairs({**known, **environment.get("packages", {})}))
     many = f'<p class="quiet">It was started {len(parts)} times, on different grounds.</p>\n'
     return html.section("Versions", (many if len(parts) > 1 else "") + "".join(parts))
