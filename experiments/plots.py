@@ -27,8 +27,8 @@ def save(figure: Any, path: pathlib.Path) -> None:
     temporary.replace(path)
 
 
-def draw_panel(axes: Any, panel: Panel) -> None:
-    """Draw a panel on axes of matplotlib."""
+def draw_panel(axes: Any, panel: Panel, *, legend: bool = True) -> None:
+    """Draw a panel on axes of matplotlib, with or without a legend."""
     for line in panel.lines:
         few = len(line.x) <= 40
         axes.plot(
@@ -41,18 +41,20 @@ def draw_panel(axes: Any, panel: Panel) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if panel.x_label in ("epoch", "block"):
         axes.xaxis.get_major_locator().set_params(integer=True)
+    if not legend:
+        return
     # Many lines get a narrow legend.
     many = len(panel.lines) > 6
     axes.legend(ncols=1 + len(panel.lines) // 7, fontsize=8 if many else 9, framealpha=0.7)
 
 
-def _grid(panels: Sequence[Panel], title: str, columns: int) -> Any:
+def _grid(panels: Sequence[Panel], title: str, columns: int, *, one_legend: bool = False) -> Any:
     rows = -(-len(panels) // columns)
     figure = new_figure(5 * columns, 4 * rows + 0.4)
     figure.suptitle(title)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, panel in zip(grid, panels):
-        draw_panel(axes, panel)
+    for index, (axes, panel) in enumerate(zip(grid, panels)):
+        draw_panel(axes, panel, legend=not (one_legend and index))
     for unused in grid[len(panels) :]:
         unused.set_axis_off()
     return figure
@@ -80,12 +82,14 @@ def draw_comparison(runs: Mapping[str, Sequence[Record]], path: pathlib.Path) ->
         path: of the PNG.
     """
     panels = comparison_panels(runs)
-    save(_grid(panels, f"{len(runs)} runs", 2), path)
+    # Epochs and time beside each other; with measurements of blocks under them a wide picture.
+    columns = 2 if len(panels) <= 4 else 4
+    save(_grid(panels, "runs side by side", columns, one_legend=True), path)
 
 
 def to_svg(panel: Panel) -> bytes:
     """A panel as a picture of its own."""
-    figure = new_figure(5, 3.6)
+    figure = new_figure(4.4, 3.2)
     draw_panel(figure.subplots(), panel)
     return svg_of(figure)
 
@@ -111,21 +115,25 @@ def draw_confusion(
     save(confusion_figure(confusion, class_names, title), path)
 
 
-def confusion_figure(confusion: np.ndarray, class_names: Sequence[str], title: str) -> Any:
+def confusion_figure(
+    confusion: np.ndarray, class_names: Sequence[str], title: str, *, bar: bool = True
+) -> Any:
     """A confusion matrix, its rows scaled to 100 %.
 
     Args:
         confusion: counts ``[true class, predicted class]``.
         class_names: names of the classes, in label order.
         title: above the picture.
+        bar: whether the colours' meaning is beside it.
     """
     count = len(class_names)
     side = min(3 + 0.35 * count, 30)
-    figure = new_figure(side + 1, side)
+    figure = new_figure(side + bar, side)
     panel = figure.subplots()
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = panel.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="% of the true class", shrink=0.8)
+    if bar:
+        figure.colorbar(image, label="% of the true class", shrink=0.8)
     panel.set_xticks(range(count), class_names, rotation=60, ha="right")
     panel.set_yticks(range(count), class_names)
     panel.set_xlabel("predicted")

@@ -22,8 +22,7 @@ p.quiet, .quiet { color: var(--quiet); margin: .2rem 0 .8rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
   gap: 1rem; }
 img { width: 100%; height: auto; display: block; }
-.confusion { max-width: 38rem; }
-.confusion img { min-width: 27rem; }
+.confusion { max-width: 34rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .93rem; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line);

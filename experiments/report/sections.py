@@ -69,19 +69,19 @@ def confusion(judged: Judged | str) -> str:
     if isinstance(judged, str):
         return html.section("Confusion matrix", f'<p class="quiet">{html.text(judged)}</p>\n')
     result, names = judged.result, judged.task.spec.class_names
-    figure = plots.confusion_figure(result.confusion, names, "")
+    figure = plots.confusion_figure(result.confusion, names, "", bar=False)
     said = (
         f"Checkpoint of step {judged.step}, epoch {judged.epoch}: {result.accuracy:.2f} % of "
         f"{judged.examples} test images, loss {result.loss:.4f}"
         + ("" if result.top5 is None else f", {result.top5:.2f} % among the first five")
-        + "."
+        + ". In percent of each true class:"
     )
     drawn = html.picture(plots.svg_of(figure), "confusion matrix")
     classes = [[name, accuracy] for name, accuracy in by_class(judged).items()]
     return html.section(
         "Confusion matrix",
         f"<p>{html.text(said)}</p>\n"
-        f'<div class="confusion scroll">{drawn}</div>\n'
+        f'<div class="confusion">{drawn}</div>\n'
         "<details><summary>Accuracy by class</summary>"
         + html.table(("class", "accuracy [%]"), classes)
         + "</details>\n",
