@@ -47,7 +47,7 @@ def train_and_evaluate(config: TrainConfig) -> int:
     """
     trained = train(config)
     if trained.signal:
-        return say_stopped(config, trained)
+        return _say_stopped(config, trained)
     _say_done(config, trained.result)
     return 0
 
@@ -113,7 +113,7 @@ def train(
     return Trained(run, result, result.stopped if signals.is_signal(result.stopped) else 0)
 
 
-def say_stopped(config: TrainConfig, trained: Trained) -> int:
+def _say_stopped(config: TrainConfig, trained: Trained) -> int:
     """Say how to go on with a run that a signal has stopped; returns the exit status."""
     console.say(
         f"stopped at step {int(trained.result.state.step)}, saved; resume with"

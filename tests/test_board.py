@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from experiments import setup
-from experiments.board import content, costs, outcome, paired, summary
+from experiments.board import content, costs, outcome, paired, speed, summary
 from experiments.board.command import board
 from experiments.board.config import BoardConfig
 from experiments.board.rows import Row, train_config
@@ -33,39 +33,53 @@ def table(folder):
     return json.loads((folder / "board.json").read_text())
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """The runs that were begun, in order; one of them may be killed at its end."""
-    begun, real = [], outcome.train_run
+def ends_at(accuracy):
+    """A run that is over at once."""
 
     def train_run(one, row, steps):
-        begun.append((row.rule, one.seed))
-        status = real(one, row, steps)
-        if killed and len(begun) == killed[0]:
-            (pathlib.Path(one.workdir) / "final.json").unlink()
-            raise KeyboardInterrupt
-        return status
+        folder = pathlib.Path(one.workdir)
+        folder.mkdir(parents=True)
+        final = {"step": 3, "test": accuracy(row, one), "validation": None, "views": None}
+        (folder / "final.json").write_text(json.dumps(final))
+        return 0
 
-    killed = []
-    monkeypatch.setattr(outcome, "train_run", train_run)
-    train_run.begun, train_run.killed = begun, killed
     return train_run
 
 
-def test_a_board_is_killed_goes_on_and_is_added_to(tmp_path, monkeypatch, capsys, trained):
+def test_a_board_is_killed_goes_on_and_is_added_to(tmp_path, monkeypatch):
+    begun, killed, real = [], [3], outcome.train_run
+
+    def train_run(one, row, steps):
+        begun.append((row.rule, one.seed))
+        if len(begun) in killed:
+            raise KeyboardInterrupt
+        return real(one, row, steps)
+
+    monkeypatch.setattr(outcome, "train_run", train_run)
+    folder = tmp_path / "board"
     new = config(
-        tmp_path / "board", dataset="digits", rules=["lls", "bp"], reach=[1], seeds=[0, 1],
-        epochs=1, options=OPTIONS, measure_speed=False,
+        folder, dataset="digits", rules=["lls", "bp"], reach=[1], seeds=[0, 1], epochs=1,
+        options=OPTIONS,
     )  # fmt: skip
-    trained.killed.append(3)
     with pytest.raises(KeyboardInterrupt):
         board(new)
-    assert table(tmp_path / "board")["rows"][0]["missing"] == "seed 1"
-    trained.killed.clear()
+    assert [row["missing"] for row in table(folder)["rows"]] == ["seed 1", "seed 1"]
     assert board(new) == 0
     # Seed by seed, and no run twice but the one that was killed.
-    order = [("lls", 0), ("bp", 0), ("lls", 1), ("lls", 1), ("bp", 1)]
-    assert trained.begun == order
+    assert begun == [("lls", 0), ("bp", 0), ("lls", 1), ("lls", 1), ("bp", 1)]
+    before = table(folder)["rows"]
+    for row, name in zip(before, ("lls", "bp")):
+        finals = [
+            folders.read_metrics(folder / f"runs/small_conv-{name}-r1-1epochs-s{seed}")[-1]
+            for seed in (0, 1)
+        ]
+        finals = [record["test_accuracy"] for record in finals]
+        assert list(row["accuracies"].values()) == finals
+        assert row["accuracy"] == pytest.approx(np.mean(finals))
+        assert row["deviation"] == pytest.approx(np.std(finals, ddof=1))
+        assert (row["missing"], row["n"]) == ("", 2)
+        assert row["images_per_second"] > 0 and row["temporary_mb"] > 0
+    assert before[1]["speed_over_bp"] == before[1]["macs_over_bp"] == 1 > before[0]["macs_over_bp"]
 
     (tmp_path / "mine.py").write_text(
         "from lls_jax import rules\n"
@@ -73,37 +87,31 @@ def test_a_board_is_killed_goes_on_and_is_added_to(tmp_path, monkeypatch, capsys
         "    return rules.make('lls', num_classes=num_classes, temperature=0.1)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert board(config(tmp_path / "board", rules=["mine:cold"])) == 0
-    assert trained.begun == [*order, ("mine:cold", 0), ("mine:cold", 1)]
-    made = table(tmp_path / "board")
-    lls, bp, cold = made["rows"]
-    for row, name in ((lls, "lls"), (bp, "bp"), (cold, "mine.cold")):
-        finals = [
-            folders.read_metrics(tmp_path / f"board/runs/small_conv-{name}-r1-1epochs-s{seed}")
-            for seed in (0, 1)
-        ]
-        finals = [records[-1]["test_accuracy"] for records in finals]
-        assert list(row["accuracies"].values()) == finals
-        assert row["accuracy"] == pytest.approx(np.mean(finals))
-        assert row["deviation"] == pytest.approx(np.std(finals, ddof=1))
-        assert (row["missing"], row["n"]) == ("", 2)
-        assert row["images_per_second"] > 0 and row["temporary_mb"] > 0
-    assert cold["against_bp"]["difference"] == pytest.approx(cold["accuracy"] - bp["accuracy"])
-    assert bp["speed_over_bp"] == bp["macs_over_bp"] == 1 > lls["macs_over_bp"]
-    assert cold["step_ms"] * cold["speed_over_bp"] == pytest.approx(bp["step_ms"])
-    page = (tmp_path / "board" / "board.md").read_text()
-    assert "| small_conv | 1 epoch | mine:cold | 1 | 2 |" in page
+    monkeypatch.setattr(outcome, "train_run", ends_at(lambda row, one: 90.0 + one.seed))
+    # Twice as fast as a bp that takes 4 s a step in this mood of the machine.
+    raced = [
+        {"all_step_ms": [ms] * 5, "temporary_mb": 1.0, "temporaries_over_bp": 0.5}
+        for ms in (4000.0, 2000.0)
+    ]
+    monkeypatch.setattr(speed.training, "race", lambda *a, **k: raced)
+    assert board(config(folder, rules=["mine:cold"])) == 0
+    lls, bp, cold = table(folder)["rows"]
+    assert [lls, bp] == before
+    assert cold["accuracy"] == 90.5 and cold["extra_parameters"] == 0
+    assert cold["against_bp"]["difference"] == pytest.approx(90.5 - bp["accuracy"])
+    assert cold["speed_over_bp"] == 2 and cold["step_ms"] == pytest.approx(bp["step_ms"] / 2)
+    page = (folder / "board.md").read_text()
+    assert "| small_conv | 1 epoch | mine:cold | 1 | 2 | 90.50 ± 0.71 |" in page
     assert page.count("python -m experiments.board") == 1
     assert "--rules lls mine:cold bp --reach 1 --seeds 0 1 --epochs 1" in page
-    assert (tmp_path / "board" / "board.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "board.png").read_bytes().startswith(b"\x89PNG")
     # Nothing is left to do, for which nobody's rule is needed.
     (tmp_path / "mine.py").unlink()
     monkeypatch.delitem(sys.modules, "mine")
-    assert board(config(tmp_path / "board")) == 0
-    assert len(trained.begun) == 7
+    assert board(config(folder)) == 0
 
 
-def test_a_budget_of_seconds_ends_at_a_step_and_is_judged_there(tmp_path, trained):
+def test_a_budget_of_seconds_ends_at_a_step_and_is_judged_there(tmp_path):
     folder = tmp_path / "board"
     row = Row("small_conv", "lls", 1, "seconds", 2.0)
     figures = {"model": "small_conv", "rule": "lls", "reach": 1, "step_ms": 399.0}
@@ -127,17 +135,13 @@ def test_a_budget_of_seconds_ends_at_a_step_and_is_judged_there(tmp_path, traine
 def test_a_run_that_diverges_is_noted_and_bp_lends_its_runs(tmp_path, monkeypatch):
     begun = []
 
-    def train_run(one, row, steps):
+    def accuracy(row, one):
         begun.append(row.rule)
-        folder = pathlib.Path(one.workdir)
-        folder.mkdir(parents=True)
         if row.rule == "lls":
             raise DivergedError("the loss of local layer L2 is not finite by step 7")
-        final = {"step": 3, "test": 50.0, "validation": None, "views": None}
-        (folder / "final.json").write_text(json.dumps(final))
-        return 0
+        return 50.0
 
-    monkeypatch.setattr(outcome, "train_run", train_run)
+    monkeypatch.setattr(outcome, "train_run", ends_at(accuracy))
     own = config(
         tmp_path, dataset="digits", rules=["lls", "bp_checkpointed", "bp_accumulated", "bp"],
         reach=[1, 2], seeds=[0], epochs=1, measure_speed=False,

@@ -7,7 +7,7 @@ import shlex
 from typing import Any, NamedTuple
 
 from experiments.board.config import ACCUMULATED, CHECKPOINTED, BoardConfig
-from experiments.board.rows import Row, rows_of
+from experiments.board.rows import Row, row_of, rows_of
 from experiments.command_line import parse_training
 from experiments.config import BASELINES, TrainConfig, option
 from experiments.presets import PRESETS
@@ -76,8 +76,7 @@ def read(folder: pathlib.Path) -> Board | None:
         content = json.loads(path.read_text())
         if content["format"] != _FORMAT:
             raise ValueError(f"it has format {content['format']}, and this version knows {_FORMAT}")
-        names = [field.name for field in dataclasses.fields(Row)]
-        rows = tuple(Row(**{name: row[name] for name in names}) for row in content["rows"])
+        rows = tuple(map(row_of, content["rows"]))
         measured = {(m["model"], m["rule"], m["reach"]): m for m in content["measured"]}
         return Board(
             content["dataset"], content["options"], tuple(content["seeds"]), rows, measured

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments import panels, plots
-from experiments.board.rows import Row
+from experiments.board.rows import row_of
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _AXES = (
@@ -14,15 +14,20 @@ _AXES = (
 )
 
 
+def is_shown(entry: dict[str, Any]) -> bool:
+    """Whether a row has all that a point needs."""
+    return entry["accuracy"] is not None and all(axis in entry for axis, _ in _AXES)
+
+
 def draw(summary: Sequence[dict[str, Any]], title: str, path: pathlib.Path) -> None:
-    """Draw rows that have an accuracy: a colour a rule, a marker a reach, bars of a deviation.
+    """Draw trained and measured rows: a colour a rule, a marker a reach, deviations as bars.
 
     Args:
         summary: of :func:`experiments.board.summary.summarize`.
         title: above the picture.
         path: of the PNG; replaced in one step.
     """
-    entries = [entry for entry in summary if entry["accuracy"] is not None]
+    entries = list(filter(is_shown, summary))
     groups = list(dict.fromkeys((e["model"], e["budget"], e["amount"]) for e in entries))
     if not groups:
         return
@@ -35,9 +40,7 @@ def draw(summary: Sequence[dict[str, Any]], title: str, path: pathlib.Path) -> N
         own = [e for e in entries if (e["model"], e["budget"], e["amount"]) == group]
         for panel, (axis, label) in zip(pair, _AXES):
             for entry in own:
-                row = Row(**{name: entry[name] for name in Row.__dataclass_fields__})
-                if axis not in entry:
-                    continue
+                row = row_of(entry)
                 panel.errorbar(
                     entry[axis],
                     entry["accuracy"],

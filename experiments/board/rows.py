@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.board.config import ACCUMULATED, CHECKPOINTED
@@ -70,6 +71,11 @@ class Row:
     def values(self) -> dict[str, Any]:
         """As board.json has it."""
         return dataclasses.asdict(self)
+
+
+def row_of(values: Mapping[str, Any]) -> Row:
+    """The row of an entry of board.json, which has more beside it."""
+    return Row(**{field.name: values[field.name] for field in dataclasses.fields(Row)})
 
 
 def rows_of(

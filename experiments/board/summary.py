@@ -5,10 +5,10 @@ import statistics
 from typing import Any
 
 from experiments import batch
-from experiments.board import outcome
+from experiments.board import outcome, picture
 from experiments.board.content import Board, commands, key_of
 from experiments.board.paired import Comparison, compare
-from experiments.board.rows import Row
+from experiments.board.rows import Row, row_of
 from experiments.suites.report import markdown
 
 # What each row is tested against, with a reach of 1.
@@ -128,11 +128,10 @@ def table(summary: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     shown = []
     for entry in summary:
-        row = Row(**{name: entry[name] for name in Row.__dataclass_fields__})
         shown.append(
             {
                 **entry,
-                "shown_budget": row.shown_budget,
+                "shown_budget": row_of(entry).shown_budget,
                 "shown_accuracy": _mean(entry["accuracy"], entry["deviation"]),
                 "shown_views": _mean(entry["views_accuracy"], entry["views_deviation"]),
                 "shown_validation": _mean(
@@ -166,7 +165,7 @@ def page(board: Board, summary: list[dict[str, Any]], workdir: str, environment:
         *commands(board, workdir),
         "```",
         "",
-        "![Accuracy against memory and against time](board.png)",
-        "",
     ]
+    if any(map(picture.is_shown, summary)):
+        lines += ["![Accuracy against memory and against time](board.png)", ""]
     return "\n".join(lines)
