@@ -12,7 +12,7 @@ import optax
 import pytest
 from scipy import stats
 
-from experiments import setup
+from experiments import console, setup
 from experiments.board import content, costs, outcome, paired, speed, summary
 from experiments.board.command import board
 from experiments.board.config import BoardConfig
@@ -56,6 +56,8 @@ def test_a_board_is_killed_goes_on_and_is_added_to(tmp_path, monkeypatch):
         return real(one, row, steps)
 
     monkeypatch.setattr(outcome, "train_run", train_run)
+    # The runs' own pictures are tested elsewhere.
+    monkeypatch.setattr(console.plots, "draw_curves", lambda *a: None)
     folder = tmp_path / "board"
     new = config(
         folder, dataset="digits", rules=["lls", "bp"], reach=[1], seeds=[0, 1], epochs=1,

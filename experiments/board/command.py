@@ -11,7 +11,7 @@ from experiments.board.config import ACCUMULATED, BoardConfig
 from experiments.board.content import Board, key_of
 from experiments.board.rows import Row, train_config
 from experiments.config import TrainConfig
-from experiments.suites.training import PARTS
+from experiments.suites.entrants import PARTS
 from lls_jax.errors import UserError
 from lls_jax.runs import folder as folders
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from experiments import batch, setup, train
 from experiments.board.rows import Row
 from experiments.config import TrainConfig
-from experiments.suites.training import BASELINE_STEPS
+from experiments.suites.entrants import BASELINE_STEPS
 from lls_jax import placement
 from lls_jax.runs import folder as folders
 from lls_jax.runs.callbacks import Callback, RunStart, StepEnd

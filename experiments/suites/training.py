@@ -14,34 +14,30 @@ compiler allots to the step.
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import itertools
 import multiprocessing
 import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import optimizers
 from experiments.config import BASELINES, TrainConfig
 from experiments.setup import Task, bytes_above, example_image, make_task
-from experiments.suites import against_torch, baselines, report
+from experiments.suites import against_torch, report
+from experiments.suites.entrants import BASELINE_STEPS, Entrant, with_baselines
 from lls_jax import rules, training
 from lls_jax.data import batches
 from lls_jax.data.order import epoch_permutation
-from lls_jax.models import Network
 from lls_jax.runs import epoch_sums
 
 _WARM_UP_STEPS = 3
 STEPS_A_TURN = 5
-# Micro-batches that gradients are accumulated over.
-PARTS = 4
 # Pixels along a side of the random images; the published runs of MobileNet have no smaller ones.
 _SIDES = {"mobilenet_v1": 128, "mobilenet_v1_small": 128}
 _COLUMNS = {
@@ -83,40 +79,6 @@ def make_benchmark_task(config: TrainConfig) -> Task:
     task = make_task(config)
     side = _SIDES.get(config.model, 32)
     return task._replace(spec=dataclasses.replace(task.spec, image_shape=(side, side, 3)))
-
-
-# Ways to save memory with bp, by name.
-BASELINE_STEPS: dict[str, Callable[[Network, optax.GradientTransformation], training.TrainStep]] = {
-    "checkpointed": baselines.make_checkpointed_step,
-    "accumulated": functools.partial(baselines.make_accumulating_step, parts=PARTS),
-}
-
-
-class Entrant(NamedTuple):
-    """What takes part in a race.
-
-    Attributes:
-        config: model, rule, reach, batch size, precision and kernels count.
-        baseline: of rule ``bp``: ``"checkpointed"``, ``"accumulated"``, or None for the plain step.
-    """
-
-    config: TrainConfig
-    baseline: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The rule, and what is done about its memory."""
-        if self.baseline == "accumulated":
-            return f"{self.config.rule}, {PARTS} x {self.config.batch_size // PARTS}"
-        return f"{self.config.rule}, {self.baseline}" if self.baseline else self.config.rule
-
-
-def with_baselines(config: TrainConfig) -> list[Entrant]:
-    """A config of rule ``bp``, and the ways to save its memory that its batch size allows."""
-    names = [
-        name for name in BASELINE_STEPS if name != "accumulated" or not config.batch_size % PARTS
-    ]
-    return [Entrant(config), *(Entrant(config, name) for name in names)]
 
 
 class Contestant:
