@@ -58,11 +58,12 @@ def _siblings(config: TrainConfig, folder: pathlib.Path) -> Iterator[_Sibling]:
             continue
         try:
             other = read_config(path.parent)
+            if any(getattr(other, name) != getattr(config, name) for name in compared):
+                continue
             records = folders.read_metrics(path.parent)
         except (UserError, OSError):
             continue
-        same = all(getattr(other, name) == getattr(config, name) for name in compared)
-        if same and records and records[-1]["epoch"] >= config.epochs:
+        if records and records[-1]["epoch"] >= config.epochs:
             found.append(_Sibling(other, path.parent, records[-1]["test_accuracy"]))
     yield from sorted(found, key=lambda other: other.config.seed != config.seed)
 

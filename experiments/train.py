@@ -52,6 +52,15 @@ def train_and_evaluate(config: TrainConfig) -> int:
     return 0
 
 
+def train_and_advise(config: TrainConfig) -> int:
+    """:func:`train_and_evaluate`, and then say what the accuracy means and what to try next."""
+    status = train_and_evaluate(config)
+    if not status:
+        for line in next_steps(config):
+            console.say(line)
+    return status
+
+
 def train(
     config: TrainConfig,
     *,
@@ -135,5 +144,3 @@ def _say_done(config: TrainConfig, result: FitResult) -> None:
         f"after epoch {best['epoch']}); evaluate with:\n"
         f"  python -m experiments.evaluate --workdir {shlex.quote(config.run_folder())}"
     )
-    for line in next_steps(config):
-        console.say(line)

@@ -55,7 +55,7 @@ class Page(html.parser.HTMLParser):
 def test_a_runs_page_stands_by_itself_and_says_what_its_records_say(tmp_path, capsys):
     run = tmp_path / "a <run>"
     config = dataclasses.replace(TINY, workdir=str(run))
-    assert train.train_and_evaluate(config) == 0
+    assert train.train_and_advise(config) == 0
     printed = capsys.readouterr().out
     assert f"python -m experiments.report '{run}'" in printed
     assert f"curves: {run / 'curves.png'}" in printed

@@ -139,5 +139,7 @@ class _Maker:
         page = summary.page(self._board, entries, str(self._workdir), environment)
         folders.write_atomically(self._workdir / "board.json", folders.to_json(whole))
         folders.write_atomically(self._workdir / "board.md", page)
-        title = f"{self._board.dataset}: test accuracy at an equal budget"
+        title = (
+            f"{self._board.dataset}: test accuracy at an equal budget; bars: deviation over seeds"
+        )
         picture.draw(entries, title, self._workdir / "board.png")
