@@ -201,8 +201,8 @@ def train_command(dataset: str | None, description: str) -> None:
         if config.deterministic:
             determinism.prepare(pathlib.Path(config.run_folder()))
         # Imported late: JAX takes longer to start than `--help` may take to answer.
-        from experiments.train import train_and_evaluate
+        from experiments.train import train_and_advise
 
-        return train_and_evaluate(config)
+        return train_and_advise(config)
 
     run(command, leave)

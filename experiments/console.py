@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import plots
+from experiments import panels, plots
 from experiments.config import TrainConfig
 from experiments.own_sources import KeepSources
 from experiments.setup import Run
@@ -152,7 +152,7 @@ def layer_losses(losses: list[float]) -> str:
 def measured_lines(record: Record) -> list[str]:
     """One line for each kind of what was measured of the blocks."""
     lines = []
-    for name, measured in plots.MEASURED.items():
+    for name, measured in panels.MEASURED.items():
         if name in record:
             values = "  ".join(
                 f"L{layer + 1} {'-' if value is None else measured.digits(value)}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.config import TrainConfig
 
@@ -20,6 +20,30 @@ PRESETS = {
         TrainConfig(dataset="tiny_imagenet", model="vgg8", epochs=300, augmentation="flip_erase"),
         TrainConfig(dataset="visual_wake_words", model="mobilenet_v1", epochs=300),
     )
+}
+
+
+class Measured(NamedTuple):
+    """An accuracy that was measured with a data set's own preset.
+
+    Attributes:
+        accuracy: on the test images after the last epoch, in percent.
+        how: seeds and versions.
+        command: that repeats it.
+    """
+
+    accuracy: float
+    how: str
+    command: str
+
+
+# What backpropagation reaches; a run beside a person's own stands before it.
+BP_MEASURED = {
+    "digits": Measured(
+        99.54,
+        "mean of seeds 0 to 2, jax 0.10.2 on a CPU",
+        "python -m experiments.digits --rule bp",
+    ),
 }
 
 # What `--preset` changes, of whatever data set.

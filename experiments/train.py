@@ -1,48 +1,78 @@
 """A training command: from a config to :func:`lls_jax.fit`, and what a person is told of it."""
 
 import contextlib
-import dataclasses
 import pathlib
 import shlex
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 
 from experiments import console, determinism, execution, run_config, setup
+from experiments.commands import resume_command
 from experiments.config import TrainConfig
-from experiments.option_files import to_arguments
-from experiments.presets import PRESETS, default_config
+from experiments.next_steps import next_steps
 from experiments.signals import Signals
 from lls_jax import fit, processes, trackers
 from lls_jax.runs import folder as folders
-from lls_jax.runs.callbacks import selection_accuracy
+from lls_jax.runs.callbacks import Callback, selection_accuracy
 from lls_jax.runs.run import FitResult
 
 
-def resume_command(config: TrainConfig) -> str:
-    """The command that goes on with a run."""
-    default = default_config(config.dataset, config.preset)
-    values = {
-        field.name: value
-        for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) != getattr(default, field.name)
-        or field.name in ("rule", "preset", "dataset")
-    }
-    if config.preset is None:
-        values.pop("preset")
-    command = "run"
-    if config.dataset in PRESETS:
-        command = values.pop("dataset")
-    return shlex.join(["python", "-m", f"experiments.{command}", *to_arguments(values)])
+class Trained(NamedTuple):
+    """A run that has ended.
+
+    Attributes:
+        run: what was trained.
+        result: how it ended.
+        signal: number of the signal that stopped it; 0 for none.
+    """
+
+    run: setup.Run
+    result: FitResult
+    signal: int
 
 
 def train_and_evaluate(config: TrainConfig) -> int:
-    """Train a run to its end, from its newest checkpoint where it has one.
+    """Train a run to its end, from its newest checkpoint where it has one, and say how it ended.
 
     Args:
         config: the run.
 
     Returns:
         Exit status: 0, or 130 / 143 after Ctrl-C / SIGTERM, with all saved.
+
+    Raises:
+        As :func:`train`.
+    """
+    trained = train(config)
+    if trained.signal:
+        return _say_stopped(config, trained)
+    _say_done(config, trained.result)
+    return 0
+
+
+def train_and_advise(config: TrainConfig) -> int:
+    """:func:`train_and_evaluate`, and then say what the accuracy means and what to try next."""
+    status = train_and_evaluate(config)
+    if not status:
+        for line in next_steps(config):
+            console.say(line)
+    return status
+
+
+def train(
+    config: TrainConfig,
+    *,
+    adapt: Callable[[setup.Run], setup.Run] = lambda run: run,
+    listeners: Sequence[Callback] = (),
+) -> Trained:
+    """Train a run to its end, from its newest checkpoint where it has one.
+
+    Args:
+        config: the run.
+        adapt: changes what its config makes.
+        listeners: are told of the run beside the person.
 
     Raises:
         UserError: the config, the folder or a loss is such that the run cannot go on.
@@ -63,7 +93,7 @@ def train_and_evaluate(config: TrainConfig) -> int:
         folders.check_settings(folder, settings)
         if config.deterministic:
             determinism.check(folder, jax.default_backend())
-        run = setup.make_run(config)
+        run = adapt(setup.make_run(config))
         result = fit(
             run.task.model,
             run.task.rule,
@@ -79,7 +109,7 @@ def train_and_evaluate(config: TrainConfig) -> int:
             spec=run.task.spec,
             seed=config.seed,
             workdir=folder,
-            callbacks=console.callbacks(config, run),
+            callbacks=[*console.callbacks(config, run), *listeners],
             early_stopping=config.patience,
             checkpoint_every=config.checkpoint_every,
             reach=config.reach,
@@ -90,18 +120,20 @@ def train_and_evaluate(config: TrainConfig) -> int:
             settings=settings,
             should_stop=lambda: signals.received or 0,
         )
-    return _ended(config, folder, result, signals.is_signal(result.stopped))
+    return Trained(run, result, result.stopped if signals.is_signal(result.stopped) else 0)
 
 
-def _ended(config: TrainConfig, folder: pathlib.Path, result: FitResult, by_signal: bool) -> int:
-    """Say how a run has ended; returns the exit status."""
-    if by_signal:
-        console.say(
-            f"stopped at step {int(result.state.step)}, saved; resume with"
-            f"{'' if config.process_id is None else ', each process with its own --process-id'}:\n"
-            f"  {resume_command(config)}"
-        )
-        return 128 + result.stopped
+def _say_stopped(config: TrainConfig, trained: Trained) -> int:
+    """Say how to go on with a run that a signal has stopped; returns the exit status."""
+    console.say(
+        f"stopped at step {int(trained.result.state.step)}, saved; resume with"
+        f"{'' if config.process_id is None else ', each process with its own --process-id'}:\n"
+        f"  {resume_command(config)}"
+    )
+    return 128 + trained.signal
+
+
+def _say_done(config: TrainConfig, result: FitResult) -> None:
     last = result.records[-1]
     best = result.records[(result.best_epoch or last["epoch"]) - 1]
     by = "validation" if config.validation_examples else "test"
@@ -111,6 +143,5 @@ def _ended(config: TrainConfig, folder: pathlib.Path, result: FitResult, by_sign
         f"done: {last['epoch']} epochs{why} in {result.seconds:.1f} s, test accuracy "
         f"{last['test_accuracy']:.2f} % (best {selection_accuracy(best):.2f} % of the {by} images "
         f"after epoch {best['epoch']}); evaluate with:\n"
-        f"  python -m experiments.evaluate --workdir {shlex.quote(str(folder))}"
+        f"  python -m experiments.evaluate --workdir {shlex.quote(config.run_folder())}"
     )
-    return 0

@@ -790,6 +790,7 @@ COMMANDS = (
     *("cifar10", "cifar100", "fashion_mnist", "mnist", "digits", "imagenette", "tiny_imagenet"),
     *("visual_wake_words", "image_folder", "prepare_data", "evaluate", "compare"),
     *("import_lls_dnn", "export_lls_dnn", "accounting", "paper", "run"),
+    *("board", "report"),
 )
 
 

@@ -2,7 +2,7 @@
 
 from lls_jax.placement.batch_shards import data_parallel
 from lls_jax.placement.block_pipeline import measure_moves, measure_units, pipeline
-from lls_jax.placement.execution import Execution, single
+from lls_jax.placement.execution import Execution, of_step, single
 from lls_jax.placement.stages import Order, by_unit, order, partition
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "data_parallel",
     "measure_moves",
     "measure_units",
+    "of_step",
     "order",
     "partition",
     "pipeline",

@@ -47,9 +47,20 @@ def single(
 
     Args are those of :func:`lls_jax.training.make_train_step`.
     """
-    train_step = make_train_step(
-        model, rule, tx, reach=reach, remat_above=remat_above, slice_above=slice_above
+    return of_step(
+        make_train_step(
+            model, rule, tx, reach=reach, remat_above=remat_above, slice_above=slice_above
+        )
     )
+
+
+def of_step(train_step: TrainStep) -> Execution:
+    """A step of your own, on the default device.
+
+    Args:
+        train_step: ``step(state, batch) -> (state, metrics)`` as of
+            :func:`lls_jax.training.make_train_step`.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         state, metrics = train_step(state, batch)
