@@ -22,51 +22,24 @@ is traced once more, and a cut cannot lie inside a compiled loop (``nnx.scan``, 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
-from lls_jax.frameworks.slices import Names, dependencies, slice_program
-
-Arrays = dict[str, jax.Array]
-# run(params, state, x, key, train, given) -> (seen, output, state): the model on a batch. At each
-# cut it records what comes in, and goes on with what is given of that name, if anything.
-Run = Callable[
-    [Arrays, Arrays, jax.Array, jax.Array | None, bool, Mapping[str, jax.Array]],
-    tuple[Arrays, jax.Array, Arrays],
-]
-
-_PARAM, _STATE, _INPUT, _KEY = "parameter", "state", "input", "key"
-
-
-class Cuts:
-    """What is called at each cut in one pass.
-
-    Attributes:
-        given: values to go on with, by name; what has none goes on as it is.
-        seen: what came in, by name.
-    """
-
-    def __init__(self, given: Mapping[str, jax.Array]) -> None:
-        self.given = given
-        self.seen: Arrays = {}
-
-    def __call__(self, name: str, value: jax.Array) -> jax.Array:
-        """Record a value that comes in, and give the one to go on with.
-
-        Raises:
-            ValueError: the module was called before.
-        """
-        if name in self.seen:
-            raise ValueError(
-                f"module {name!r} is called more than once in a forward pass, so that no block can "
-                "begin there; cut at a module that is called once."
-            )
-        self.seen[name] = value
-        return self.given.get(name, value)
+from lls_jax.frameworks.slices import Names, slice_program
+from lls_jax.frameworks.tracing import (
+    INPUT,
+    KEY,
+    PARAM,
+    STATE,
+    Arrays,
+    Label,
+    Run,
+    Trace,
+    trace_forward,
+)
 
 
 class Part(NamedTuple):
@@ -85,26 +58,8 @@ class Part(NamedTuple):
 
 class _Slice(NamedTuple):
     run: Callable[..., list[jax.Array]]
-    inputs: list[tuple[str, Any]]
+    inputs: list[Label]
     state: tuple[str, ...]
-
-
-class _Trace(NamedTuple):
-    """A forward pass as a program of all inputs.
-
-    Attributes:
-        program: traced with what follows.
-        inputs: kind and name of each input.
-        shapes: of them.
-        outputs: what each input, parameter and state each activation depends on, then the output.
-        states: likewise, of the new state by name; without what is handed through.
-    """
-
-    program: core.ClosedJaxpr
-    inputs: list[tuple[str, Any]]
-    shapes: list[Any]
-    outputs: list[Names]
-    states: dict[str, Names]
 
 
 class CutModel:
@@ -150,8 +105,9 @@ class CutModel:
         self._run, self.params, self.state, self.example = run, params, state, example
         self.names = tuple(names)
         self._slices: dict[Any, list[_Slice]] = {}
-        self.names = self._in_order(self._trace(2, True, True).outputs)
+        self.names = self._in_order(self._trace(2, False, False).outputs)
         training, evaluating = self._trace(2, True, True), self._trace(2, False, False)
+        self._in_order(training.outputs)
         self.parts = self._own(training, evaluating)
         self._check_last(training)
         self.title = title
@@ -200,75 +156,40 @@ class CutModel:
         if mode not in self._slices:
             self._slices[mode] = self._slice_all(self._trace(*mode))
         part = self._slices[mode][index]
-        known: dict[tuple[str, Any], Any] = {
-            **{(_PARAM, name): value for name, value in params.items()},
-            **{(_STATE, name): value for name, value in state.items()},
-            (_INPUT, index): x.astype(expected.dtype),
-            (_KEY, None): key,
+        known: dict[Label, Any] = {
+            **{(PARAM, name): value for name, value in params.items()},
+            **{(STATE, name): value for name, value in state.items()},
+            (INPUT, index): x.astype(expected.dtype),
+            (KEY, None): key,
         }
         # An input that it is given and does not depend on may be anything.
         arguments = [known.get(named, self._zeros(named, x.shape[0])) for named in part.inputs]
         activation, *changed = part.run(*arguments)
         return activation, {**state, **dict(zip(part.state, changed))}
 
-    def _zeros(self, named: tuple[str, Any], batch: int) -> jax.Array:
+    def _zeros(self, named: Label, batch: int) -> jax.Array:
         kind, name = named
-        if kind == _INPUT:
+        if kind == INPUT:
             one = self._input_of(name)
             return jnp.zeros((batch, *one.shape), one.dtype)
-        if kind == _KEY:
+        if kind == KEY:
             return jax.random.key(0)
-        return jnp.zeros_like((self.params if kind == _PARAM else self.state)[name])
+        return jnp.zeros_like((self.params if kind == PARAM else self.state)[name])
 
     def _input_of(self, index: int) -> jax.ShapeDtypeStruct:
         return self.example if index == 0 else self.parts[index - 1].output
 
-    def _trace(self, batch: int, train: bool, random: bool) -> _Trace:
-        """The forward pass with an input of its own at every cut."""
+    def _trace(self, batch: int, train: bool, random: bool) -> Trace:
         x = jax.ShapeDtypeStruct((batch, *self.example.shape), self.example.dtype)
-        key = jax.random.key(0) if random else None
-
-        def record(params: Arrays, state: Arrays, x: jax.Array, key: Any) -> Arrays:
-            return self._run(params, state, x, key, train, {})[0]
-
-        seen = jax.eval_shape(record, self.params, self.state, x, key)
-        if missing := [name for name in self.names if name not in seen]:
-            raise ValueError(
-                f"`cut_at` names {', '.join(map(repr, missing))}, which the forward pass does not "
-                "call; name modules that it calls, by their path in the model."
-            )
-
-        def forward(params: Arrays, state: Arrays, key: Any, inputs: list[jax.Array]) -> Any:
-            given = dict(zip(self.names, inputs[1:]))
-            seen, output, new = self._run(params, state, inputs[0], key, train, given)
-            return [*(seen[name] for name in self.names), output], new
-
-        inputs = [x, *(seen[name] for name in self.names)]
-        arguments = (self.params, self.state, key, inputs)
-        program = jax.make_jaxpr(forward)(*arguments)
-        labels = [
-            *((_PARAM, name) for name in sorted(self.params)),
-            *((_STATE, name) for name in sorted(self.state)),
-            *([(_KEY, None)] if random else []),
-            *((_INPUT, i) for i in range(len(inputs))),
-        ]
-        found = dependencies(program.jaxpr, [frozenset([label]) for label in labels])
-        variables = dict(zip(labels, program.jaxpr.invars))
-        results = dict(zip(sorted(self.state), range(len(inputs), len(found))))
-        states = {
-            name: found[i]
-            for name, i in results.items()
-            if program.jaxpr.outvars[i] is not variables[_STATE, name]
-        }
-        shapes = jax.tree.leaves(arguments)
-        return _Trace(program, labels, shapes, found[: len(inputs)], states)
+        of = (self._run, self.params, self.state, x, self.names)
+        return trace_forward(*of, train=train, random=random)
 
     def _in_order(self, outputs: list[Names]) -> tuple[str, ...]:
         """The cuts as they follow each other; each activation needs the one before and no other."""
         after: dict[int, int] = {}
         for i, found in enumerate(outputs):
             what = f"what {self.names[i]!r} is called with" if i < len(self.names) else "the output"
-            needed = sorted(name for kind, name in found if kind == _INPUT)
+            needed = sorted(name for kind, name in found if kind == INPUT)
             if len(needed) != 1 or needed[0] in after:
                 cuts = [("the model's input", *map(repr, self.names))[i] for i in needed]
                 reason = (
@@ -289,44 +210,46 @@ class CutModel:
             raise ValueError(f"the output does not depend on what comes in at {rest}.")
         return tuple(order)
 
-    def _own(self, training: _Trace, evaluating: _Trace) -> list[Part]:
+    def _own(self, training: Trace, evaluating: Trace) -> list[Part]:
         """What each part owns, for which no other part has any use."""
-        needs: list[set[tuple[str, Any]]] = [set() for _ in training.outputs]
+        needs: list[set[Label]] = [set() for _ in training.outputs]
         for trace in (training, evaluating):
             for own, found in zip(needs, trace.outputs):
                 own |= found
             for name, found in trace.states.items():
-                users = [i for i, own in enumerate(needs) if (_STATE, name) in own]
-                inputs = [i for kind, i in found if kind == _INPUT]
-                # What changes by itself, like a count that nobody reads, goes with the first.
-                for i in set(inputs) or set(users) or {0}:
-                    needs[i] |= found | {(_STATE, name)}
+                for i in (i for kind, i in found if kind == INPUT):
+                    needs[i] |= found | {(STATE, name)}
+        for name in training.states:
+            # What changes whatever comes in, like a count: who reads it, or else the first.
+            if not any((STATE, name) in own for own in needs):
+                needs[0].add((STATE, name))
         for i, own in enumerate(needs):
             for other in needs[i + 1 :]:
-                for kind, name in sorted((own & other) - {(_KEY, None)}, key=repr):
+                for kind, name in sorted((own & other) - {(KEY, None)}, key=repr):
                     raise ValueError(
                         f"{kind} {name!r} belongs to two blocks, so that neither could learn it by "
                         "itself; cut where no weights are shared across cuts."
                     )
-        shapes = [
-            *training.shapes[len(training.shapes) - len(self.names) :],
-            training.program.out_avals[len(self.names)],
-        ]
+
+        def names(own: set[Label], wanted: str) -> tuple[str, ...]:
+            return tuple(sorted(name for kind, name in own if kind == wanted))
+
         return [
             Part(
-                *(tuple(sorted(n for k, n in own if k == kind)) for kind in (_PARAM, _STATE)),
+                names(own, PARAM),
+                names(own, STATE),
                 jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype),
             )
-            for own, shape in zip(needs, shapes)
+            for own, shape in zip(needs, training.seen)
         ]
 
-    def _check_last(self, training: _Trace) -> None:
+    def _check_last(self, training: Trace) -> None:
         last, begins = self.parts[-1], self.names[-1]
-        if last.state or (_KEY, None) in training.outputs[-1]:
+        if last.state or (KEY, None) in training.outputs[-1]:
             what = f"keeps {', '.join(last.state)}" if last.state else "draws dropout"
             raise ValueError(
-                f"what follows the last cut, {begins!r}, {what}; it is the classifier, which learns "
-                "from its logits alone: cut once more after it."
+                f"what follows the last cut, {begins!r}, {what}; it is the classifier, and may "
+                "have parameters only: cut once more after it."
             )
         if len(last.output.shape) != 1:
             raise ValueError(
@@ -334,7 +257,7 @@ class CutModel:
                 "[classes]."
             )
 
-    def _slice_all(self, trace: _Trace) -> list[_Slice]:
+    def _slice_all(self, trace: Trace) -> list[_Slice]:
         places = {name: len(self.parts) + i for i, name in enumerate(sorted(self.state))}
         slices = []
         for i, part in enumerate(self.parts):

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lls_jax.frameworks.cutting import Arrays, CutModel
+from lls_jax.frameworks.cutting import CutModel
+from lls_jax.frameworks.tracing import Arrays
 from lls_jax.models import BlockSpec, Network
 
 # Bins along each axis of an image or a sequence, and latents of a vector, unless they are given.
@@ -29,7 +30,8 @@ class PartModule(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """``[batch, ...]`` to the activation; dropout where it is trained with a key."""
-        part, variables = self.cut.parts[self.index], {}
+        part = self.cut.parts[self.index]
+        variables: dict[str, Arrays] = {}
         for collection, names, start in (
             ("params", part.params, self.cut.params),
             ("batch_stats", part.state, self.cut.state),
