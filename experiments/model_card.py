@@ -1,0 +1,229 @@
+"""The model card of an exported run: what was trained, how, how good it is, and how to use it."""
+
+import dataclasses
+import json
+import pathlib
+import shlex
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.config import TrainConfig, option
+from experiments.presets import default_config
+from experiments.run_config import NOT_COMPARED
+from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock, ResidualBlock
+from lls_jax.data import DatasetSpec
+from lls_jax.models import BlockSpec, Network
+from lls_jax.runs import folder as folders
+
+_PAPER = (
+    "M. P. E. Apolinario, A. Roy, K. Roy, *LLS: Local Learning Rule for Deep Neural Networks "
+    "Inspired by Neural Activity Synchronization*, WACV 2025, "
+    "[arXiv 2405.15868](https://arxiv.org/abs/2405.15868)"
+)
+
+
+class Card(NamedTuple):
+    """What a card is made from.
+
+    Attributes:
+        folder: of the run.
+        config: of the run.
+        spec: the data set.
+        model: the network.
+        meta: the checkpoint's description.
+        step: the checkpoint's.
+        path: of the exported file.
+        arrays: in it.
+    """
+
+    folder: pathlib.Path
+    config: TrainConfig
+    spec: DatasetSpec
+    model: Network
+    meta: dict[str, Any]
+    step: int
+    path: pathlib.Path
+    arrays: dict[str, np.ndarray]
+
+
+def command_of(config: TrainConfig) -> str:
+    """The command that repeats a run: its data set's, with what differs from the preset's."""
+    default = default_config(config.dataset, config.preset)
+    words = ["python", "-m", f"experiments.{config.dataset}"]
+    if config.preset is not None:
+        words += ["--preset", config.preset]
+    elsewhere = {"workdir", "data_dir", "dataset", *NOT_COMPARED} - {"patience", "test_views"}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in elsewhere or value == getattr(default, field.name):
+            continue
+        if isinstance(value, bool):
+            words.append(option(field.name) if value else f"--no-{option(field.name)[2:]}")
+        else:
+            words += [option(field.name), str(value)]
+    return shlex.join(words)
+
+
+def _conv(block: ConvBlock) -> str:
+    stride = f", stride={block.stride}" if block.stride != 1 else ""
+    return (
+        f"`conv`: Conv2d(..., {block.features}, 3{stride}, padding=1); "
+        f"`norm`: BatchNorm2d({block.features}); LeakyReLU(0.01)"
+    )
+
+
+def _dense(block: DenseBlock) -> str:
+    width = block.features
+    return f"`linear`: Linear(..., {width}); `norm`: BatchNorm1d({width}); LeakyReLU(0.01)"
+
+
+def _separable(block: DepthwiseSeparableBlock) -> str:
+    return (
+        f"`depthwise`: Conv2d(C, C, 3, stride={block.stride}, padding={block.stride}, groups=C, "
+        "bias=False); `depthwise_norm`: BatchNorm2d(C); LeakyReLU(0.01); `pointwise`: "
+        f"Conv2d(C, {block.features}, 1, bias=False); `pointwise_norm`: "
+        f"BatchNorm2d({block.features}); LeakyReLU(0.01)"
+    )
+
+
+def _residual(block: ResidualBlock) -> str:
+    return (
+        f"`conv_0`: Conv2d(C, {block.features}, 3, stride={block.stride}, padding=1, bias=False); "
+        f"`norm_0`; ReLU; `conv_1`: Conv2d(..., {block.features}, 3, padding=1, bias=False); "
+        "`norm_1`; added to the input (where shapes differ: to `shortcut_conv`, 1x1 with the same "
+        "stride and no bias, and `shortcut_norm`); ReLU"
+    )
+
+
+_IN_PYTORCH: dict[type, Callable[[Any], str]] = {
+    ConvBlock: _conv,
+    DenseBlock: _dense,
+    DepthwiseSeparableBlock: _separable,
+    ResidualBlock: _residual,
+}
+
+
+def _row(index: int, spec: BlockSpec) -> str:
+    kind = type(spec.module)
+    known = _IN_PYTORCH.get(kind)
+    layers = [known(spec.module) if known else f"{kind.__name__} of lls_jax.blocks"]
+    layers += ["MaxPool2d(2)"] if spec.max_pool else []
+    if spec.average_pool is not None:
+        layers.append(f"AdaptiveAvgPool2d({spec.average_pool})")
+    layers += [repr(spec.then)] if spec.then is not None else []
+    layers += ["flatten(1)"] if spec.flatten else []
+    return f"| `layers.{index}` | {'; '.join(layers)} |"
+
+
+def _versions(folder: pathlib.Path) -> str:
+    path = folder / "environment.json"
+    if not path.exists():
+        return "not recorded"
+    newest = json.loads(path.read_text())[-1]
+    return ", ".join(f"{name} {value}" for name, value in newest.items() if value is not None)
+
+
+def _accuracies(card: Card) -> list[str]:
+    records = folders.read_metrics(card.folder)
+    of_epoch = [one for one in records if one["epoch"] == card.meta["epochs_done"]]
+    rows = []
+    for record in of_epoch:
+        for split in ("validation", "test"):
+            if f"{split}_accuracy" in record:
+                top5 = record.get(f"{split}_top5")
+                beside = "" if top5 is None else f", top-5 {top5:.2f} %"
+                rows.append(
+                    f"- {split}: top-1 {record[f'{split}_accuracy']:.2f} %{beside}, loss "
+                    f"{record[f'{split}_loss']:.4f}"
+                )
+    chosen = "validation" if card.config.validation_examples else "test"
+    note = f"The best epoch is the one with the highest {chosen} accuracy"
+    honest = "" if chosen == "validation" else ", so that accuracy is no estimate for new images"
+    return [*(rows or ["- not recorded"]), "", f"{note}{honest}."]
+
+
+def _load_line(path: pathlib.Path) -> str:
+    if path.suffix == ".pt":
+        return f'weights = torch.load("{path.name}", weights_only=True)'
+    return f'weights = safetensors.torch.load_file("{path.name}")'
+
+
+def write_card(card: Card, path: pathlib.Path) -> None:
+    """Write a run's model card, Markdown.
+
+    Args:
+        card: what it says.
+        path: the file.
+    """
+    config, spec = card.config, card.spec
+    done = card.meta["epochs_done"]
+    weights = sum(
+        array.size
+        for name, array in card.arrays.items()
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    )
+    lines = [
+        f"# {config.model}, trained on {config.dataset} by {config.rule}",
+        "",
+        f"Trained by [lls_jax](../README.md) with the learning rule `{config.rule}`; "
+        f"{weights:,} parameters in `{card.path.name}`.",
+        "",
+        "## Accuracy",
+        "",
+        f"After epoch {done} of {config.epochs} (step {card.step}):",
+        "",
+        *_accuracies(card),
+        "",
+        "## Recipe",
+        "",
+        "```sh",
+        command_of(config),
+        "```",
+        "",
+        f"- rule: {config.rule}; reach {config.reach}; seed {config.seed}; {config.precision}",
+        f"- optimizer: {config.optimizer}, learning rate {config.learning_rate}, weight decay "
+        f"{config.weight_decay}, schedule {config.schedule}, batch size {config.batch_size}",
+        f"- augmentation: {config.augmentation}; dropout {config.dropout}",
+        f"- versions: {_versions(card.folder)}",
+        "",
+        "The weights are those that were evaluated: of a schedule-free optimizer their average, "
+        "with BatchNorm's statistics estimated anew at it.",
+        "",
+        "## Data",
+        "",
+        f"{spec.name}, {spec.train_size or 'unknown'} training and {spec.test_size or 'unknown'} "
+        f"test images, {len(spec.class_names)} classes in this order: "
+        f"{', '.join(spec.class_names)}.",
+        f"An input is [batch, {spec.input_shape[-1]}, {spec.input_shape[0]}, "
+        f"{spec.input_shape[1]}]: pixels in [0, 1], less {[*spec.mean]}, over {[*spec.std]}, by "
+        "channel.",
+        "",
+        "## In PyTorch",
+        "",
+        "Kernels are OIHW, dense weights [out, in]; BatchNorms have eps 1e-5. `flatten(1)` is "
+        "PyTorch's own order.",
+        "",
+        "```python",
+        _load_line(card.path),
+        "network.load_state_dict(weights)  # of a network with these names",
+        "network.eval()",
+        "```",
+        "",
+        "| module | what it is |",
+        "| --- | --- |",
+        *(_row(index, block) for index, block in enumerate(card.model.specs)),
+        f"| `classifier` | Linear(..., {card.model.num_classes})"
+        f"{' of lls_jax.blocks.ScaledClassifier' if card.model.classifier else ''} |",
+        "",
+        "In lls_jax: `interop.load_safetensors(path, model, example_image)` gives a state for "
+        "`training.predict` and `evaluation.evaluate`.",
+        "",
+        "## License and citation",
+        "",
+        "The code is under the MIT license; the weights are under whatever the data allow. The "
+        f"method: {_PAPER}. The rule's own source is in `lls_jax.rules`.",
+        "",
+    ]
+    folders.write_atomically(path, "\n".join(lines))
