@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,13 @@ import numpy as np
 from experiments.config import TrainConfig, option
 from experiments.presets import default_config
 from experiments.run_config import NOT_COMPARED
-from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock, ResidualBlock
+from lls_jax.blocks import (
+    ConvBlock,
+    DenseBlock,
+    DepthwiseSeparableBlock,
+    ResidualBlock,
+    ResidualStem,
+)
 from lls_jax.data import DatasetSpec
 from lls_jax.models import BlockSpec, Network
 from lls_jax.runs import folder as folders
@@ -52,9 +58,11 @@ def command_of(config: TrainConfig) -> str:
     """The command that repeats a run: its data set's, with what differs from the preset's."""
     default = default_config(config.dataset, config.preset)
     words = ["python", "-m", f"experiments.{config.dataset}"]
+    words += ["--rule", config.rule, "--model", config.model]
     if config.preset is not None:
         words += ["--preset", config.preset]
-    elsewhere = {"workdir", "data_dir", "dataset", *NOT_COMPARED} - {"patience", "test_views"}
+    given = {"dataset", "rule", "model"}
+    elsewhere = given | {*NOT_COMPARED} - {"patience", "test_views"}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in elsewhere or value == getattr(default, field.name):
@@ -66,49 +74,62 @@ def command_of(config: TrainConfig) -> str:
     return shlex.join(words)
 
 
-def _conv(block: ConvBlock) -> str:
+def _conv(block: ConvBlock, inputs: int) -> str:
     stride = f", stride={block.stride}" if block.stride != 1 else ""
     return (
-        f"`conv`: Conv2d(..., {block.features}, 3{stride}, padding=1); "
+        f"`conv`: Conv2d({inputs}, {block.features}, 3{stride}, padding=1); "
         f"`norm`: BatchNorm2d({block.features}); LeakyReLU(0.01)"
     )
 
 
-def _dense(block: DenseBlock) -> str:
+def _dense(block: DenseBlock, inputs: int) -> str:
     width = block.features
-    return f"`linear`: Linear(..., {width}); `norm`: BatchNorm1d({width}); LeakyReLU(0.01)"
+    return f"`linear`: Linear({inputs}, {width}); `norm`: BatchNorm1d({width}); LeakyReLU(0.01)"
 
 
-def _separable(block: DepthwiseSeparableBlock) -> str:
+def _separable(block: DepthwiseSeparableBlock, inputs: int) -> str:
+    stride, width = block.stride, block.features
     return (
-        f"`depthwise`: Conv2d(C, C, 3, stride={block.stride}, padding={block.stride}, groups=C, "
-        "bias=False); `depthwise_norm`: BatchNorm2d(C); LeakyReLU(0.01); `pointwise`: "
-        f"Conv2d(C, {block.features}, 1, bias=False); `pointwise_norm`: "
-        f"BatchNorm2d({block.features}); LeakyReLU(0.01)"
+        f"`depthwise`: Conv2d({inputs}, {inputs}, 3, stride={stride}, padding={stride}, "
+        f"groups={inputs}, bias=False); `depthwise_norm`: BatchNorm2d({inputs}); LeakyReLU(0.01); "
+        f"`pointwise`: Conv2d({inputs}, {width}, 1, bias=False); `pointwise_norm`: "
+        f"BatchNorm2d({width}); LeakyReLU(0.01)"
     )
 
 
-def _residual(block: ResidualBlock) -> str:
+def _stem(block: ResidualStem, inputs: int) -> str:
+    width = block.features
+    return f"`conv`: Conv2d({inputs}, {width}, 3, padding=1, bias=False); `norm`; ReLU"
+
+
+def _residual(block: ResidualBlock, inputs: int) -> str:
+    stride, width = block.stride, block.features
     return (
-        f"`conv_0`: Conv2d(C, {block.features}, 3, stride={block.stride}, padding=1, bias=False); "
-        f"`norm_0`; ReLU; `conv_1`: Conv2d(..., {block.features}, 3, padding=1, bias=False); "
-        "`norm_1`; added to the input (where shapes differ: to `shortcut_conv`, 1x1 with the same "
-        "stride and no bias, and `shortcut_norm`); ReLU"
+        f"`conv_0`: Conv2d({inputs}, {width}, 3, stride={stride}, padding=1, bias=False); "
+        f"`norm_0`; ReLU; `conv_1`: Conv2d({width}, {width}, 3, padding=1, bias=False); `norm_1`; "
+        "added to the input (where shapes differ: to `shortcut_conv`, 1x1 with the same stride and "
+        "no bias, and `shortcut_norm`); ReLU"
     )
 
 
-_IN_PYTORCH: dict[type, Callable[[Any], str]] = {
-    ConvBlock: _conv,
-    DenseBlock: _dense,
-    DepthwiseSeparableBlock: _separable,
-    ResidualBlock: _residual,
+# A kind of block in PyTorch's words, and its first kernel's name and axis of inputs.
+_IN_PYTORCH: dict[type, tuple[Callable[[Any, int], str], str, int]] = {
+    ConvBlock: (_conv, "conv", 1),
+    DenseBlock: (_dense, "linear", 1),
+    DepthwiseSeparableBlock: (_separable, "depthwise", 0),
+    ResidualStem: (_stem, "conv", 1),
+    ResidualBlock: (_residual, "conv_0", 1),
 }
 
 
-def _row(index: int, spec: BlockSpec) -> str:
+def _row(index: int, spec: BlockSpec, arrays: Mapping[str, np.ndarray]) -> str:
     kind = type(spec.module)
-    known = _IN_PYTORCH.get(kind)
-    layers = [known(spec.module) if known else f"{kind.__name__} of lls_jax.blocks"]
+    if kind in _IN_PYTORCH:
+        describe, first, axis = _IN_PYTORCH[kind]
+        inputs = arrays[f"layers.{index}.{first}.weight"].shape[axis]
+        layers = [describe(spec.module, inputs)]
+    else:
+        layers = [f"{kind.__name__} of lls_jax.blocks"]
     layers += ["MaxPool2d(2)"] if spec.max_pool else []
     if spec.average_pool is not None:
         layers.append(f"AdaptiveAvgPool2d({spec.average_pool})")
@@ -117,12 +138,21 @@ def _row(index: int, spec: BlockSpec) -> str:
     return f"| `layers.{index}` | {'; '.join(layers)} |"
 
 
+def _classifier(card: Card) -> str:
+    if card.model.classifier is not None:
+        return f"{type(card.model.classifier).__name__} of lls_jax.blocks"
+    inputs = card.arrays["classifier.weight"].shape[1]
+    return f"Linear({inputs}, {card.model.num_classes})"
+
+
 def _versions(folder: pathlib.Path) -> str:
     path = folder / "environment.json"
     if not path.exists():
         return "not recorded"
     newest = json.loads(path.read_text())[-1]
-    return ", ".join(f"{name} {value}" for name, value in newest.items() if value is not None)
+    packages = newest.pop("packages", {})
+    named = {"python": newest.get("python"), **packages, "device": newest.get("device")}
+    return ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
 
 
 def _accuracies(card: Card) -> list[str]:
@@ -167,7 +197,7 @@ def write_card(card: Card, path: pathlib.Path) -> None:
     lines = [
         f"# {config.model}, trained on {config.dataset} by {config.rule}",
         "",
-        f"Trained by [lls_jax](../README.md) with the learning rule `{config.rule}`; "
+        f"Trained by lls_jax with the learning rule `{config.rule}`; "
         f"{weights:,} parameters in `{card.path.name}`.",
         "",
         "## Accuracy",
@@ -213,9 +243,8 @@ def write_card(card: Card, path: pathlib.Path) -> None:
         "",
         "| module | what it is |",
         "| --- | --- |",
-        *(_row(index, block) for index, block in enumerate(card.model.specs)),
-        f"| `classifier` | Linear(..., {card.model.num_classes})"
-        f"{' of lls_jax.blocks.ScaledClassifier' if card.model.classifier else ''} |",
+        *(_row(index, block, card.arrays) for index, block in enumerate(card.model.specs)),
+        f"| `classifier` | {_classifier(card)} |",
         "",
         "In lls_jax: `interop.load_safetensors(path, model, example_image)` gives a state for "
         "`training.predict` and `evaluation.evaluate`.",

@@ -17,8 +17,13 @@ The other way is to replace what comes in at each cut by its ``stop_gradient``, 
 gradient of the sum of the local losses. It is as exact where nothing goes around a cut, and the
 model is traced as it stands. But it does not notice what does go around, gives the blocks no order
 and no optimizer of their own, and leaves it to XLA to free a block's activations before the next
-block's are made. What is paid for slices: an input's size is fixed at the cut, a shape of the batch
-is traced once more, and a cut cannot lie inside a compiled loop (``nnx.scan``, ``jax.lax.scan``).
+block's are made. A step's temporaries with 3, 6 and 12 equal blocks (convolution, BatchNorm, ReLU
+of NNX; lls_mxm, SGD; CPU, jax 0.10.2 and 0.12.0.1 alike) were 8.0, 8.0 and 8.0 activations in
+slices, 10.2, 16.1 and 17.0 with one gradient of the summed losses, and 10.2, 19.2 and 37.2 with
+backpropagation.
+
+What is paid for slices: an input's size is fixed at the cut, each new batch size is traced once
+more, and a cut cannot lie inside a compiled loop (``nnx.scan``, ``jax.lax.scan``).
 """
 
 import hashlib
