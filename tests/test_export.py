@@ -207,7 +207,7 @@ def test_the_command_exports_a_run_and_its_card(tmp_path, capsys):
     folder = tmp_path / "run"
     config = TrainConfig(
         dataset="digits", rule="lls_m_random", epochs=1, batch_size=16, train_examples=64,
-        eval_examples=40, progress=False, workdir=str(folder),
+        eval_examples=40, augmentation="none", progress=False, workdir=str(folder),
     )  # fmt: skip
     assert train.train_and_evaluate(config) == 0
     for form, file in export.FORMATS.items():

@@ -193,8 +193,10 @@ def load_safetensors(path: str | pathlib.Path, model: Network, example_image: An
 
     >>> import tempfile, optax
     >>> from lls_jax import models, rules, training
-    >>> model, image = models.make("small_conv", num_classes=3), jnp.ones((1, 8, 8, 1))
-    >>> rule, key = rules.make("lls", num_classes=3), jax.random.key(0)
+    >>> from lls_jax.blocks import DenseBlock
+    >>> model = models.Network("dense", 3, (models.BlockSpec(DenseBlock(4), 4),))
+    >>> image, key = jnp.ones((1, 8)), jax.random.key(0)
+    >>> rule = rules.make("lls", num_classes=3)
     >>> state = training.create_train_state(model, rule, optax.sgd(0.1), key, image)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_safetensors(f"{folder}/model.safetensors", model, state)

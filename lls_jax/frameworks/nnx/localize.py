@@ -69,7 +69,7 @@ def _check_names(model: nnx.Module, names: Sequence[str]) -> None:
                     f"{', '.join(known)}."
                 )
             at = vars(at)[key]
-        if not callable(at):
+        if isinstance(at, nnx.Variable) or not callable(at):
             raise ValueError(f"`cut_at` has {name!r}, which is a {type(at).__name__}, no module.")
 
 
