@@ -16,7 +16,7 @@ FORMATS = {"safetensors": "model.safetensors", "torch": "model.pt"}
 class ExportConfig:
     """Export a run's evaluation weights."""
 
-    workdir: str = field(positional=True)
+    workdir: str = field(positional=True, metavar="RUN")
     """Folder of the run."""
     format: str = "safetensors"
     """safetensors, or torch: a state dict for torch.load. Both have PyTorch's names and layouts:
