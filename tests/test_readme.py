@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -45,3 +46,16 @@ def test_the_fit_example_trains_and_predicts():
     records = scope["result"].records
     assert len(records) == 5 and records[-1]["train_loss"] < records[0]["train_loss"]
     assert {"validation_accuracy", "test_accuracy"} <= set(records[0])
+
+
+def test_the_page_on_other_frameworks_runs_from_top_to_bottom():
+    """A page's blocks of code are one program, under JAX's own defaults."""
+    pytest.importorskip("equinox")
+    page = (README.parent / "docs" / "frameworks.md").read_text()
+    scope = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for code in re.findall(r"```python\n(.*?)```", page, re.S):
+            exec(code, scope)
+    records = scope["result"].records
+    assert (np.array(records[-1]["layer_loss"]) < records[0]["layer_loss"]).all()
+    assert scope["logits"].shape == (2, 10) and scope["x"].shape == (4, 64)
