@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lls_jax.rules.auglocal import AugLocal
 from lls_jax.rules.backpropagation import Backpropagation
 from lls_jax.rules.base import Rule
+from lls_jax.rules.centered import CenteredLLS
 from lls_jax.rules.classifier import LocalClassifier, RandomLLS
 from lls_jax.rules.contrastive import Contrastive
 from lls_jax.rules.decoupled import Decoupled
@@ -47,6 +48,7 @@ _MAKERS: dict[str, _Maker] = {
     "lls_m": _Maker(functools.partial(LLS, modulation="vector"), _LLS),
     "lls_mxm": _Maker(functools.partial(LLS, modulation="matrix"), _LLS),
     "lls_mxm_reduced": _Maker(functools.partial(LLS, modulation="matrix"), _LLS | _ROWS, _ROWS),
+    "lls_centered": _Maker(CenteredLLS, _LLS | _ROWS),
     "lls_random": _Maker(RandomLLS, _RANDOM),
     "lls_m_random": _Maker(functools.partial(RandomLLS, modulation="vector"), _RANDOM),
     "lls_mxm_random": _Maker(functools.partial(RandomLLS, modulation="matrix"), _RANDOM),
@@ -65,6 +67,8 @@ _MAKERS: dict[str, _Maker] = {
 }
 
 NAMES = tuple(_MAKERS)
+# Rules of this library's own: no published run has numbers for them.
+OURS = frozenset({"lls_centered"})
 # What a rule may be made with, beside the number of classes.
 OPTIONS = frozenset(
     {
@@ -163,8 +167,8 @@ def make(name: str, *, num_classes: int, **options: Any) -> Rule:
     """Make a rule by its name: a thin front of the classes of :mod:`lls_jax.rules`.
 
     Args:
-        name: of a local rule: ``lls``, ``lls_m``, ``lls_mxm``, ``lls_mxm_reduced``, ``lls_random``,
-            ``lls_m_random``, ``lls_mxm_random``, ``local_classifier``, ``predsim``,
+        name: of a local rule: ``lls``, ``lls_m``, ``lls_mxm``, ``lls_mxm_reduced``,
+            ``lls_centered``, ``lls_random``, ``lls_m_random``, ``lls_mxm_random``, ``local_classifier``, ``predsim``,
             ``contrastive``, ``decoupled``, ``auglocal``, ``infopro``, ``mono_forward``,
             ``deeper_forward``, ``distance_forward``; of a baseline without local losses: ``bp``,
             ``dfa``, ``drtp``; or ``"package.module:function"``, whose function is called with the
@@ -175,8 +179,8 @@ def make(name: str, *, num_classes: int, **options: Any) -> Rule:
             that is None is the rule's own. ``waveform``: of the periodic basis, ``"square"`` or
             ``"cosine"``. ``temperature``: divides a local loss's logits; positive, dimensionless;
             0.5, contrastive's 0.1. ``label_smoothing``: share of the target spread evenly over the
-            classes, in [0, 1); 0. ``basis_rows``: rows of the reduced basis, ``lls_mxm_reduced``
-            only, and required there. ``hidden_dim``: width of a random or learned projection.
+            classes, in [0, 1); 0. ``basis_rows``: rows of the basis of ``lls_mxm_reduced``, and
+            required there, and of ``lls_centered``. ``hidden_dim``: width of a random or learned projection.
             ``similarity_weight``: of ``predsim``. ``width``: of ``contrastive``'s projection.
             ``implementation``: of the local loss, ``"xla"``, ``"split"``, ``"pallas"``,
             ``"triton"`` (:func:`pallas_kernels.local_loss.head_loss` says more). ``sign``: whether
