@@ -168,24 +168,24 @@ def make(name: str, *, num_classes: int, **options: Any) -> Rule:
 
     Args:
         name: of a local rule: ``lls``, ``lls_m``, ``lls_mxm``, ``lls_mxm_reduced``,
-            ``lls_centered``, ``lls_random``, ``lls_m_random``, ``lls_mxm_random``, ``local_classifier``, ``predsim``,
-            ``contrastive``, ``decoupled``, ``auglocal``, ``infopro``, ``mono_forward``,
-            ``deeper_forward``, ``distance_forward``; of a baseline without local losses: ``bp``,
-            ``dfa``, ``drtp``; or ``"package.module:function"``, whose function is called with the
-            number of classes, if it has a parameter of that name, and with the options that are
-            given.
+            ``lls_centered``, ``lls_random``, ``lls_m_random``, ``lls_mxm_random``,
+            ``local_classifier``, ``predsim``, ``contrastive``, ``decoupled``, ``auglocal``,
+            ``infopro``, ``mono_forward``, ``deeper_forward``, ``distance_forward``; of a baseline
+            without local losses: ``bp``, ``dfa``, ``drtp``; or ``"package.module:function"``, whose
+            function is called with the number of classes, if it has a parameter of that name, and
+            with the options that are given.
         num_classes: number of classes, at least 2.
         **options: fields of the rule's class, of which :func:`options_of` tells the names; one
             that is None is the rule's own. ``waveform``: of the periodic basis, ``"square"`` or
             ``"cosine"``. ``temperature``: divides a local loss's logits; positive, dimensionless;
             0.5, contrastive's 0.1. ``label_smoothing``: share of the target spread evenly over the
-            classes, in [0, 1); 0. ``basis_rows``: rows of the basis of ``lls_mxm_reduced``, and
-            required there, and of ``lls_centered``. ``hidden_dim``: width of a random or learned projection.
-            ``similarity_weight``: of ``predsim``. ``width``: of ``contrastive``'s projection.
-            ``implementation``: of the local loss, ``"xla"``, ``"split"``, ``"pallas"``,
-            ``"triton"`` (:func:`pallas_kernels.local_loss.head_loss` says more). ``sign``: whether
-            ``dfa`` feeds back the sign of the error alone. ``auxiliary_depth``: blocks of
-            ``auglocal``'s first auxiliary network. ``pixel_mean``, ``pixel_std``: what
+            classes, in [0, 1); 0. ``basis_rows``: rows of the basis, of ``lls_mxm_reduced``, where
+            it is required, and ``lls_centered``. ``hidden_dim``: width of a random or learned
+            projection. ``similarity_weight``: of ``predsim``. ``width``: of ``contrastive``'s
+            projection. ``implementation``: of the local loss, ``"xla"``, ``"split"``,
+            ``"pallas"``, ``"triton"`` (:func:`pallas_kernels.local_loss.head_loss` says more).
+            ``sign``: whether ``dfa`` feeds back the sign of the error alone. ``auxiliary_depth``:
+            blocks of ``auglocal``'s first auxiliary network. ``pixel_mean``, ``pixel_std``: what
             ``infopro``'s images were normalised with. ``margin``: of ``distance_forward``.
 
     Returns:
