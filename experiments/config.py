@@ -22,9 +22,9 @@ class TrainConfig:
     """Other values for what is not given here: airbench: the 94 %% CIFAR-10 speed-run's network,
     optimizer, schedule and augmentation [default: the published recipe]."""
     rule: str = "lls_mxm"
-    """Learning rule: lls, lls_m, lls_mxm, lls_mxm_reduced, lls_random, lls_m_random,
-    lls_mxm_random, local_classifier, predsim, contrastive, decoupled, auglocal, infopro,
-    mono_forward, deeper_forward, distance_forward; a baseline: bp, dfa, drtp; your own:
+    """Learning rule: lls, lls_m, lls_mxm, lls_mxm_reduced, lls_centered, lls_random,
+    lls_m_random, lls_mxm_random, local_classifier, predsim, contrastive, decoupled, auglocal,
+    infopro, mono_forward, deeper_forward, distance_forward; a baseline: bp, dfa, drtp; your own:
     package.module:function; or one of these a block, joined by commas."""
     model: str = "small_conv"
     """Network: small_conv, small_conv_l, vgg8, vgg11, mobilenet_v1, mobilenet_v1_small, vgg8b,
@@ -68,7 +68,8 @@ class TrainConfig:
     patience: int | None = None
     """Stop after so many epochs without a better accuracy [default: never]."""
     basis_rows: int | None = None
-    """Rows of the basis of lls_mxm_reduced [default: the model's published number]."""
+    """Rows of the basis of lls_mxm_reduced [default: the model's published number] and of
+    lls_centered [default: 100, or the classes if they are more]."""
     auxiliary_depth: int | None = None
     """Blocks of auglocal's auxiliary network at the first block [default: 2]."""
     feedback_sign: bool = flag(default=False, negative_prefix="--no-")

@@ -171,7 +171,7 @@ def _make_rule(
     # Each of several rules takes the options that it has a use for.
     takes = rules.options_of(name)
     options = {option: value for option, value in given.items() if option in takes}
-    if name in rules.NAMES:
+    if name in rules.NAMES and name not in rules.OURS:
         for option_name, make in _PUBLISHED.items():
             if option_name in takes and option_name not in options:
                 options[option_name] = make(config, spec)

@@ -19,6 +19,7 @@ from lls_jax.rules import (
     LLS,
     AugLocal,
     Backpropagation,
+    CenteredLLS,
     Contrastive,
     Decoupled,
     DeeperForward,
@@ -90,6 +91,11 @@ def _periodic(rule: LLS, activation: Shape, latents: int) -> int:
     return 2 * rule.rows * latents + matrix
 
 
+def _centered(rule: CenteredLLS, activation: Shape, latents: int) -> int:
+    del activation
+    return 2 * rule.rows * latents + 3 * rule.rows * rule.num_classes
+
+
 def _linear(rule: RandomLLS, activation: Shape, latents: int) -> int:
     del activation
     matrix = 3 * rule.num_classes**2 if rule.modulation == "matrix" else 0
@@ -121,6 +127,7 @@ _SIGNALS: dict[type, Callable[[Any, Shape, int], int]] = {
     DeeperForward: lambda rule, activation, latents: 2 * rule.num_classes * latents,
     DistanceForward: lambda rule, activation, latents: 3 * rule.num_classes * latents,
     LLS: _periodic,
+    CenteredLLS: _centered,
     RandomLLS: _linear,
     LocalClassifier: _linear,
     PredSim: _predsim,

@@ -67,7 +67,11 @@ def test_separable_blocks_are_counted_as_xla_does():
 
 
 @pytest.mark.parametrize(
-    "name", ["lls", "lls_m", "lls_mxm", "local_classifier", "lls_random", "lls_mxm_random"]
+    "name",
+    [
+        *("lls", "lls_m", "lls_mxm", "lls_centered"),
+        *("local_classifier", "lls_random", "lls_mxm_random"),
+    ],
 )
 def test_the_signal_is_counted_as_xla_does(name):
     """On pooled latents of one image a row, so that nothing else is to be counted."""

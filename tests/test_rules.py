@@ -161,7 +161,18 @@ def np_random(p, a, labels, bins):
     return np_softmax_loss(latents @ feedback.T / 0.5, labels)
 
 
+def np_centered(p, a, labels, bins):
+    """Sines of 100 frequencies, of which the square wave keeps the sign."""
+    z = np_latents(a, bins)
+    z = z - z.mean(0)
+    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    phase = np.float32(np.linspace(50, 512, 100))[:, None] * np.arange(z.shape[1], dtype=np.float32)
+    wave = np.sign(np.sin(phase.astype(np.float64)))
+    return np_softmax_loss(z @ wave.T @ p["modulation"] / 0.5, labels)
+
+
 NUMPY = {
+    "lls_centered": np_centered,
     "predsim": np_predsim,
     "contrastive": np_contrastive,
     "decoupled": np_decoupled,
@@ -333,6 +344,8 @@ def test_rules_are_classes_and_blocks_may_have_any_fields():
         (lambda: rules.LLS(CLASSES, temperature=0.0), "`temperature` is 0.0"),
         (lambda: rules.LLS(CLASSES, waveform="round"), "unknown waveform 'round'"),
         (lambda: rules.LLS(CLASSES, basis_rows=3), "`basis_rows` is 3 with modulation 'none'"),
+        (lambda: rules.CenteredLLS(CLASSES, basis_rows=0), "`basis_rows` is 0"),
+        (lambda: rules.CenteredLLS(CLASSES, waveform="round"), "unknown waveform 'round'"),
         (lambda: rules.Decoupled(CLASSES, label_smoothing=1.0), "`label_smoothing` is 1.0"),
         (lambda: rules.RandomLLS(CLASSES, hidden_dim=(4, 4)).at_block(0, 3), "2 widths of the"),
         (lambda: rules.RandomLLS(CLASSES, hidden_dim=(4, 4)).init(None, (4,), 4), "one a block"),

@@ -10,6 +10,7 @@ from lls_jax.rules.base import (
     has_local_losses,
     split_fixed,
 )
+from lls_jax.rules.centered import CenteredLLS
 from lls_jax.rules.classifier import LocalClassifier, RandomLLS
 from lls_jax.rules.contrastive import Contrastive
 from lls_jax.rules.decoupled import Decoupled
@@ -20,7 +21,7 @@ from lls_jax.rules.infopro import InfoPro
 from lls_jax.rules.mono_forward import MonoForward
 from lls_jax.rules.periodic import LLS
 from lls_jax.rules.predsim import PredSim
-from lls_jax.rules.registry import NAMES, OPTIONS, make, options_of
+from lls_jax.rules.registry import NAMES, OPTIONS, OURS, make, options_of
 from lls_jax.rules.surroundings import (
     LabeledImages,
     LaterBlock,
@@ -33,8 +34,10 @@ __all__ = [
     "LLS",
     "NAMES",
     "OPTIONS",
+    "OURS",
     "AugLocal",
     "Backpropagation",
+    "CenteredLLS",
     "Contrastive",
     "Decoupled",
     "DeeperForward",

@@ -10,6 +10,12 @@ _LOWEST_FREQUENCY = 50
 _HIGHEST_FREQUENCY = 512
 
 
+def check_waveform(waveform: str) -> None:
+    """Raise ValueError for a waveform that is none."""
+    if waveform not in WAVEFORMS:
+        raise ValueError(f"unknown waveform {waveform!r}; expected one of {', '.join(WAVEFORMS)}.")
+
+
 def _frequencies(rows: int) -> np.ndarray:
     """Evenly spaced frequencies, float32 ``[rows]``, with the rounding of PyTorch's `linspace`.
 
@@ -54,8 +60,7 @@ def periodic_basis(rows: int, dim: int, waveform: str = "square") -> np.ndarray:
     """
     if rows < 1 or dim < 1:
         raise ValueError(f"A basis of {rows} rows by {dim} latents; both must be at least 1.")
-    if waveform not in WAVEFORMS:
-        raise ValueError(f"`waveform` is {waveform!r}; expected one of {', '.join(WAVEFORMS)}.")
+    check_waveform(waveform)
     phase = _frequencies(rows)[:, None] * np.arange(dim, dtype=np.float32)
     basis = np.sin(phase.astype(np.float64)).astype(np.float32)
     if waveform == "square":

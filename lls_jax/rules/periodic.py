@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lls_jax.rules.basis import WAVEFORMS, periodic_basis
+from lls_jax.rules.basis import check_waveform, periodic_basis
 from lls_jax.rules.cross_entropy import CrossEntropyRule, draw_modulation
 
 _NAMES = {"none": "lls", "vector": "lls_m", "matrix": "lls_mxm"}
@@ -43,10 +43,7 @@ class LLS(CrossEntropyRule):
     def __post_init__(self) -> None:
         """Raise ValueError for an option that is out of its range."""
         super().__post_init__()
-        if self.waveform not in WAVEFORMS:
-            raise ValueError(
-                f"unknown waveform {self.waveform!r}; expected one of {', '.join(WAVEFORMS)}."
-            )
+        check_waveform(self.waveform)
         if self.basis_rows is not None and (self.basis_rows < 1 or self.modulation != "matrix"):
             raise ValueError(
                 f"`basis_rows` is {self.basis_rows} with modulation {self.modulation!r}; it must "

@@ -9,6 +9,7 @@ from lls_jax import own_parts
 from lls_jax.rules.auglocal import AugLocal
 from lls_jax.rules.backpropagation import Backpropagation
 from lls_jax.rules.base import Rule
+from lls_jax.rules.centered import CenteredLLS
 from lls_jax.rules.classifier import LocalClassifier, RandomLLS
 from lls_jax.rules.contrastive import Contrastive
 from lls_jax.rules.decoupled import Decoupled
@@ -46,6 +47,7 @@ _MAKERS: dict[str, _Maker] = {
     "lls_m": _Maker(functools.partial(LLS, modulation="vector"), _LLS),
     "lls_mxm": _Maker(functools.partial(LLS, modulation="matrix"), _LLS),
     "lls_mxm_reduced": _Maker(functools.partial(LLS, modulation="matrix"), _LLS | _ROWS, _ROWS),
+    "lls_centered": _Maker(CenteredLLS, _LLS | _ROWS),
     "lls_random": _Maker(RandomLLS, _RANDOM),
     "lls_m_random": _Maker(functools.partial(RandomLLS, modulation="vector"), _RANDOM),
     "lls_mxm_random": _Maker(functools.partial(RandomLLS, modulation="matrix"), _RANDOM),
@@ -64,6 +66,8 @@ _MAKERS: dict[str, _Maker] = {
 }
 
 NAMES = tuple(_MAKERS)
+# Rules of this library's own: no published run has numbers for them.
+OURS = frozenset({"lls_centered"})
 # What a rule may be made with, beside the number of classes.
 OPTIONS = frozenset(
     {
@@ -134,25 +138,25 @@ def make(name: str, *, num_classes: int, **options: Any) -> Rule:
     """Make a rule by its name: a thin front of the classes of :mod:`lls_jax.rules`.
 
     Args:
-        name: of a local rule: ``lls``, ``lls_m``, ``lls_mxm``, ``lls_mxm_reduced``, ``lls_random``,
-            ``lls_m_random``, ``lls_mxm_random``, ``local_classifier``, ``predsim``,
-            ``contrastive``, ``decoupled``, ``auglocal``, ``infopro``, ``mono_forward``,
-            ``deeper_forward``, ``distance_forward``; of a baseline without local losses: ``bp``,
-            ``dfa``, ``drtp``; or ``"package.module:function"``, whose function is called with the
-            number of classes, if it has a parameter of that name, and with the options that are
-            given.
+        name: of a local rule: ``lls``, ``lls_m``, ``lls_mxm``, ``lls_mxm_reduced``,
+            ``lls_centered``, ``lls_random``, ``lls_m_random``, ``lls_mxm_random``,
+            ``local_classifier``, ``predsim``, ``contrastive``, ``decoupled``, ``auglocal``,
+            ``infopro``, ``mono_forward``, ``deeper_forward``, ``distance_forward``; of a baseline
+            without local losses: ``bp``, ``dfa``, ``drtp``; or ``"package.module:function"``, whose
+            function is called with the number of classes, if it has a parameter of that name, and
+            with the options that are given.
         num_classes: number of classes, at least 2.
         **options: fields of the rule's class, of which :func:`options_of` tells the names; one
             that is None is the rule's own. ``waveform``: of the periodic basis, ``"square"`` or
             ``"cosine"``. ``temperature``: divides a local loss's logits; positive, dimensionless;
             0.5, contrastive's 0.1. ``label_smoothing``: share of the target spread evenly over the
-            classes, in [0, 1); 0. ``basis_rows``: rows of the reduced basis, ``lls_mxm_reduced``
-            only, and required there. ``hidden_dim``: width of a random or learned projection.
-            ``similarity_weight``: of ``predsim``. ``width``: of ``contrastive``'s projection.
-            ``implementation``: of the local loss, ``"xla"``, ``"split"``, ``"pallas"``,
-            ``"triton"`` (:func:`pallas_kernels.local_loss.head_loss` says more). ``sign``: whether
-            ``dfa`` feeds back the sign of the error alone. ``auxiliary_depth``: blocks of
-            ``auglocal``'s first auxiliary network. ``pixel_mean``, ``pixel_std``: what
+            classes, in [0, 1); 0. ``basis_rows``: rows of the basis, of ``lls_mxm_reduced``, where
+            it is required, and ``lls_centered``. ``hidden_dim``: width of a random or learned
+            projection. ``similarity_weight``: of ``predsim``. ``width``: of ``contrastive``'s
+            projection. ``implementation``: of the local loss, ``"xla"``, ``"split"``,
+            ``"pallas"``, ``"triton"`` (:func:`pallas_kernels.local_loss.head_loss` says more).
+            ``sign``: whether ``dfa`` feeds back the sign of the error alone. ``auxiliary_depth``:
+            blocks of ``auglocal``'s first auxiliary network. ``pixel_mean``, ``pixel_std``: what
             ``infopro``'s images were normalised with. ``margin``: of ``distance_forward``.
 
     Returns:
