@@ -55,9 +55,7 @@ def box(x: float, y: float, width: float, height: float, words: str, kind: str =
 def arrow(x1: float, y1: float, x2: float, y2: float, colour: str = "#57606a") -> list[str]:
     """A straight arrow, along one axis."""
     dx, dy = (x2 > x1) - (x2 < x1), (y2 > y1) - (y2 < y1)
-    tip = [(x2, y2)] + [
-        (x2 - 9 * dx + 5 * s * dy, y2 - 9 * dy + 5 * s * dx) for s in (1, -1)
-    ]
+    tip = [(x2, y2)] + [(x2 - 9 * dx + 5 * s * dy, y2 - 9 * dy + 5 * s * dx) for s in (1, -1)]
     points = " ".join(f"{x:g},{y:g}" for x, y in tip)
     line = f'x1="{x1:g}" y1="{y1:g}" x2="{x2 - 6 * dx:g}" y2="{y2 - 6 * dy:g}"'
     return [
@@ -105,7 +103,9 @@ def gradients() -> str:
     """Backpropagation, local learning, and a reach of two."""
     last = len(BLOCKS) - 1
     rows = [
-        *row(34, "Backpropagation", "One loss; its gradient goes through every block.", [(last, 0)]),
+        *row(
+            34, "Backpropagation", "One loss; its gradient goes through every block.", [(last, 0)]
+        ),
         *row(
             *(228, "Local learning (reach 1)"),
             "A loss a block; its gradient stops at the block's input.",
@@ -130,7 +130,11 @@ def block() -> str:
     parts += box(148, y, 150, 56, "convolution,\nBatchNorm, act.", "learned")
     parts += box(352, y, 120, 56, "activation\na")
     parts += arrow(94, y + 28, 148, y + 28) + arrow(298, y + 28, 352, y + 28)
-    parts += [*arrow(472, y + 28, 536, y + 28), text(572, y + 24, "next"), text(572, y + 44, "block")]
+    parts += [
+        *arrow(472, y + 28, 536, y + 28),
+        text(572, y + 24, "next"),
+        text(572, y + 44, "block"),
+    ]
     # The wall before the block, and the one after it.
     for x in (121, 504):
         parts.append(

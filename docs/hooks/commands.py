@@ -31,7 +31,9 @@ def parser_of(module: str) -> argparse.ArgumentParser:
     found: list[argparse.ArgumentParser] = []
     with (
         mock.patch.object(sys, "argv", [module, "--help"]),
-        mock.patch.object(argparse.ArgumentParser, "print_help", lambda self, *_: found.append(self)),
+        mock.patch.object(
+            argparse.ArgumentParser, "print_help", lambda self, *_: found.append(self)
+        ),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(SystemExit),
     ):

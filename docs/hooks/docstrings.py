@@ -1,4 +1,4 @@
-"""Docstrings as Markdown: doctests and literal blocks as code, roles as code, before pages use them."""
+"""Docstrings as Markdown, before pages show them: doctests, literal blocks and roles are code."""
 
 import re
 from typing import Any
@@ -7,7 +7,9 @@ import griffe
 
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([^`]+)`")
 _LITERAL = re.compile(r"::\n\n(?=    )")
-_DOCTEST = re.compile(r"^(?P<indent> *)>>> (?:.*\n?)(?:(?P=indent)\S.*\n?|(?P=indent) +\S.*\n?)*", re.M)
+_DOCTEST = re.compile(
+    r"^(?P<indent> *)>>> (?:.*\n?)(?:(?P=indent)\S.*\n?|(?P=indent) +\S.*\n?)*", re.M
+)
 
 
 def markdown(text: str) -> str:
