@@ -10,6 +10,7 @@ import io
 import pathlib
 import runpy
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -36,6 +37,8 @@ def parser_of(module: str) -> argparse.ArgumentParser:
         ),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(SystemExit),
+        # Of a module that was imported before.
+        warnings.catch_warnings(action="ignore", category=RuntimeWarning),
     ):
         # As the main module, in whose source the options' help is looked for.
         runpy.run_module(module, run_name="__main__", alter_sys=True)
