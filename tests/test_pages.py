@@ -14,10 +14,13 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import config as config_module
 from experiments.command_line import parse_training
 from experiments.config import TrainConfig
 from experiments.paper import TABLES, PaperConfig, train_config
-from lls_jax import data, models
+from experiments.presets import PRESETS
+from lls_jax import data, models, rules
+from lls_jax.data.batches import AUGMENTATIONS
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -216,6 +219,20 @@ def test_the_page_of_commands_has_every_option_of_every_command():
     for name in ("cifar10", "evaluate", "paper", "image_folder"):
         assert f"\n## experiments.{name}\n" in "\n" + listing
     assert "`--batch-size 64`, `--augmentation none`" in listing  # of the digits
+
+
+def test_what_pages_list_by_hand_is_all_there_is():
+    config = (config_module.OPTIMIZERS, config_module.SCHEDULES, config_module.VIEWS)
+    config += (config_module.KERNELS, config_module.MEASURES, config_module.PRECISIONS)
+    for page, names in (
+        ("options", [*rules.NAMES, *AUGMENTATIONS, *sum(config, ())]),
+        ("rules", rules.NAMES),
+        ("models", models.NAMES),
+        ("cifar10", [f"experiments.{name}" for name in PRESETS]),
+        ("own-data", AUGMENTATIONS),
+    ):
+        text = (DOCS / f"{page}.md").read_text()
+        assert [name for name in names if f"`{name}`" not in text] == [], page
 
 
 def test_the_drawings_are_those_of_their_script():
