@@ -222,7 +222,7 @@ def test_the_command_exports_a_run_and_its_card(tmp_path):
     card = (folder / "export" / "MODEL_CARD.md").read_text()
     for part in (
         f"top-1 {record['test_accuracy']:.2f} %",
-        "--rule lls_m_random --model small_conv --epochs 1 --batch-size 16 --train-examples 64",
+        "--rule lls_m_random --epochs 1 --batch-size 16 --train-examples 64",
         "`conv`: Conv2d(1, 32, 3, padding=1)",
         "| `classifier` | Linear(512, 10) |",
         f"jax {jax.__version__}",
