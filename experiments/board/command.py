@@ -70,7 +70,6 @@ class _Maker:
             return status
         if self._config.measure_speed:
             self._measure()
-        self._write()
         print(summary.table(summary.summarize(self._board, self._workdir)))
         print(f"written: {self._workdir}/board.md, board.json, board.png")
         return 0
