@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from pallas_kernels.local_loss import (
     pallas_triton,
     require,
     tiles,
+    triton_source,
 )
 from pallas_kernels.local_loss.results import Call
 
@@ -338,6 +340,22 @@ def test_what_a_kernel_cannot_have_is_named(head, params, message):
     expected = run(head_loss, "xla", z, projection, labels, head, params)
     ours = run(head_loss, "split", z, projection, labels, head, params)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("chunk", "axis"), [(0, 0), (6, 0), (0, 1), (2, 1)])
+def test_a_chunk_ends_where_its_matrix_does(chunk, axis):
+    shape = (100, 40)
+    expected = {
+        row * 40 + column for row, column in np.ndindex(shape) if (row, column)[axis] // 16 == chunk
+    }
+    (rows, columns), inside = pallas_triton._chunk(shape, chunk, axis)
+    places = np.asarray(rows * 40 + columns)[np.asarray(inside)]
+    assert set(places) == expected and len(places) == len(expected)
+    # The same as source, in which NumPy stands for Triton's language.
+    printed = triton_source._chunk("0", shape, str(chunk), axis)
+    language = {"tl": types.SimpleNamespace(arange=np.arange)}
+    place, mask = np.broadcast_arrays(*(eval(text, language) for text in printed))
+    np.testing.assert_array_equal(place[mask], places)
 
 
 def test_a_projections_own_parameters_are_not_the_kernels():

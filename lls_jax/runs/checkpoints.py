@@ -118,8 +118,9 @@ def open_checkpoints(
         create=not read_only,
         read_only=read_only,
         preservation_policy=policy,
-        # Who wants to go on meanwhile has a thread for all of it, digests included.
-        enable_async_checkpointing=False,
+        # One process that wants to go on meanwhile has a thread for all of it, digests included;
+        # several have Orbax's, which know how to wait for each other.
+        enable_async_checkpointing=jax.process_count() > 1,
     )
     manager = ocp.CheckpointManager(folder.absolute(), options=options)
     try:
@@ -131,7 +132,17 @@ def open_checkpoints(
 def save(manager: ocp.CheckpointManager, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; when this returns it is on the disk, whole.
 
-    Of several processes every one must call this, with the same arrays.
+    Arguments and errors are those of :func:`begin`.
+    """
+    begin(manager, checkpoint)
+    manager.wait_until_finished()
+
+
+def begin(manager: ocp.CheckpointManager, checkpoint: Checkpoint) -> None:
+    """Begin to write a checkpoint; ``manager.wait_until_finished()`` waits until it is there.
+
+    With one process it is when this returns. Of several every one must call this, with the same
+    arrays, whose memory is theirs again when it returns.
 
     Args:
         manager: from :func:`open_checkpoints`.
@@ -164,7 +175,6 @@ def save(manager: ocp.CheckpointManager, checkpoint: Checkpoint) -> None:
         metrics=None if accuracy is None else {"accuracy": accuracy},
         force=True,
     )
-    manager.wait_until_finished()
 
 
 def on_host(tree: Any) -> Any:

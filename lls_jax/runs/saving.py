@@ -25,6 +25,14 @@ class _Epoch(NamedTuple):
     accuracy: float | None
 
 
+class _Writing(NamedTuple):
+    """A checkpoint that is being written: its step, how to wait for it, whether it is there."""
+
+    step: int
+    wait: Callable[[], None]
+    is_done: Callable[[], bool]
+
+
 class Saver:
     """Writes a run's checkpoints.
 
@@ -34,8 +42,8 @@ class Saver:
     epoch, and where a run ends, is stopped or diverges, its best epoch is on the disk.
 
     Training waits for the copy to the host alone: the rest is done in a thread, one checkpoint
-    after another (with several processes it waits for all of it). To be used as a context, at whose
-    end all is written.
+    after another. With several processes it waits for the checkpoint before, too. To be used as a
+    context, at whose end all is written.
     """
 
     def __init__(
@@ -65,8 +73,7 @@ class Saver:
         self._kept: _Epoch | None = None
         self._agree = processes.make_agreement()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
-        self._under_way: collections.deque[tuple[int, concurrent.futures.Future[None]]]
-        self._under_way = collections.deque()
+        self._under_way: collections.deque[_Writing] = collections.deque()
         # Steps of the checkpoints that there are, or will be.
         self._steps = set(checkpoints.list_steps(manager))
         self._has_any = bool(self._steps)
@@ -131,9 +138,12 @@ class Saver:
         checkpoint = resuming.to_checkpoint(self._settings, *epoch)
         self._steps.add(checkpoint.step)
         if jax.process_count() > 1:
-            # All of them write, and wait for each other, in the order of everything else they do.
-            checkpoints.save(self._manager, checkpoint)
-            self._tell(checkpoint.step)
+            # All of them write, in Orbax's threads, which wait for each other. None asks whether
+            # the others are done, which would be answered differently in each.
+            self.finish()
+            checkpoints.begin(self._manager, checkpoint)
+            wait = self._manager.wait_until_finished
+            self._under_way.append(_Writing(checkpoint.step, wait, lambda: False))
             return
         while len(self._under_way) >= _MOST_UNDER_WAY:
             self._finish_oldest()
@@ -142,13 +152,13 @@ class Saver:
             evaluation=checkpoints.on_host(checkpoint.evaluation),
         )
         written = self._thread.submit(checkpoints.save, self._manager, checkpoint)
-        self._under_way.append((checkpoint.step, written))
+        self._under_way.append(_Writing(checkpoint.step, written.result, written.done))
 
     def _finish_oldest(self) -> None:
-        step, written = self._under_way.popleft()
-        written.result()
+        writing = self._under_way.popleft()
+        writing.wait()
         self._has_any = True
-        self._tell(step)
+        self._tell(writing.step)
 
     def poll(self) -> None:
         """Tell whoever listens of what has been written meanwhile; does not wait.
@@ -156,7 +166,7 @@ class Saver:
         Raises:
             OSError: it could not be written.
         """
-        while self._under_way and self._under_way[0][1].done():
+        while self._under_way and self._under_way[0].is_done():
             self._finish_oldest()
 
     def finish(self) -> None:
