@@ -14,6 +14,11 @@ from experiments.command_line import parse, run
 from experiments.config import TrainConfig, check_reaches
 from lls_jax.errors import UserError
 
+_RULES = (
+    *("lls", "lls_m", "lls_mxm", "lls_mxm_reduced", "lls_random", "local_classifier"),
+    *("predsim", "contrastive", "decoupled", "dfa", "drtp", "bp"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class AccountingConfig:
@@ -23,12 +28,7 @@ class AccountingConfig:
     """Network."""
     dataset: str = "cifar10"
     """Data set, for the size of its images and the number of classes."""
-    rules: list[str] = field(
-        default_factory=lambda: [
-            *("lls", "lls_m", "lls_mxm", "lls_mxm_reduced", "lls_random", "local_classifier"),
-            *("predsim", "contrastive", "decoupled", "dfa", "drtp", "bp"),
-        ]
-    )
+    rules: list[str] = field(default_factory=lambda: list(_RULES))
     """Rules to count; bp and local_classifier are added for the ratios."""
     reach: list[int] = field(default_factory=lambda: [1])
     """Blocks that a local loss teaches, its own and those below it, like 1 2: each rule with local

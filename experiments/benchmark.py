@@ -14,10 +14,11 @@ from simple_parsing import field
 
 from experiments import startup
 from experiments.command_line import parse, run
-from experiments.config import KERNELS, PRECISIONS, check_reaches, option
+from experiments.config import check_reaches
+from experiments.config_choices import KERNELS, PRECISIONS, option
 
 # Whose rules may be measured with several reaches.
-_REACHING = ("training", "epochs")
+_REACHING = ("training", "epochs", "pipeline")
 SUITES = ("training", "epochs", "kernels", "pipeline")
 AGAINST = ("torch",)
 # That the PyTorch loop has.
@@ -53,12 +54,12 @@ class BenchmarkConfig:
     kernels: str = "auto"
     """Of --suite training and epochs, what computes the local losses: auto, xla, pallas, triton."""
     reach: list[int] = field(default_factory=lambda: [1])
-    """Of --suite training and epochs: blocks that a local loss teaches, its own and those below it,
-    like 1 2; each rule with local losses is measured with each."""
+    """Of --suite training, epochs and pipeline: blocks that a local loss teaches, its own and those
+    below it, like 1 2; each rule with local losses is measured with each."""
     remat: int | None = None
     """Of --suite training, epochs and pipeline: as of a training run."""
     slice: int | None = None
-    """Of --suite training and epochs: as of a training run; of reaches of 2 or more."""
+    """Of --suite training, epochs and pipeline: as of a training run; of reaches of 2 or more."""
     against: str | None = None
     """Of --suite training: torch, a plain PyTorch loop of the same network and rule, which takes
     turns with the library; both then train with adamw."""
@@ -105,7 +106,7 @@ class BenchmarkConfig:
         check_reaches(self.reach)
         if self.reach != [1] and self.suite not in _REACHING:
             raise ValueError(
-                f"--reach is of --suite {' and '.join(_REACHING)}, not {self.suite}; leave it out."
+                f"--reach is of --suite {', '.join(_REACHING)}, not {self.suite}; leave it out."
             )
         self._check_against()
 

@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 from simple_parsing import ArgumentParser, SimpleHelpFormatter
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
-from experiments import abort_message, determinism, startup
+from experiments import abort_message, determinism, option_files, run_config, startup
 from experiments.config import TrainConfig
 from experiments.presets import default_config
 from lls_jax.errors import UserError
@@ -51,6 +51,7 @@ def parse(
     arguments: Sequence[str] | None = None,
     *,
     default: Config | None = None,
+    add_more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> Config:
     """A config from the command line.
 
@@ -60,6 +61,7 @@ def parse(
         description: what ``--help`` says first.
         arguments: the command line; None for ``sys.argv``.
         default: values of the options that are not given; None for the type's own.
+        add_more: adds options to the parser that somebody else has read already.
     """
     parser = _Parser(
         prog=f"python -m experiments.{prog}",
@@ -69,6 +71,7 @@ def parse(
         allow_abbrev=False,
     )
     parser.add_arguments(kind, dest="config", default=default)  # type: ignore[type-var]
+    add_more(parser)
     try:
         return parser.parse_args(arguments).config
     except ValueError as error:
@@ -117,38 +120,68 @@ def _user_message(error: Exception) -> str | None:
     return None
 
 
-def _default(dataset: str, arguments: Sequence[str]) -> TrainConfig:
-    """What is not given on the command line, which may name a preset."""
-    finder = _Parser(prog=f"python -m experiments.{dataset}", add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset")
-    preset = finder.parse_known_args(arguments)[0].preset
-    try:
-        return default_config(dataset, preset)
-    except ValueError as error:
-        finder.error(str(error))
+def _add_elsewhere(parser: argparse.ArgumentParser) -> None:
+    """Options that say where others come from; a run's config has what came of them."""
+    group = parser.add_argument_group("options from elsewhere")
+    group.add_argument(
+        "--config",
+        dest="options_file",
+        metavar="FILE",
+        help="TOML file of the options below, like batch-size = 64; the command line stands "
+        "before it.",
+    )
+    group.add_argument(
+        "--set-from",
+        metavar="RUN",
+        help="Begin from the options, not the weights, of the run in this folder; --config and the "
+        "command line stand before them.",
+    )
+
+
+def _default(named: str | None, preset: str | None, run: str | None) -> TrainConfig:
+    """What is given neither on the command line nor in a file."""
+    if run is None:
+        return default_config(named or TrainConfig.dataset, preset)
+    if preset is not None:
+        raise ValueError(f"--preset {preset} does not go with --set-from {run}; leave one out.")
+    config = run_config.begin_from(pathlib.Path(run))
+    return config if named is None else dataclasses.replace(config, dataset=named)
 
 
 def parse_training(
-    dataset: str, description: str, arguments: Sequence[str] | None = None
+    dataset: str | None, description: str, arguments: Sequence[str] | None = None
 ) -> TrainConfig:
-    """A training run's config from the command line of its data set.
+    """A training run's config from its command line, and the files that this names.
 
     Args:
-        dataset: of :data:`experiments.presets.PRESETS`.
+        dataset: of :data:`experiments.presets.PRESETS`: that of the command, unless the command
+            line names another; None for ``experiments.run``, which is no data set's.
         description: what ``--help`` says first.
         arguments: the command line; None for ``sys.argv``.
     """
-    default = _default(dataset, sys.argv[1:] if arguments is None else arguments)
-    parsed = parse(TrainConfig, dataset, description, arguments, default=default)
-    # Not an option: the command decides it.
-    return dataclasses.replace(parsed, dataset=dataset)
+    prog = dataset or "run"
+    typed = sys.argv[1:] if arguments is None else arguments
+    finder = _Parser(prog=f"python -m experiments.{prog}", add_help=False, allow_abbrev=False)
+    _add_elsewhere(finder)
+    finder.add_argument("--preset")
+    finder.add_argument("--dataset", default=dataset)
+    try:
+        path = finder.parse_known_args(typed)[0].options_file
+        written = {} if path is None else option_files.read(pathlib.Path(path))
+        # The last one counts.
+        typed = [*option_files.to_arguments(written), *typed]
+        found = finder.parse_known_args(typed)[0]
+        default = _default(found.dataset, found.preset, found.set_from)
+    except (ValueError, UserError) as error:
+        finder.error(str(error))
+    return parse(TrainConfig, prog, description, typed, default=default, add_more=_add_elsewhere)
 
 
-def train_command(dataset: str, description: str) -> None:
+def train_command(dataset: str | None, description: str) -> None:
     """The command of a data set: parse, then train.
 
     Args:
-        dataset: of :data:`experiments.presets.PRESETS`.
+        dataset: of :data:`experiments.presets.PRESETS`; None for whatever the command line names.
         description: what ``--help`` says first.
     """
     config = parse_training(dataset, description)
@@ -168,8 +201,8 @@ def train_command(dataset: str, description: str) -> None:
         if config.deterministic:
             determinism.prepare(pathlib.Path(config.run_folder()))
         # Imported late: JAX takes longer to start than `--help` may take to answer.
-        from experiments.train import train_and_evaluate
+        from experiments.train import train_and_advise
 
-        return train_and_evaluate(config)
+        return train_and_advise(config)
 
     run(command, leave)

@@ -71,6 +71,12 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def _short(names: list[str]) -> list[str]:
+    """The runs' own names, without the folders that they lie in; whole where two would be one."""
+    own = [pathlib.Path(name).resolve().name for name in names]
+    return own if len(set(own)) == len(own) else names
+
+
 def compare(config: CompareConfig) -> int:
     """Write table and picture; returns the exit status."""
     from experiments import plots
@@ -78,14 +84,15 @@ def compare(config: CompareConfig) -> int:
     from lls_jax.runs import folder as folders
 
     rows, curves = [], {}
-    for name in dict.fromkeys(config.runs):
+    names = list(dict.fromkeys(config.runs))
+    for name, short in zip(names, _short(names)):
         folder = pathlib.Path(name)
         read_config(folder)
         records = folders.read_metrics(folder)
         if not records:
             raise UserError(f"run {folder} has no finished epoch yet; train it first.")
         rows.append(_row(name, folder, records))
-        curves[name] = records
+        curves[short] = records
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     table = _markdown(rows)

@@ -2,23 +2,10 @@
 
 import dataclasses
 
-from simple_parsing import field, flag
+from simple_parsing import flag
 
-SCHEDULES = ("constant", "multistep", "cosine", "linear", "plateau")
-VIEWS = ("none", "flip", "flip_translate")
-PRECISIONS = ("float32", "bfloat16")
-LOOPS = ("auto", "dispatch", "scan")
-ON_DEVICE = ("auto", "yes", "no")
-MEASURES = ("alignment", "norms", "probes", "heads")
-KERNELS = ("auto", "xla", "split", "pallas", "triton")
-# Rules whose blocks have no losses of their own.
-BASELINES = ("bp", "dfa", "drtp")
+from experiments.config_checks import check_values
 
-# Averages of the weights take the place of a falling learning rate.
-AVERAGING = ("schedule_free_adamw", "optax_schedule_free_adamw", "schedule_free_sgd")
-OPTIMIZERS = (*AVERAGING, "adamw", "adam", "sgd", "muon")
-# Schedules that spread over all epochs: another number of them is another run from the start.
-SPREADING = ("multistep", "cosine", "linear")
 # Of what a run folder's config means. 2: schedule_free_adamw is the published optimizer, and not
 # optax's; multistep counts steps, not whole epochs.
 FORMAT = 2
@@ -28,8 +15,9 @@ FORMAT = 2
 class TrainConfig:
     """Train a network with a local learning rule, or with backpropagation."""
 
-    dataset: str = field(default="cifar10", cmd=False)
-
+    dataset: str = "cifar10"
+    """Data set: cifar10, cifar100, digits, fashion_mnist, image_folder, imagenette, mnist,
+    tiny_imagenet, visual_wake_words; your own: package.module:function [default: the command's]."""
     preset: str | None = None
     """Other values for what is not given here: airbench: the 94 %% CIFAR-10 speed-run's network,
     optimizer, schedule and augmentation [default: the published recipe]."""
@@ -40,7 +28,7 @@ class TrainConfig:
     package.module:function; or one of these a block, joined by commas."""
     model: str = "small_conv"
     """Network: small_conv, small_conv_l, vgg8, vgg11, mobilenet_v1, mobilenet_v1_small, vgg8b,
-    vgg11b, resnet32, resnet110, airbench."""
+    vgg11b, resnet32, resnet110, airbench; your own: package.module:function."""
     width: float = 1.0
     """Factor of the network's published widths, like 0.5 or 2."""
     groups: str | None = None
@@ -48,7 +36,7 @@ class TrainConfig:
     up to one more than there are blocks [default: each block by itself]."""
     reach: int = 1
     """Blocks that a local loss teaches: its own and N - 1 below it; the classifier counts as the
-    block after the last. A local rule only, and not with --pipeline."""
+    block after the last. A local rule only."""
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 128
@@ -60,7 +48,8 @@ class TrainConfig:
     optimizer: str = "schedule_free_adamw"
     """schedule_free_adamw: the published one; optax_schedule_free_adamw, whose average weighs the
     first steps like all others; schedule_free_sgd, adamw, adam, sgd (with --momentum), or muon:
-    Muon for the blocks' kernels, which keep their norm, and adamw for the rest."""
+    Muon for the blocks' kernels, which keep their norm, and adamw for the rest; your own:
+    package.module:function."""
     momentum: float = 0.9
     """Momentum of sgd and muon, and the averaging weight b1 of the schedule-free optimizers."""
     other_learning_rate: float | None = None
@@ -159,6 +148,12 @@ class TrainConfig:
     """
     measure_every: int = 1
     """Epochs from one measurement to the next; the last epoch is measured too."""
+    log: str | None = None
+    """Where the epochs' records go beside metrics.jsonl, joined by commas: tensorboard: into the
+    run's folder; mlflow, under LLS-DNN's names; wandb [default: nowhere]."""
+    profile: int | None = None
+    """Trace N training steps, after those that compile, into the run's folder, for Perfetto or
+    TensorBoard [default: none]."""
     workdir: str | None = None
     """Folder of this run; the same command resumes it [default: runs/DATASET-MODEL-RULE-sSEED]."""
     checkpoint_every: int = 0
@@ -169,124 +164,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming option and value, for what no run could use."""
-        for name, smallest in (
-            ("reach", 1),
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("eval_batch_size", 1),
-            ("train_examples", 1),
-            ("eval_examples", 1),
-            ("validation_examples", 1),
-            ("warmup_epochs", 0),
-            ("measure_every", 1),
-            ("patience", 1),
-            ("auxiliary_depth", 1),
-            ("checkpoint_every", 0),
-            ("remat", 0),
-            ("slice", 0),
-            ("pipeline", 1),
-            ("data_parallel", 1),
-            ("num_processes", 1),
-            ("process_id", 0),
-            ("seed", 0),
-            ("weight_decay", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"{option(name)} is {value}; it must be at least {smallest}.")
-        for name in ("learning_rate", "width", "other_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{option(name)} is {value}; it must be positive.")
-        if self.other_learning_rate is not None and self.optimizer != "muon":
-            raise ValueError(
-                f"--other-learning-rate {self.other_learning_rate} is of no use to --optimizer "
-                f"{self.optimizer}; leave it out."
-            )
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"--clip-norm is {self.clip_norm}; it must be positive.")
-        if self.warmup_epochs and self.schedule == "plateau":
-            raise ValueError(
-                f"--warmup-epochs {self.warmup_epochs} does not go with --schedule plateau; use "
-                "another schedule."
-            )
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"--momentum is {self.momentum}; it must lie in [0, 1).")
-        for name, known in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("precision", PRECISIONS),
-            ("kernels", KERNELS),
-            ("data_on_device", ON_DEVICE),
-            ("loop", LOOPS),
-            ("test_views", VIEWS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(known)}."
-                )
+        check_values(vars(self))
         self.group_sizes()
         self.stage_sizes()
-        if unknown := [name for name in self.measures() if name not in MEASURES]:
-            raise ValueError(
-                f"--measure has {unknown[0]!r}; expected some of {', '.join(MEASURES)}, joined by "
-                "commas."
-            )
-        if self.measure_every > 1 and not self.measure:
-            raise ValueError(
-                f"--measure-every {self.measure_every} is given without --measure; say what to "
-                "measure."
-            )
-        self._check_processes()
-        sharing = "--coordinator" if self.coordinator else "--data-parallel"
-        if self.shares_batches and self.remat:
-            raise ValueError(
-                f"--remat {self.remat} does not go with {sharing}, whose batches are cut "
-                "already; use one of them."
-            )
-        if self.slice and (self.reach == 1 or self.remat or self.shares_batches):
-            beside = f"--remat {self.remat}" if self.remat else sharing
-            raise ValueError(
-                f"--slice {self.slice} "
-                + (
-                    "needs a --reach of 2 or more."
-                    if self.reach == 1
-                    else f"does not go with {beside}; leave one of them out."
-                )
-            )
-        if self.pipeline and self.shares_batches:
-            raise ValueError(f"--pipeline and {sharing} do not go together; choose one.")
-        if self.pipeline and self.reach > 1:
-            raise ValueError(
-                f"--reach {self.reach} does not go with --pipeline, whose blocks wait for nothing "
-                "from above; leave one of them out."
-            )
-        if self.deterministic and self.coordinator:
-            raise ValueError(
-                "--deterministic does not go with --coordinator, each of whose processes chooses "
-                "its algorithms; leave one of them out."
-            )
-        if self.stages is not None and self.pipeline is None:
-            raise ValueError("--stages is given without --pipeline; give the number of devices.")
-        if self.schedule == "plateau" and self.optimizer in AVERAGING:
-            raise ValueError(
-                f"--schedule plateau does not go with --optimizer {self.optimizer}, which averages "
-                "the weights instead; use --schedule constant, or another optimizer."
-            )
-
-    def _check_processes(self) -> None:
-        if self.coordinator is None:
-            for name in ("num_processes", "process_id"):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(
-                        f"{option(name)} {value} is given without --coordinator; give HOST:PORT of "
-                        "process 0."
-                    )
-        elif self.coordinator != "auto" and None in (self.num_processes, self.process_id):
-            raise ValueError(
-                f"--coordinator {self.coordinator} needs --num-processes and --process-id; give "
-                "both, or --coordinator auto on a cluster."
-            )
 
     @property
     def shares_batches(self) -> bool:
@@ -295,12 +175,16 @@ class TrainConfig:
 
     def run_folder(self) -> str:
         """The folder of this run."""
-        rule = self.rule.replace(":", ".").replace(",", "+").replace("/", ".")
-        return self.workdir or f"runs/{self.dataset}-{self.model}-{rule}-s{self.seed}"
+        name = f"{self.dataset}-{self.model}-{self.rule}-s{self.seed}"
+        return self.workdir or "runs/" + name.replace(":", ".").replace(",", "+").replace("/", ".")
 
     def measures(self) -> tuple[str, ...]:
         """What is measured after epochs, if anything was asked for."""
         return tuple(self.measure.split(",")) if self.measure is not None else ()
+
+    def trackers(self) -> tuple[str, ...]:
+        """Where records go, beside metrics.jsonl."""
+        return tuple(self.log.split(",")) if self.log is not None else ()
 
     def group_sizes(self) -> tuple[int, ...] | None:
         """Blocks a group, if any were asked for; ValueError where they are no numbers."""
@@ -324,8 +208,3 @@ def check_reaches(reaches: list[int]) -> None:
     """Raise ValueError unless there are reaches to compare, each a number of blocks."""
     if not reaches or min(reaches) < 1:
         raise ValueError(f"--reach is {reaches}; expected one or more, each at least 1.")
-
-
-def option(name: str) -> str:
-    """An option as it is typed: ``batch_size`` is ``--batch-size``."""
-    return "--" + name.replace("_", "-")

@@ -1,5 +1,6 @@
 """What a person sees while a run trains: lines, a progress bar, and curves."""
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -9,12 +10,14 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import plots
+from experiments import panels, plots
 from experiments.config import TrainConfig
+from experiments.own_sources import KeepSources
 from experiments.setup import Run
-from lls_jax import analysis, processes
+from lls_jax import analysis, processes, trackers
 from lls_jax.runs.callbacks import Callback, EpochEnd, Record, RunStart, StepEnd
 from lls_jax.runs.kernels import KernelChoice
+from lls_jax.runs.profile import Profile
 
 _REFRESH_SECONDS = 0.5
 _REDRAW_SECONDS = 30.0
@@ -31,11 +34,20 @@ def callbacks(config: TrainConfig, run: Run) -> list[Callback]:
     if not processes.is_first():
         return [Callback()]
     heard: list[Callback] = [_Lines(config, run), _Curves(config)]
+    heard.append(KeepSources(config, _warn))
     if config.measure is not None:
         heard.append(analysis.Measure(config.measures(), every=config.measure_every))
     if config.progress and sys.stderr.isatty():
         heard.append(_Bar())
+    settings = {name: v for name, v in dataclasses.asdict(config).items() if v is not None}
+    heard += trackers.make(config.trackers(), settings, _warn)
+    if config.profile is not None:
+        heard.append(Profile(config.profile, say))
     return heard
+
+
+def _warn(message: str) -> None:
+    say(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class _Lines(Callback):
@@ -74,7 +86,7 @@ class _Lines(Callback):
 
     def on_warning(self, message: str) -> None:
         """Something that is no error."""
-        say(f"warning: {message}", file=sys.stderr)
+        _warn(message)
 
 
 class _Curves(Callback):
@@ -140,7 +152,7 @@ def layer_losses(losses: list[float]) -> str:
 def measured_lines(record: Record) -> list[str]:
     """One line for each kind of what was measured of the blocks."""
     lines = []
-    for name, measured in plots.MEASURED.items():
+    for name, measured in panels.MEASURED.items():
         if name in record:
             values = "  ".join(
                 f"L{layer + 1} {'-' if value is None else measured.digits(value)}"

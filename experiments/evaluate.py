@@ -3,12 +3,18 @@
 import dataclasses
 import json
 import pathlib
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simple_parsing import flag
 
 from experiments.command_line import parse, run
-from experiments.config import VIEWS
+from experiments.config import TrainConfig
+from experiments.config_choices import VIEWS
+
+if TYPE_CHECKING:
+    from experiments.setup import Task
+    from lls_jax.runs.evaluate import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +49,35 @@ class EvaluateConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
 
 
-def evaluate(config: EvaluateConfig) -> int:
-    """Evaluate a checkpoint and say how it did; returns the exit status."""
-    from experiments import plots
+class Judged(NamedTuple):
+    """A checkpoint on the test images.
+
+    Attributes:
+        trained: the run's config.
+        task: its network, rule and images.
+        step: of the checkpoint.
+        epoch: likewise, the epochs done.
+        examples: test images.
+        result: of the evaluation.
+    """
+
+    trained: TrainConfig
+    task: "Task"
+    step: int
+    epoch: int
+    examples: int
+    result: "Evaluation"
+
+
+def judge(config: EvaluateConfig) -> Judged:
+    """Evaluate a checkpoint of a run.
+
+    Raises:
+        UserError: there is no such run, checkpoint or data set.
+    """
+    from experiments import data_sets, own_sources
     from experiments.run_config import read_config
-    from experiments.setup import example_image, load_split, make_task, prepare_data
+    from experiments.setup import as_user_error, example_image, make_task
     from lls_jax.runs.evaluate import evaluate_weights
     from lls_jax.runs.restore import restore
 
@@ -59,35 +89,60 @@ def evaluate(config: EvaluateConfig) -> int:
         if getattr(config, name) is not None
     }
     trained = dataclasses.replace(trained, **changes)
-    prepare_data(trained)
-    task = make_task(trained)
+    with as_user_error():
+        data_sets.download(trained)
+        opened = data_sets.open_data(trained)
+    task = make_task(trained, opened.spec)
+    for changed in own_sources.changed(folder, trained):
+        print(f"warning: {changed}", file=sys.stderr)
     restored = restore(folder, task.model, task.rule, example_image(task.spec), config.checkpoint)
-    step, meta = int(restored.state.step), restored.meta
     variables = {"params": restored.state.params, "batch_stats": restored.state.batch_stats}
-    test = load_split(trained, task.spec, "test")
+    test = data_sets.load_split(trained, opened, "test")
     result = evaluate_weights(
         *(task.model, variables, task.spec, test, trained.eval_batch_size), views=config.views
     )
+    return Judged(
+        trained=trained,
+        task=task,
+        step=int(restored.state.step),
+        epoch=restored.meta["epochs_done"],
+        examples=int(test.labels.shape[0]),
+        result=result,
+    )
+
+
+def by_class(judged: Judged) -> dict[str, float]:
+    """Accuracy on the images of each class, in percent."""
+    named = zip(judged.task.spec.class_names, judged.result.confusion)
+    return {
+        name: 100 * float(row[label]) / max(int(row.sum()), 1)
+        for label, (name, row) in enumerate(named)
+    }
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Evaluate a checkpoint and say how it did; returns the exit status."""
+    from experiments import plots
+
+    folder = pathlib.Path(config.workdir)
+    judged = judge(config)
+    trained, task, step, result = judged.trained, judged.task, judged.step, judged.result
     picture = folder / f"confusion-{step}.png"
     title = f"{trained.dataset}, {trained.model}, {trained.rule}, step {step}"
     plots.draw_confusion(result.confusion, task.spec.class_names, title, picture)
-    by_class = {
-        name: 100 * float(row[label]) / max(int(row.sum()), 1)
-        for label, (name, row) in enumerate(zip(task.spec.class_names, result.confusion))
-    }
     report = {
         "workdir": str(folder),
         "step": step,
-        "epoch": meta["epochs_done"],
+        "epoch": judged.epoch,
         "dataset": trained.dataset,
         "model": trained.model,
         "rule": trained.rule,
         "views": config.views,
-        "examples": int(test.labels.shape[0]),
+        "examples": judged.examples,
         "loss": result.loss,
         "accuracy": result.accuracy,
         "top5": result.top5,
-        "accuracy_by_class": by_class,
+        "accuracy_by_class": by_class(judged),
         "confusion": result.confusion.tolist(),
         "picture": str(picture),
     }

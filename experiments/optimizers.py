@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.config import TrainConfig
+from lls_jax import own_parts
 from lls_jax.optimizers import NamedRate, muon, schedule_free_adamw
 
 _DROP = 0.1
@@ -25,6 +26,9 @@ def make(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformat
     Args:
         config: its optimizer, learning rate, schedule, momentum and weight decay count.
         steps_per_epoch: updates an epoch; schedules count in epochs.
+
+    Raises:
+        ValueError: a user's own optimizer is none, or has no use for what it is asked for.
     """
     rate = _rate(config, steps_per_epoch, config.learning_rate)
     other = config.other_learning_rate or _OTHER_LEARNING_RATE
@@ -58,7 +62,10 @@ def make(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformat
             optax.add_decayed_weights(decay), optax.sgd(rate, momentum=config.momentum)
         ),
     }
-    tx = makers[config.optimizer]()
+    if own_parts.is_own(config.optimizer):
+        tx = _own(config, rate, steps_per_epoch)
+    else:
+        tx = makers[config.optimizer]()
     if config.clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
     if config.schedule != "plateau":
@@ -67,6 +74,32 @@ def make(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformat
         factor=_DROP, patience=_PATIENCE_EPOCHS, accumulation_size=steps_per_epoch
     )
     return optax.chain(tx, plateau)
+
+
+def _own(
+    config: TrainConfig, rate: float | optax.Schedule, steps_per_epoch: int
+) -> optax.GradientTransformation:
+    """A user's own optimizer; refuses what is asked for and of no use to it."""
+    own = own_parts.find("optimizer", config.optimizer)
+    options = {
+        "learning_rate": rate,
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+    }
+    plain = TrainConfig()
+    own.check_used(
+        {
+            name: getattr(config, name)
+            for name, value in options.items()
+            # A schedule is one of the learning rate.
+            if callable(value) or value != getattr(plain, name)
+        }
+    )
+    return own.make(
+        {**options, "epochs": config.epochs, "steps_per_epoch": steps_per_epoch},
+        optax.GradientTransformation,
+        "optax transformation; return one, like optax.adam(learning_rate).",
+    )
 
 
 def _rate(config: TrainConfig, steps_per_epoch: int, whole: float) -> float | optax.Schedule:

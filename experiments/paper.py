@@ -8,7 +8,6 @@ written anew after every run.
 import dataclasses
 import pathlib
 import statistics
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -162,20 +161,17 @@ class _State(NamedTuple):
         return self.accuracy is not None or self.diverged is not None
 
 
-_DIVERGED = "diverged.txt"
-
-
 def _state(run_config: TrainConfig) -> _State:
+    from experiments.batch import divergence
     from lls_jax.runs import folder as folders
 
     folder = pathlib.Path(run_config.run_folder())
     records = folders.read_metrics(folder)
     done = records[-1]["epoch"] if records else 0
-    note = folder / _DIVERGED
     return _State(
         accuracy=records[-1]["test_accuracy"] if done >= run_config.epochs else None,
         epochs=done,
-        diverged=note.read_text().strip() if note.is_file() else None,
+        diverged=divergence(folder),
     )
 
 
@@ -234,10 +230,23 @@ def _write(config: PaperConfig, entries: list[Entry]) -> str:
     return text
 
 
+def _member(config: PaperConfig, entry: Entry, seed: int) -> Any:
+    from experiments import train
+    from experiments.batch import Member
+
+    one = train_config(config, entry, seed)
+    return Member(
+        label=f"{entry.name}, seed {seed}",
+        folder=pathlib.Path(one.run_folder()),
+        dataset=entry.dataset,
+        is_over=lambda: _state(one).is_over,
+        train=lambda: train.train_and_evaluate(one),
+    )
+
+
 def paper(config: PaperConfig) -> int:
     """Run what is missing, write the table; returns the exit status."""
-    from experiments.train import train_and_evaluate
-    from lls_jax.errors import DatasetError, DivergedError
+    from experiments import batch
 
     entries = [
         entry
@@ -247,27 +256,10 @@ def paper(config: PaperConfig) -> int:
     if not entries:
         names = ", ".join(entry.name for entry in TABLES[config.table]())
         raise UserError(f"no experiment of table {config.table} has {config.only} in {names}.")
-    unprepared: dict[str, str] = {}
-    for seed in config.seeds:
-        for entry in entries:
-            one = train_config(config, entry, seed)
-            if config.dry_run or _state(one).is_over or entry.dataset in unprepared:
-                continue
-            print(f"--- {entry.name}, seed {seed}", flush=True)
-            try:
-                status = train_and_evaluate(one)
-            except DivergedError as error:
-                (pathlib.Path(one.run_folder()) / _DIVERGED).write_text(f"{error}\n")
-                print(f"diverged: {error}", file=sys.stderr)
-                status = 0
-            except DatasetError as error:
-                unprepared[entry.dataset] = str(error)
-                print(f"left out: {error}", file=sys.stderr)
-                continue
-            _write(config, entries)
-            if status:
-                print("stopped; the same command goes on", file=sys.stderr)
-                return status
+    if not config.dry_run:
+        members = [_member(config, entry, seed) for seed in config.seeds for entry in entries]
+        if status := batch.run_all(members, lambda: _write(config, entries)):
+            return status
     print(_write(config, entries))
     print(f"written: {config.workdir}/table-{config.table}.md, table-{config.table}.json")
     return 0

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.config import TrainConfig
 
@@ -20,6 +20,30 @@ PRESETS = {
         TrainConfig(dataset="tiny_imagenet", model="vgg8", epochs=300, augmentation="flip_erase"),
         TrainConfig(dataset="visual_wake_words", model="mobilenet_v1", epochs=300),
     )
+}
+
+
+class Measured(NamedTuple):
+    """An accuracy that was measured with a data set's own preset.
+
+    Attributes:
+        accuracy: on the test images after the last epoch, in percent.
+        how: seeds and versions.
+        command: that repeats it.
+    """
+
+    accuracy: float
+    how: str
+    command: str
+
+
+# What backpropagation reaches; a run beside a person's own stands before it.
+BP_MEASURED = {
+    "digits": Measured(
+        99.54,
+        "mean of seeds 0 to 2, jax 0.10.2 on a CPU",
+        "python -m experiments.digits --rule bp",
+    ),
 }
 
 # What `--preset` changes, of whatever data set.
@@ -46,13 +70,22 @@ def default_config(dataset: str, preset: str | None = None) -> TrainConfig:
     """What a command trains a data set with unless told otherwise.
 
     Args:
-        dataset: of :data:`PRESETS`.
+        dataset: of :data:`PRESETS`, or a user's own, whose images are taken as they are.
         preset: of :data:`RECIPES`; None for the data set's own.
 
     Raises:
-        ValueError: an unknown preset.
+        ValueError: an unknown data set or preset.
     """
-    config = PRESETS[dataset]
+    config = PRESETS.get(dataset)
+    if config is None:
+        if ":" not in dataset:
+            close = difflib.get_close_matches(dataset, PRESETS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"unknown data set {dataset!r}; expected one of {', '.join(PRESETS)}, or your own "
+                f"as package.module:function.{hint}"
+            )
+        config = TrainConfig(dataset=dataset, augmentation="none")
     if preset is None:
         return config
     if preset not in RECIPES:

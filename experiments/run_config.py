@@ -4,7 +4,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments.config import FORMAT, SPREADING, TrainConfig, option
+from experiments.config import FORMAT, TrainConfig
+from experiments.config_choices import SPREADING, option
 from lls_jax.errors import UserError
 from lls_jax.runs import folder as folders
 
@@ -24,6 +25,7 @@ NOT_COMPARED = (
     # A name for values that are compared themselves.
     "preset",
     *("measure", "measure_every"),
+    *("log", "profile"),
 )
 
 
@@ -88,6 +90,25 @@ def read_config(folder: pathlib.Path) -> TrainConfig:
             f"{folder} holds no run (it has no config.json); give the --workdir of a training run."
         )
     return _parse(folder, values)[0]
+
+
+def begin_from(folder: pathlib.Path) -> TrainConfig:
+    """The options of another run, for a new one.
+
+    Raises:
+        UserError: there is no run in this folder, or its config cannot be read, or means something
+            else in this version.
+    """
+    config = read_config(folder)
+    if (folders.read_settings(folder) or {}).get("format", 1) < FORMAT:
+        raise UserError(
+            f"{folder} was written by an earlier version, in which some options meant something "
+            "else; give the options themselves."
+        )
+    # These are of one start of that run.
+    return dataclasses.replace(
+        config, workdir=None, coordinator=None, num_processes=None, process_id=None
+    )
 
 
 class ConfigSettings(folders.Settings):

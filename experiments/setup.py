@@ -1,22 +1,21 @@
 """From a config to data, model, rule and optimizer: what training and evaluation share."""
 
 import contextlib
-import dataclasses
-import pathlib
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from experiments import optimizers
-from experiments.config import TrainConfig, option
+from experiments import data_sets, execution, optimizers
+from experiments.config import TrainConfig
+from experiments.config_choices import option
+from experiments.data_sets import Examples
 from lls_jax import data, models, placement, platforms, processes, rules, training
-from lls_jax.data import batches, prepare, storage
+from lls_jax.data import batches
 from lls_jax.errors import UserError
 from lls_jax.models import Network
 from lls_jax.rules import published
-from lls_jax.runs.source import first_examples, hold_out, place
 from lls_jax.steps.reach_schedule import check_reach
 from pallas_kernels import local_loss
 
@@ -27,9 +26,6 @@ class Task(NamedTuple):
     spec: data.DatasetSpec
     model: Network
     rule: rules.Rule
-
-
-Examples = batches.DeviceSplit | data.Split
 
 
 class Run(NamedTuple):
@@ -62,15 +58,25 @@ STEPS_A_LAUNCH: dict[str, Literal["auto", "one", "many"]] = {
 }
 
 
-def make_task(config: TrainConfig) -> Task:
+def make_task(config: TrainConfig, spec: data.DatasetSpec | None = None) -> Task:
     """Data set's entry, model and rule.
+
+    Args:
+        config: of the run.
+        spec: the data set's entry, where it is open already; None to look.
 
     Raises:
         UserError: an unknown name, an option out of range, images too small for the model.
     """
     with as_user_error():
-        spec = storage.resolve(data.get_spec(config.dataset), data_folder(config))
+        spec = spec or data_sets.open_data(config).spec
         task = _make_task(config, spec)
+        if task.model.num_classes != spec.num_classes:
+            raise ValueError(
+                f"model {config.model!r} has {task.model.num_classes} classes, and data set "
+                f"{config.dataset!r} has {spec.num_classes}; give its function a parameter "
+                "`num_classes`, and use it."
+            )
         task.model.check_image((1, *spec.input_shape))
         return task
 
@@ -82,12 +88,10 @@ def check_task(config: TrainConfig) -> None:
         UserError: an unknown name, or an option out of range.
     """
     with as_user_error():
-        spec = data.get_spec(config.dataset)
-        if not spec.is_resolved:
-            # Its classes are known when it is prepared; any will do.
-            spec = dataclasses.replace(spec, class_names=("one", "other"))
+        spec = data_sets.sketch(config)
         _make_task(config, spec)
         batches.make_augment(spec, config.augmentation)
+        optimizers.make(config, steps_per_epoch=1)
 
 
 @contextlib.contextmanager
@@ -174,56 +178,6 @@ def _make_rule(
     return rules.make(name, num_classes=spec.num_classes, **options)
 
 
-def data_folder(config: TrainConfig) -> pathlib.Path:
-    """Where the prepared data sets lie."""
-    if config.data_dir is None:
-        return storage.default_data_dir()
-    return pathlib.Path(config.data_dir)
-
-
-def prepare_data(config: TrainConfig) -> None:
-    """Download the data set where it is missing and can be had."""
-    try:
-        spec = data.get_spec(config.dataset)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    folder = data_folder(config)
-    if spec.downloads and not storage.is_prepared(spec, folder):
-        print(f"data set {spec.name!r} is not in {folder}; downloading it", flush=True)
-        prepare.prepare(spec, folder, progress=config.progress)
-
-
-def load_split(config: TrainConfig, spec: data.DatasetSpec, split: str) -> Examples:
-    """One part of the data set, on the device or, where it is large, on the host."""
-    folder = data_folder(config)
-    limit = config.train_examples if split == "train" else config.eval_examples
-    held_out = config.validation_examples if split == "train" else None
-    loaded = data.load(spec, split, folder, None if held_out else limit)
-    places = {"yes": batches.to_device, "auto": place, "no": lambda split: split}
-    return places[config.data_on_device](loaded)
-
-
-def _load_splits(config: TrainConfig, spec: data.DatasetSpec) -> list[Examples]:
-    """Training and test images; of several processes the first decodes what is not decoded yet."""
-    splits = []
-    for split in ("train", "test"):
-        if processes.is_first():
-            splits.append(load_split(config, spec, split))
-        processes.wait_for_all(f"the {split} images are decoded")
-        if not processes.is_first():
-            splits.append(load_split(config, spec, split))
-    return splits
-
-
-def _held_out(config: TrainConfig, train: Examples) -> tuple[Examples, Examples | None]:
-    """The training images, and those of them that are held out: the last of the whole set."""
-    if config.validation_examples is None:
-        return train, None
-    train, validation = hold_out(train, config.validation_examples)
-    count = config.train_examples or train.labels.shape[0]
-    return first_examples(train, count), validation
-
-
 def make_run(config: TrainConfig) -> Run:
     """Everything that training needs.
 
@@ -237,19 +191,22 @@ def make_run(config: TrainConfig) -> Run:
     # Before anything is downloaded.
     check_task(config)
     if processes.is_first():
-        prepare_data(config)
+        data_sets.download(config)
     processes.wait_for_all("the data set is prepared")
-    task = make_task(config)
-    _check_batch_size(config, task.spec.train_size - (config.validation_examples or 0))
-    train, test = _load_splits(config, task.spec)
     with as_user_error():
-        train, validation = _held_out(config, train)
+        opened = data_sets.open_data(config)
+    task = make_task(config, opened.spec)
+    _check_batch_size(config, task.spec.train_size - (config.validation_examples or 0))
+    train, test = data_sets.load_splits(config, opened)
+    with as_user_error():
+        train, validation = data_sets.held_out(config, train)
     _check_batch_size(config, train.labels.shape[0])
-    tx = optimizers.make(config, train.labels.shape[0] // config.batch_size)
+    with as_user_error():
+        tx = optimizers.make(config, train.labels.shape[0] // config.batch_size)
     return Run(
         task=task,
         tx=tx,
-        execution=_make_execution(config, task, tx),
+        execution=execution.make(config, *task, tx),
         train=train,
         validation=validation,
         test=test,
@@ -266,52 +223,6 @@ def _check_batch_size(config: TrainConfig, available: int) -> None:
         )
 
 
-def bytes_above(mebibytes: int | None) -> int | None:
-    """What --remat and --slice mean: bytes from which on it is done; None for never."""
-    return (mebibytes or 0) * 2**20 or None
-
-
-def _make_execution(
-    config: TrainConfig, task: Task, tx: training.Optimizer
-) -> placement.Execution | None:
-    """How the config wants a step to be executed; None for the plain way.
-
-    Raises:
-        UserError: there are too few devices, or the config asks for what cannot be together.
-    """
-    devices = jax.devices()
-    wanted = config.pipeline or config.data_parallel or (config.coordinator and len(devices))
-    if not wanted:
-        return None
-    name = "--pipeline" if config.pipeline else "--data-parallel"
-    if config.coordinator and wanted != len(devices):
-        raise UserError(
-            f"{name} is {wanted}, but the {jax.process_count()} processes have {len(devices)} "
-            "devices, all of which work; leave it out."
-        )
-    if wanted > len(devices):
-        raise UserError(
-            f"{name} is {wanted}, but this machine has {len(devices)} {devices[0].platform} "
-            "device(s); use fewer (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N "
-            "makes several of one)."
-        )
-    devices = devices[:wanted]
-    try:
-        if config.shares_batches:
-            if config.batch_size % wanted:
-                raise ValueError(
-                    f"--batch-size is {config.batch_size}, which {wanted} devices do not divide."
-                )
-            return placement.data_parallel(task.model, task.rule, tx, devices, config.reach)
-        sizes = config.stage_sizes() or _balanced(config, task, tx)
-        print(f"stages of {', '.join(map(str, sizes))} units", flush=True)
-        return placement.pipeline(
-            task.model, task.rule, tx, devices, sizes, bytes_above(config.remat)
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def _many_steps(config: TrainConfig, train: Examples) -> bool:
     """Whether a launch has many steps.
 
@@ -326,23 +237,6 @@ def _many_steps(config: TrainConfig, train: Examples) -> bool:
         )
     is_fast = platforms.choices(jax.default_backend()).compiled_loops
     return config.loop == "scan" or (config.loop == "auto" and fits and is_fast)
-
-
-def _balanced(config: TrainConfig, task: Task, tx: training.Optimizer) -> tuple[int, ...]:
-    """Stages that take about the same time, after a short measurement."""
-    key = jax.random.key(0)
-    image = jax.random.normal(key, (config.batch_size, *task.spec.input_shape))
-    label = jnp.arange(config.batch_size) % task.spec.num_classes
-    state = training.create_train_state(task.model, task.rule, tx, key, image)
-    seconds = placement.measure_units(
-        task.model,
-        task.rule,
-        tx,
-        state,
-        {"image": image, "label": label},
-        remat_above=bytes_above(config.remat),
-    )
-    return placement.partition(seconds, config.pipeline or 1)
 
 
 def example_image(spec: data.DatasetSpec) -> jax.Array:

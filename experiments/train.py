@@ -1,41 +1,40 @@
 """A training command: from a config to :func:`lls_jax.fit`, and what a person is told of it."""
 
 import contextlib
-import dataclasses
 import pathlib
 import shlex
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 
-from experiments import console, determinism, run_config, setup
-from experiments.config import TrainConfig, option
-from experiments.presets import default_config
+from experiments import console, determinism, execution, run_config, setup
+from experiments.commands import resume_command
+from experiments.config import TrainConfig
+from experiments.next_steps import next_steps
 from experiments.signals import Signals
-from lls_jax import fit, processes
+from lls_jax import fit, processes, trackers
 from lls_jax.runs import folder as folders
-from lls_jax.runs.callbacks import selection_accuracy
+from lls_jax.runs.callbacks import Callback, selection_accuracy
 from lls_jax.runs.run import FitResult
 
 
-def resume_command(config: TrainConfig) -> str:
-    """The command that goes on with a run."""
-    default = default_config(config.dataset, config.preset)
-    arguments = ["python", "-m", f"experiments.{config.dataset}"]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        is_default = value == getattr(default, field.name) and field.name not in ("rule", "preset")
-        is_default |= field.name == "preset" and value is None
-        if field.name == "dataset" or is_default:
-            continue
-        if isinstance(value, bool):
-            arguments.append(option(field.name if value else f"no_{field.name}"))
-        else:
-            arguments += [option(field.name), str(value)]
-    return shlex.join(arguments)
+class Trained(NamedTuple):
+    """A run that has ended.
+
+    Attributes:
+        run: what was trained.
+        result: how it ended.
+        signal: number of the signal that stopped it; 0 for none.
+    """
+
+    run: setup.Run
+    result: FitResult
+    signal: int
 
 
 def train_and_evaluate(config: TrainConfig) -> int:
-    """Train a run to its end, from its newest checkpoint where it has one.
+    """Train a run to its end, from its newest checkpoint where it has one, and say how it ended.
 
     Args:
         config: the run.
@@ -44,9 +43,42 @@ def train_and_evaluate(config: TrainConfig) -> int:
         Exit status: 0, or 130 / 143 after Ctrl-C / SIGTERM, with all saved.
 
     Raises:
+        As :func:`train`.
+    """
+    trained = train(config)
+    if trained.signal:
+        return _say_stopped(config, trained)
+    _say_done(config, trained.result)
+    return 0
+
+
+def train_and_advise(config: TrainConfig) -> int:
+    """:func:`train_and_evaluate`, and then say what the accuracy means and what to try next."""
+    status = train_and_evaluate(config)
+    if not status:
+        for line in next_steps(config):
+            console.say(line)
+    return status
+
+
+def train(
+    config: TrainConfig,
+    *,
+    adapt: Callable[[setup.Run], setup.Run] = lambda run: run,
+    listeners: Sequence[Callback] = (),
+) -> Trained:
+    """Train a run to its end, from its newest checkpoint where it has one.
+
+    Args:
+        config: the run.
+        adapt: changes what its config makes.
+        listeners: are told of the run beside the person.
+
+    Raises:
         UserError: the config, the folder or a loss is such that the run cannot go on.
         lls_jax.errors.ProcessesError: the processes could not connect, or one was lost.
     """
+    trackers.require(config.trackers())
     folder = pathlib.Path(config.run_folder())
     signals = Signals()
     with contextlib.ExitStack() as stack:
@@ -61,7 +93,7 @@ def train_and_evaluate(config: TrainConfig) -> int:
         folders.check_settings(folder, settings)
         if config.deterministic:
             determinism.check(folder, jax.default_backend())
-        run = setup.make_run(config)
+        run = adapt(setup.make_run(config))
         result = fit(
             run.task.model,
             run.task.rule,
@@ -77,29 +109,31 @@ def train_and_evaluate(config: TrainConfig) -> int:
             spec=run.task.spec,
             seed=config.seed,
             workdir=folder,
-            callbacks=console.callbacks(config, run),
+            callbacks=[*console.callbacks(config, run), *listeners],
             early_stopping=config.patience,
             checkpoint_every=config.checkpoint_every,
             reach=config.reach,
-            remat_above=setup.bytes_above(config.remat),
-            slice_above=setup.bytes_above(config.slice),
+            remat_above=execution.bytes_above(config.remat),
+            slice_above=execution.bytes_above(config.slice),
             execution=run.execution,
             steps_a_launch=setup.STEPS_A_LAUNCH[config.loop],
             settings=settings,
             should_stop=lambda: signals.received or 0,
         )
-    return _ended(config, folder, result, signals.is_signal(result.stopped))
+    return Trained(run, result, result.stopped if signals.is_signal(result.stopped) else 0)
 
 
-def _ended(config: TrainConfig, folder: pathlib.Path, result: FitResult, by_signal: bool) -> int:
-    """Say how a run has ended; returns the exit status."""
-    if by_signal:
-        console.say(
-            f"stopped at step {int(result.state.step)}, saved; resume with"
-            f"{'' if config.process_id is None else ', each process with its own --process-id'}:\n"
-            f"  {resume_command(config)}"
-        )
-        return 128 + result.stopped
+def _say_stopped(config: TrainConfig, trained: Trained) -> int:
+    """Say how to go on with a run that a signal has stopped; returns the exit status."""
+    console.say(
+        f"stopped at step {int(trained.result.state.step)}, saved; resume with"
+        f"{'' if config.process_id is None else ', each process with its own --process-id'}:\n"
+        f"  {resume_command(config)}"
+    )
+    return 128 + trained.signal
+
+
+def _say_done(config: TrainConfig, result: FitResult) -> None:
     last = result.records[-1]
     best = result.records[(result.best_epoch or last["epoch"]) - 1]
     by = "validation" if config.validation_examples else "test"
@@ -109,6 +143,5 @@ def _ended(config: TrainConfig, folder: pathlib.Path, result: FitResult, by_sign
         f"done: {last['epoch']} epochs{why} in {result.seconds:.1f} s, test accuracy "
         f"{last['test_accuracy']:.2f} % (best {selection_accuracy(best):.2f} % of the {by} images "
         f"after epoch {best['epoch']}); evaluate with:\n"
-        f"  python -m experiments.evaluate --workdir {shlex.quote(str(folder))}"
+        f"  python -m experiments.evaluate --workdir {shlex.quote(config.run_folder())}"
     )
-    return 0

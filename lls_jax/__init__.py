@@ -17,6 +17,7 @@ _MODULES = (
         "data",
         "errors",
         "evaluation",
+        "frameworks",
         "interop",
         "layers",
         "models",

@@ -14,7 +14,13 @@ from pallas_kernels.local_loss.shapes import Problem
 _LEAST_SECONDS = 0.01
 
 
-def turns(functions: Sequence[Callable[[], Any]], count: int) -> list[float]:
+def _own(number: int) -> int:
+    return number
+
+
+def turns(
+    functions: Sequence[Callable[[], Any]], count: int, agree: Callable[[int], int] = _own
+) -> list[float]:
     """Median seconds of a call of each function, the functions taking turns.
 
     A turn is as many calls as take about 10 ms, dispatched without waiting in between, so that what
@@ -23,6 +29,8 @@ def turns(functions: Sequence[Callable[[], Any]], count: int) -> list[float]:
     Args:
         functions: compiled already; each returns arrays.
         count: turns that each function takes.
+        agree: makes one number of those of several processes, whose functions wait for each other
+            and must be called equally often.
     """
 
     def seconds(function: Callable[[], Any], repeats: int) -> float:
@@ -35,7 +43,7 @@ def turns(functions: Sequence[Callable[[], Any]], count: int) -> list[float]:
     repeats = []
     for function in functions:
         jax.block_until_ready(function())
-        repeats.append(max(1, min(1000, int(_LEAST_SECONDS / seconds(function, 3)))))
+        repeats.append(agree(max(1, min(1000, int(_LEAST_SECONDS / seconds(function, 3))))))
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(count):
         for function, often, kept in zip(functions, repeats, times):

@@ -1,6 +1,7 @@
 """Heads of many kinds, each in JAX for one example and in float64 NumPy for a batch."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -154,6 +155,34 @@ def own_target_64(scores, square, params, labels):
     return params["weights"][labels] * gelu.max(1) + np.abs(np.sin(kept)).sum(1)
 
 
+def gelu(scores, square, params, label):
+    # Two functions that newer JAX differentiates in pieces of bits.
+    hidden = jax.nn.gelu(params["gain"] * unit(scores, square), approximate=False)
+    return optax.softmax_cross_entropy_with_integer_labels(hidden + jax.lax.erf(scores), label)
+
+
+def gelu_64(scores, square, params, labels):
+    erf = np.vectorize(math.erf)
+    wide = params["gain"] * unit_64(scores, square)
+    hidden = 0.5 * wide * (1 + erf(wide / np.sqrt(2)))
+    return cross_entropy_64(hidden + erf(scores), labels)
+
+
+def walked(scores, square, params, label):
+    # Each matrix is too large for registers: with either side in the sum, and with rows picked.
+    hidden = jnp.tanh(unit(scores, square) @ params["first"])
+    gate = jax.nn.sigmoid(params["gate"] @ hidden)
+    logits = (hidden * params["table"][label]) @ params["second"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label) + jnp.mean(gate)
+
+
+def walked_64(scores, square, params, labels):
+    hidden = np.tanh(unit_64(scores, square) @ params["first"])
+    gate = 1 / (1 + np.exp(-(hidden @ params["gate"].T)))
+    logits = (hidden * params["table"][labels]) @ params["second"]
+    return cross_entropy_64(logits, labels) + gate.mean(1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Margin(rules.HeadRule):
     """A rule of one's own: hinge losses of the classes' scores, with a learned scale."""
@@ -221,5 +250,13 @@ CASES = {
     ),
     "goodness": Case(goodness, goodness_64, {}, 4 * CLASSES),
     "regression": Case(regression, regression_64, {"map": (20, 5), "targets": (CLASSES, 5)}, 20),
+    "hundred": shipped("lls_mxm", {"modulation": (100, 100)}, modulated_64(True), 100),
+    "walked": Case(
+        walked,
+        walked_64,
+        {"first": (20, 200), "gate": (40, 200), "second": (200, 17), "table": (33, 200)},
+        20,
+    ),
+    "gelu": Case(gelu, gelu_64, {"gain": (CLASSES,)}),
     "own_target": Case(own_target, own_target_64, {"weights": (CLASSES,)}),
 }

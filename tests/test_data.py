@@ -498,8 +498,9 @@ def test_erasing_equals_an_oracle():
     assert wrong <= borderline
     assert 0.1 < chosen.mean() < 0.3
     sizes = (expected[chosen] == 0).all(-1).mean((1, 2))
-    # The published range of areas is filled; a thin rectangle is cut off at the border.
-    assert sizes.min() < 0.06 and 0.22 < sizes.max() < 0.36
+    # The published range of areas, 0.02 to 0.33, is filled; a thin rectangle is cut off at the
+    # border, and whole pixels make the largest up to 0.04 larger.
+    assert sizes.min() < 0.06 and 0.22 < sizes.max() < 0.38
 
 
 def test_evaluation_batches_weigh_what_fills_up_with_zero():

@@ -12,7 +12,7 @@ from lls_jax import data
 
 FOLDER = pathlib.Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
-NEEDS = {"equinox_blocks": "equinox", "haiku_blocks": "haiku"}
+NEEDS = {"equinox_blocks": "equinox", "equinox_cnn": "equinox", "haiku_blocks": "haiku"}
 
 
 def load(path):
@@ -22,9 +22,17 @@ def load(path):
     return module
 
 
-@pytest.mark.parametrize(("name", "accuracy"), [("residual", 70), ("vision_transformer", 70)])
-def test_networks_of_other_kinds_learn_the_digits_from_local_losses(name, accuracy):
-    """Residual blocks, and tokens ``[batch, length, channels]``."""
+@pytest.mark.parametrize(
+    ("name", "losses", "accuracy"),
+    [
+        *(("residual", 4, 70), ("vision_transformer", 4, 70)),
+        *(("flax_nnx_cnn", 3, 70), ("equinox_cnn", 3, 70)),
+    ],
+)
+def test_networks_of_other_kinds_learn_the_digits_from_local_losses(name, losses, accuracy):
+    """Residual blocks, tokens ``[batch, length, channels]``, and models of other frameworks."""
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     module = load(FOLDER / "networks" / f"{name}.py")
     spec = data.get_spec("digits")
     train, test = (data.load(spec, split, pathlib.Path()) for split in ("train", "test"))
@@ -33,7 +41,7 @@ def test_networks_of_other_kinds_learn_the_digits_from_local_losses(name, accura
         result = module.train(train, test, epochs=2)
     records = result.records
     assert records[-1]["test_accuracy"] > accuracy
-    assert len(records[0]["layer_loss"]) == 4
+    assert len(records[0]["layer_loss"]) == losses
     assert (np.array(records[-1]["layer_loss"]) < records[0]["layer_loss"]).all()
 
 

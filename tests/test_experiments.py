@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -32,7 +33,8 @@ from experiments import (
     startup,
     train,
 )
-from experiments.config import AVERAGING, OPTIMIZERS, TrainConfig
+from experiments.config import TrainConfig
+from experiments.config_choices import AVERAGING, OPTIMIZERS
 from experiments.suites import training as suites_training
 from lls_jax import data, models, rules
 from lls_jax.data import augment, batches
@@ -49,6 +51,7 @@ TINY = TrainConfig(
     batch_size=16,
     train_examples=64,
     eval_examples=40,
+    width=0.125,
     augmentation="full",
     dropout=0.1,
     progress=False,
@@ -104,8 +107,8 @@ def reference(tmp_path_factory):
 # --- training and what it leaves ---------------------------------------------------------------
 
 
-# One of each kind: latents and a modulation, the activation itself, a fixed matrix, no local loss.
-KINDS = ("lls_mxm", "predsim", "dfa", "bp")
+# One of each kind: with local losses, and without.
+KINDS = ("lls_mxm", "dfa")
 
 
 @pytest.mark.parametrize(
@@ -140,8 +143,17 @@ def test_every_rule_trains_and_reloads(tmp_path, capsys, rule):
     assert len(folders.read_metrics(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("schedule", ["multistep", "plateau"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# One that averages, one with two kinds of parameters, one with a schedule that sees the loss.
+PAIRS = (("schedule_free_adamw", "multistep"), ("muon", "multistep"), ("adamw", "plateau"))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [
+        pair if pair in PAIRS else pytest.param(*pair, marks=pytest.mark.exhaustive)
+        for pair in itertools.product(OPTIMIZERS, ["multistep", "plateau"])
+    ],
+)
 def test_every_optimizer_and_schedule_trains(tmp_path, optimizer, schedule):
     if schedule == "plateau" and optimizer in AVERAGING:
         with pytest.raises(ValueError, match="--schedule plateau does not go with --optimizer"):
@@ -681,7 +693,7 @@ def run_import():
         (run_benchmark, "--suite epochs --epochs 1", ["--epochs is 1", "at least 2"]),
         (run_benchmark, "--batch-sizes 0", ["--batch-sizes is 0"]),
         (run_benchmark, "--reach 2 0", ["--reach is [2, 0]", "at least 1"]),
-        (run_benchmark, "--suite kernels --reach 2", ["training and epochs, not kernels"]),
+        (run_benchmark, "--suite kernels --reach 2", ["training, epochs, pipeline, not kernels"]),
         (run_benchmark, "--against torch --reach 2", ["--reach 2 does not go", "races 1"]),
         (run_digits, "--loop while", ["'while'", "auto, dispatch, scan"]),
         (run_digits, "--loop scan --data-on-device no", ["--loop scan needs", "--loop dispatch"]),
@@ -691,7 +703,6 @@ def run_import():
         (run_digits, "--data-parallel 2 --remat 4", ["--remat 4 does not go"]),
         (run_digits, "--reach 0", ["--reach is 0", "at least 1"]),
         (run_digits, "--reach 2 --rule bp", ["`reach` is 2, but rule 'bp' has no local losses"]),
-        (run_digits, "--reach 2 --pipeline 2", ["--reach 2 does not go with --pipeline"]),
         (run_digits, "--measure norm", ["--measure has 'norm'", "alignment, norms, probes, heads"]),
         (run_digits, "--measure-every 2", ["--measure-every 2 is given without --measure"]),
         (run_digits, "--measure norms --measure-every 0", ["--measure-every is 0", "at least 1"]),
@@ -778,7 +789,8 @@ def test_a_full_disk_is_one_clear_line_and_keeps_what_was_saved(tmp_path, monkey
 COMMANDS = (
     *("cifar10", "cifar100", "fashion_mnist", "mnist", "digits", "imagenette", "tiny_imagenet"),
     *("visual_wake_words", "image_folder", "prepare_data", "evaluate", "compare"),
-    *("import_lls_dnn", "export_lls_dnn", "accounting", "paper"),
+    *("import_lls_dnn", "export_lls_dnn", "accounting", "paper", "run"),
+    *("board", "report"),
 )
 
 

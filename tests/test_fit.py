@@ -148,6 +148,9 @@ def test_a_run_in_a_folder_is_told_stopped_resumed_and_extended(tmp_path):
     heard = Heard(stop_at=6)
     stopped = fit(MODEL, RULE, TX, epochs=2, workdir=tmp_path / "run", callbacks=[heard], **options)
     assert stopped.stopped == 1 and int(stopped.state.step) == 6
+    # What comes back is judged where it stopped, not where its last epoch ended.
+    saved = evaluation.restore(tmp_path / "run", MODEL, RULE, jnp.zeros((1, 6)), 6).state
+    jax.tree.map(np.testing.assert_array_equal, stopped.evaluation.params, saved.params)
     # A checkpoint is written while training goes on.
     assert [event for event in heard.events if event[0] != "checkpoint"] == [
         ("start", 0, False),

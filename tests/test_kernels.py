@@ -6,6 +6,7 @@ None of this needs a GPU; what does carries the marker `gpu` (`LLS_JAX_TEST_GPU=
 import dataclasses
 import json
 import os
+import random
 
 import cuda
 import jax
@@ -30,6 +31,7 @@ ODD = [
     for latents, rows, classes, modulation in [
         (2048, 20, 100, "matrix"),
         (2048, 100, 10, "matrix"),
+        (2048, 100, 100, "matrix"),
         (1024, 200, 200, "none"),
         (75, 20, 20, "vector"),
         (2048, 500, 500, "none"),
@@ -39,7 +41,7 @@ ODD = [
 LAYERS = [layer for layers in shapes.LAYERS.values() for layer in layers]
 # One of each modulation, and the largest.
 SOME_PROBLEMS = [*shapes.problems(LAYERS[:1], shapes.MODULATIONS, 10), *ODD[:1], *ODD[4:5]]
-SOME_HEADS = {name: CASES[name] for name in ("mlp", "goodness", "regression")}
+SOME_HEADS = {name: CASES[name] for name in ("mlp", "goodness", "hundred")}
 EVERY_PROBLEM = [*SOME_PROBLEMS, *shapes.problems(LAYERS, ["matrix"], 10)[1:], *ODD]
 EXHAUSTIVE = bool(os.environ.get("LLS_JAX_EXHAUSTIVE"))
 PROBLEMS = EVERY_PROBLEM if EXHAUSTIVE else SOME_PROBLEMS
@@ -112,46 +114,74 @@ def abstract(rows, latents, batch=128):
     )
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_every_pallas_kernel_compiles_and_does_not_spill(capability, tmp_path):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    for what, head, params, rows, latents in cases(capability):
-        sizes = tiles.default_tiles(rows, latents, params)
+def compile_pallas(head, params, rows, latents, sizes, capability, folder):
+    def launch(params, *arrays):
+        return pallas_triton.launch(Call(head, params, *arrays, not params, sizes))
 
-        def launch(params, *arrays, head=head, sizes=sizes):
-            return pallas_triton.launch(Call(head, params, *arrays, not params, sizes))
-
-        lowered = cuda.lower(jax.jit(launch), params, *abstract(rows, latents))
-        (kernel,) = cuda.triton_kernels(lowered)
-        assert_fits(cuda.compile_ttir(kernel, capability, tmp_path), what)
+    lowered = cuda.lower(jax.jit(launch), params, *abstract(rows, latents))
+    (kernel,) = cuda.triton_kernels(lowered)
+    return cuda.compile_ttir(kernel, capability, folder)
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_every_triton_kernel_compiles_and_does_not_spill(capability, tmp_path):
-    pytest.importorskip("triton", reason="Triton is not installed")
+def compile_triton(head, params, rows, latents, sizes, capability, folder):
     from pallas_kernels.local_loss import triton_source
 
+    program = heads.trace(head, rows, params, jnp.int32)
+    arrays = [*program.consts, *jax.tree.leaves(params)]
+    source = triton_source.write_source(
+        program,
+        [(tuple(array.shape), np.dtype(array.dtype)) for array in arrays],
+        rows,
+        np.dtype(np.int32),
+        True,
+        not params,
+    )
+    return cuda.compile_jit(
+        triton_source.load_kernel(source),
+        triton_source.constants(128, latents, rows, sizes.block_latents),
+        {"labels_ptr": "*i32"},
+        sizes,
+        capability,
+        folder,
+    )
+
+
+COMPILE = {"pallas": compile_pallas, "triton": compile_triton}
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("form", COMPILE)
+def test_every_kernel_compiles_and_does_not_spill(form, capability, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
     for what, head, params, rows, latents in cases(capability):
         sizes = tiles.default_tiles(rows, latents, params)
-        program = heads.trace(head, rows, params, jnp.int32)
-        arrays = [*program.consts, *jax.tree.leaves(params)]
-        source = triton_source.write_source(
-            program,
-            [(tuple(array.shape), np.dtype(array.dtype)) for array in arrays],
-            rows,
-            np.dtype(np.int32),
-            True,
-            not params,
-        )
-        used = cuda.compile_jit(
-            triton_source.load_kernel(source),
-            triton_source.constants(128, latents, rows, sizes.block_latents),
-            {"labels_ptr": "*i32"},
-            sizes,
-            capability,
-            tmp_path,
-        )
+        used = COMPILE[form](head, params, rows, latents, sizes, capability, tmp_path)
         assert_fits(used, what)
+
+
+def test_the_tiles_that_a_search_tries_compile(tmp_path):
+    """Of all neighbours of all tiles, by both forms, for three architectures, some."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    draw = random.Random(seed)
+    tried = [
+        (problem, base, sizes, form, capability)
+        for problem in PROBLEMS
+        for base, *others in [tune.neighbours(problem)]
+        for sizes in others
+        for form in COMPILE
+        for capability in (80, 90, 100)
+    ]
+    for problem, base, sizes, form, capability in draw.sample(tried, 40 if EXHAUSTIVE else 2):
+        head, params, rows, latents = problem.head, problem.params, problem.rows, problem.latents
+        used = COMPILE[form](head, params, rows, latents, sizes, capability, tmp_path)
+        print(problem, sizes, form, capability, used)
+        # What a block may have with compute capability 8.0.
+        assert used.shared <= 163 * 1024 and 0 < used.registers <= 255
+        # With fewer threads, or larger tiles for them, registers may not suffice.
+        if sizes.num_warps >= base.num_warps and sizes.block_latents <= base.block_latents:
+            assert_fits(used._replace(shared=0), problem)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
@@ -213,7 +243,7 @@ def test_tuning_writes_the_fastest_tiles(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "loss_and_gradients", interpreted)
     small = shapes.Problem(16, 4, 4, "matrix")
     monkeypatch.setattr(
-        timing, "turns", lambda calls, count: [1.0] * (len(calls) - 2) + [0.25, 0.5]
+        timing, "turns", lambda calls, count, agree: [1.0] * (len(calls) - 2) + [0.25, 0.5]
     )
     (row,) = tune.tune([small], ["pallas"], [2])
     assert row["speed_over_xla"] == pytest.approx(4) and row["speed_over_heuristic"] == 4
@@ -249,7 +279,7 @@ def test_a_form_is_taken_by_a_margin(seconds, taken):
 
 
 def test_a_run_measures_its_own_steps():
-    def turns(calls, count):
+    def turns(calls, count, agree):
         # Every contestant has been compiled, and runs.
         found = [call()[1] for call in calls]
         np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-4)
@@ -287,11 +317,60 @@ def test_a_choice_is_kept_with_the_run_and_for_the_next_one(tmp_path, monkeypatc
     assert kernels.choose(one, None, "cpu") is None
 
 
+@pytest.mark.parametrize(
+    ("is_first", "said", "taken", "measures"),
+    [
+        # What the first process knows; what it has measured, whatever this one has.
+        (False, [3], "pallas", False),
+        (False, [0, 2], "split", True),
+        (True, [0, 4], "triton", True),
+    ],
+)
+def test_processes_take_what_the_first_one_says(
+    tmp_path, monkeypatch, is_first, said, taken, measures
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    told, measured = [], []
+
+    def agree(number):
+        told.append(number)
+        return said[len(told) - 1]
+
+    def measure(work):
+        measured.append(work)
+        return kernels.KernelChoice("triton", {"xla": 1.0, "triton": 1.2}, {})
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(kernels.processes, "is_first", lambda: is_first)
+    monkeypatch.setattr(kernels.processes, "make_agreement", lambda: agree)
+    one = work(rule=rules.make("lls_mxm", num_classes=10))
+    assert kernels.choose(one, None, "gpu").implementation == taken
+    assert bool(measured) == measures
+    assert told == ([0, 4] if is_first else [0] * len(said))
+    # The others write nothing.
+    assert any(tmp_path.rglob("*.json")) == is_first
+
+
 def test_a_form_that_cannot_run_is_left_out_and_says_why():
     one = work(rule=rules.make("lls_mxm", num_classes=10), batch_size=1)
-    choice = kernels.measure(one, ("pallas",), lambda calls, count: [1.0] * len(calls))
+    choice = kernels.measure(one, ("pallas",), lambda calls, count, agree: [1.0] * len(calls))
     if jax.default_backend() == "cpu":
         assert choice.implementation == "xla" and "needs an NVIDIA GPU" in choice.refused["pallas"]
+
+
+def test_a_form_that_another_process_cannot_run_is_left_out(monkeypatch):
+    said = iter([0, 1])
+    monkeypatch.setattr(kernels.processes, "make_agreement", lambda: lambda number: next(said))
+    monkeypatch.setattr(kernels, "_chain", lambda *arguments: lambda: None)
+    choice = kernels.measure(work(), ("pallas",), lambda calls, count, agree: [1.0] * len(calls))
+    assert list(choice.speeds) == ["xla"] and "another process" in choice.refused["pallas"]
+
+
+def test_turns_are_as_many_as_all_agree_on():
+    called = []
+    timing.turns([lambda: called.append(1)], 2, lambda number: 3)
+    # To compile, to guess, and two turns of three.
+    assert len(called) == 1 + 3 + 2 * 3
 
 
 def test_turns_measures_each_function_and_copies_have_a_speed():

@@ -121,7 +121,11 @@ def test_temporaries_do_not_grow_with_depth(above):
 @on_cpu
 @pytest.mark.parametrize(
     ("name", "side", "most"),
-    [("small_conv", 32, 0.65), ("vgg8", 32, 0.42), ("mobilenet_v1", 128, 0.47)],
+    [
+        ("small_conv", 32, 0.65),
+        pytest.param("vgg8", 32, 0.42, marks=pytest.mark.exhaustive),
+        pytest.param("mobilenet_v1", 128, 0.47, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_the_local_step_takes_less_memory_than_backpropagation(name, side, most):
     model = models.make(name, num_classes=10)

@@ -20,16 +20,19 @@ import pytest
 
 from experiments import benchmark, train
 from experiments.config import TrainConfig
+from experiments.suites import pipeline as suite
 from lls_jax import fit, models, placement, processes, rules, training
 from lls_jax.blocks import ConvBlock, DepthwiseSeparableBlock
 from lls_jax.data import Split
 from lls_jax.data import batches as data
+from lls_jax.data.arrays import describe
 from lls_jax.data.order import epoch_permutation
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
 from lls_jax.placement import block_pipeline
+from lls_jax.runs import callbacks, kernels
 from lls_jax.runs import folder as folders
-from lls_jax.runs.source import describe
+from lls_jax.steps.reach_schedule import Move, schedule
 
 CLASSES, DEVICES = 5, 5
 HAS_DEVICES = len(jax.devices()) >= DEVICES
@@ -142,6 +145,30 @@ def test_stages_are_balanced(seconds, stages, sizes):
     assert dearest(ours) == dearest(sizes)
 
 
+@pytest.mark.parametrize(
+    ("reach", "sizes", "waiting"),
+    [
+        # Every piece takes a second. Four blocks take more than what they wait for.
+        (1, (4, 4), 0),
+        (2, (4, 4), 0),
+        (3, (3, 4, 1), 0),
+        # Up to the block above, down again, and it learns: more than one block has to do.
+        (2, (1, 1, 6), 0),
+        (2, (1, 1, 1), 1),
+        (3, (1, 1, 1, 1), 2),
+    ],
+)
+def test_a_stage_waits_for_gradients_only_with_nothing_else_to_do(reach, sizes, waiting):
+    units = sum(sizes)
+    moves = [Move("run", i, i) for i in range(units)] if reach == 1 else schedule(units, reach)
+    stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
+    seconds = dict.fromkeys(moves, 1.0)
+    own = placement.by_unit(seconds)
+    ends = np.cumsum(sizes)
+    longest = max(sum(own[e - s : e]) for e, s in zip(ends, sizes))
+    assert suite.seconds_a_step(seconds, stage_of) == longest + waiting
+
+
 def test_wrong_stages_are_refused():
     model = models.make("small_conv", num_classes=CLASSES)
     with pytest.raises(ValueError, match="6 stages for 5 units"):
@@ -154,19 +181,27 @@ def test_wrong_stages_are_refused():
 
 
 @on_devices
-@pytest.mark.parametrize("remat_above", [None, 8192])
-def test_a_pipeline_is_bit_identical_to_its_units_on_one_device(remat_above):
+@pytest.mark.parametrize(
+    ("remat_above", "reach", "cuts"),
+    [
+        (None, 1, [(3, 4), (1, 1, 1, 2, 2)]),
+        (8192, 1, [(1, 2, 2, 2)]),
+        # A gradient goes down through a stage of one unit, and to a stage further down.
+        (None, 3, [(2, 1, 4)]),
+    ],
+)
+def test_a_pipeline_is_bit_identical_to_its_units_on_one_device(remat_above, reach, cuts):
     model, rule = make_mixed(dropout=0.2)
     state, batches, devices = start(model, rule), make_batches(), jax.devices()
 
     def run(sizes):
         execution = placement.pipeline(
-            model, rule, TX, devices[: len(sizes)], sizes, remat_above=remat_above
+            model, rule, TX, devices[: len(sizes)], sizes, remat_above=remat_above, reach=reach
         )
         return execution, *advance(execution, state, batches)
 
     _, alone, one = run((7,))
-    for sizes in [(3, 4), (1, 1, 1, 2, 2)] if remat_above is None else [(1, 2, 2, 2)]:
+    for sizes in cuts:
         execution, spread, several = run(sizes)
         assert_equal(spread, alone)
         for a, b in zip(one, several):
@@ -196,10 +231,10 @@ def test_executions_equal_the_single_step_within_rounding(reach):
     expected, losses = advance(
         placement.single(model, rule, tx, reach=reach), jax.tree.map(jnp.copy, state), batches
     )
-    executions = [placement.data_parallel(model, rule, tx, devices[:4], reach)]
-    if reach == 1:
-        executions.append(placement.pipeline(model, rule, tx, devices[:2], (3, 4)))
-    for execution in executions:
+    for execution in (
+        placement.data_parallel(model, rule, tx, devices[:4], reach),
+        placement.pipeline(model, rule, tx, devices[:3], (3, 1, 3), reach=reach),
+    ):
         ours, metrics = advance(execution, state, batches)
         assert_close(ours, expected, 2e-4)
         for a, b in zip(metrics, losses):
@@ -331,6 +366,48 @@ def test_a_kernel_runs_on_each_shard(form):
 
 
 @on_devices
+def test_a_form_is_chosen_by_steps_on_shards(monkeypatch):
+    """Each form's steps run on both devices, with the same losses; the run takes the choice."""
+    specs = (BlockSpec(ConvBlock(4), pool_size=2, average_pool=2, flatten=True),)
+    model, tx = Network("one", CLASSES, specs), optax.sgd(0.05)
+    rule = make_rule("lls_mxm").interpreted()
+    execution = placement.data_parallel(model, rule, tx, jax.devices()[:2])
+    work = kernels.Work(model, rule, tx, (8, 8, 3), 12, execution=execution)
+
+    def turns(calls, count, agree):
+        found = [call() for call in calls]
+        for state, losses in found:
+            assert len(jax.tree.leaves(state)[0].sharding.device_set) == 2
+            np.testing.assert_allclose(losses, found[0][1], rtol=1e-4)
+        assert len(found) == 2 and agree(7) == 7
+        return [1.0, 0.5]
+
+    choice = kernels.measure(work, ("xla", "pallas"), turns)
+    assert choice.implementation == "pallas"
+    # Where none is measured, as in a pipeline, none is chosen.
+    pipeline = placement.pipeline(model, rule, tx, jax.devices()[:1], (2,))
+    assert kernels.choose(work._replace(execution=pipeline), None, "gpu") is None
+
+    taken, told = [], []
+    monkeypatch.setattr(kernels, "choose", lambda work, folder: choice)
+
+    def with_rule(rule):
+        taken.append(rule.implementation)
+        return execution.with_rule(rule)
+
+    class Listener(callbacks.Callback):
+        def on_kernels(self, choice):
+            told.append(choice)
+
+    split = data.to_device(make_split())
+    fit(
+        model, rule, tx, train=split, epochs=1, batch_size=12, callbacks=[Listener()],
+        execution=execution._replace(with_rule=with_rule),
+    )  # fmt: skip
+    assert taken == ["pallas"] and told == [choice]
+
+
+@on_devices
 @pytest.mark.parametrize("in_order", [False, True])
 def test_sums_of_gradients_need_not_be_awaited(in_order):
     """The next block's convolution starts without the gradient, but on CPUs, in order."""
@@ -414,26 +491,29 @@ class Slow(rules.LocalRule):
 
 
 @on_devices
-def test_stages_work_at_the_same_time(monkeypatch):
+@pytest.mark.parametrize("reach", [1, 2])
+def test_stages_work_at_the_same_time(monkeypatch, reach):
     """The first stage is done with the next batch while the second is still at this one."""
-    specs = [BlockSpec(ConvBlock(4), pool_size=2) for _ in range(2)]
+    specs = [BlockSpec(ConvBlock(4), pool_size=2) for _ in range(3)]
     specs[-1] = dataclasses.replace(specs[-1], average_pool=2, flatten=True)
-    model = Network("two", CLASSES, tuple(specs))
-    rule = rules.PerBlock((make_rule("lls"), Slow()))
-    compiled_units, done = block_pipeline._compiled_units, []
+    model = Network("three", CLASSES, tuple(specs))
+    # The first block learns from the second, too, which is on the other device; from none beyond.
+    rule = rules.PerBlock((make_rule("lls"), make_rule("lls"), Slow()))
+    make_pieces, done = block_pipeline.make_pieces, []
 
     def watched(*arguments):
-        (names, unit), *others = compiled_units(*arguments)
+        pieces = make_pieces(*arguments)
 
-        def first(*values):
-            out = unit(*values)
-            done.append(out[2])
-            return out
+        def do(move, *others):
+            states, work = pieces.do(move, *others)
+            if move[:2] == ("run", 0):
+                done.append(work.x)
+            return states, work
 
-        return [(names, first), *others]
+        return pieces._replace(do=do)
 
-    monkeypatch.setattr(block_pipeline, "_compiled_units", watched)
-    execution = placement.pipeline(model, rule, TX, jax.devices()[:2], (1, 2))
+    monkeypatch.setattr(block_pipeline, "make_pieces", watched)
+    execution = placement.pipeline(model, rule, TX, jax.devices()[:2], (1, 3), reach=reach)
     compiling, *batches = make_batches(4)
     running, metrics = execution.step(execution.enter(start(model, rule)), compiling)
     jax.block_until_ready(metrics)
@@ -475,14 +555,18 @@ def test_the_command_trains_in_a_pipeline_and_resumes_elsewhere(tmp_path, capsys
 
 
 @on_devices
-def test_the_pipeline_suite_reports_ideal_and_achieved(tmp_path):
+def test_the_pipeline_suite_reports_expected_and_achieved(tmp_path, monkeypatch):
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
     config = benchmark.BenchmarkConfig(
-        suite="pipeline", rules=["lls", "bp"], batch_sizes=[4], turns=1, out=str(tmp_path)
-    )
+        suite="pipeline", rules=["lls", "bp"], reach=[2], batch_sizes=[4], turns=1,
+        out=str(tmp_path),
+    )  # fmt: skip
     assert benchmark.benchmark(config) == 0
-    rows = json.loads((tmp_path / "benchmark.json").read_text())["results"]
-    assert [row["devices"] for row in rows] == [2, 3, 4, 5]
-    for row in rows:
-        assert row["rule"] == "lls"
-        assert 1 <= row["gpipe"] <= row["ideal"] <= row["devices"]
-        assert row["achieved"] == pytest.approx(row["one_device_ms"] / row["pipeline_ms"])
+    (row,) = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+    assert (row["rule"], row["reach"], row["devices"]) == ("lls", 2, 2)
+    assert 1 <= row["gpipe"] <= 2 and 1 <= row["ideal"] <= 2
+    stages = [float(ms) for ms in row["stage_ms"].split(", ")]
+    expected = sum(stages) / (max(stages) + row["waiting_ms"])
+    assert row["ideal"] == pytest.approx(expected, rel=0.1)
+    assert row["achieved"] == pytest.approx(row["one_device_ms"] / row["pipeline_ms"])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import evaluate, setup, train
+from experiments import data_sets, evaluate, train
 from experiments.config import TrainConfig
 from lls_jax.data import batches, get_spec, photographs, prepare, storage, streaming
 from lls_jax.data.order import epoch_permutation
@@ -193,10 +193,10 @@ def test_a_data_folder_may_be_read_only(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("first", [True, False])
 def test_of_several_processes_the_first_decodes(monkeypatch, first):
     events = []
-    monkeypatch.setattr(setup.processes, "is_first", lambda: first)
-    monkeypatch.setattr(setup.processes, "wait_for_all", lambda name: events.append("all wait"))
-    monkeypatch.setattr(setup, "load_split", lambda config, spec, split: events.append(split))
-    setup._load_splits(TrainConfig(), get_spec("digits"))
+    monkeypatch.setattr(data_sets.processes, "is_first", lambda: first)
+    monkeypatch.setattr(data_sets.processes, "wait_for_all", lambda name: events.append("all wait"))
+    monkeypatch.setattr(data_sets, "load_split", lambda config, opened, split: events.append(split))
+    data_sets.load_splits(TrainConfig(), None)
     loads = [["train", "all wait"], ["test", "all wait"]]
     assert events == [event for pair in loads for event in (pair if first else pair[::-1])]
 

@@ -194,7 +194,7 @@ OTHER = {
     "pipeline": 2, "data_parallel": 2, "seed": 3, "train_examples": 64, "eval_examples": 40,
     "data_dir": "some where", "data_on_device": "no", "workdir": "a folder", "checkpoint_every": 5,
     "progress": False, "augmentation": "crop", "validation_examples": 24, "patience": 3,
-    "clip_norm": 2.0, "warmup_epochs": 1,
+    "clip_norm": 2.0, "warmup_epochs": 1, "log": "tensorboard,mlflow", "profile": 3,
 }  # fmt: skip
 # These need others beside them.
 TOGETHER = {

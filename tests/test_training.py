@@ -23,7 +23,10 @@ MIXED = [
 LEARNING = [
     *((",".join(names), "small_conv") for names in MIXED),
     *((name, "small_conv") for name in BASELINES),
-    *(("lls_mxm", name) for name in ("vgg8", "mobilenet_v1_small")),
+    *(
+        pytest.param("lls_mxm", name, marks=pytest.mark.exhaustive)
+        for name in ("vgg8", "mobilenet_v1_small")
+    ),
 ]
 
 

@@ -1,13 +1,16 @@
-"""Blocks on several devices: stage times, and the ideal and the achieved speed-up.
+"""Blocks on several devices: stage times, and the expected and the achieved speed-up.
 
-The same compiled updates, block by block, run once all on one device and once spread over the
-devices. Ideal is the sum of the stages' times over the longest one. For comparison, what a GPipe
-schedule of backpropagation over stages of these times would reach at its best: computed from the
-same times and a number of micro-batches, not measured.
+The same compiled pieces of work, unit by unit, run once all on one device and once spread over the
+devices. Expected is what the pieces' times and their order allow, if passing arrays on took no
+time: the sum of the stages' times over the time that a step then takes, which is the longest
+stage's unless that has to wait for gradients from above (a reach of 2 or more). Waiting is the
+difference. For comparison, what a GPipe schedule of backpropagation over stages of these times
+would reach at its best: computed from the same times and a number of micro-batches, not measured.
 """
 
 import pathlib
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,22 +18,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import optimizers
-from experiments.config import BASELINES, TrainConfig
-from experiments.setup import bytes_above
+from experiments.config import TrainConfig
+from experiments.config_choices import BASELINES
+from experiments.execution import pipeline_options
 from experiments.suites import report
-from experiments.suites.training import make_benchmark_task
+from experiments.suites.training import make_benchmark_task, with_reaches
 from lls_jax import placement, training
 from lls_jax.errors import UserError
+from lls_jax.steps.reach_schedule import Move
 
 _MICRO_BATCHES = 8
+# As many as it takes until each is like the one before.
+_SETTLING = 20
 _COLUMNS = {
     "model": "model",
     "rule": "rule",
+    "reach": "reach",
     "batch_size": "batch",
     "devices": "devices",
     "units_a_stage": "units a stage",
     "stage_ms": "stages [ms]",
-    "ideal": "ideal speed-up",
+    "waiting_ms": "waiting [ms], computed",
+    "ideal": "expected speed-up",
     "achieved": "achieved",
     "gpipe": "GPipe of bp, computed",
     "one_device_ms": "ms a step, one device",
@@ -38,15 +47,51 @@ _COLUMNS = {
 }
 
 
+def seconds_a_step(seconds: Mapping[Move, float], stage_of: Sequence[int]) -> float:
+    """What a step takes in the long run, if arrays pass from device to device in no time.
+
+    Args:
+        seconds: of each piece of a step, in order.
+        stage_of: each unit's stage. A device does what it is given in turn.
+    """
+    moves, _ = placement.order(tuple(seconds), stage_of)
+    free = [0.0] * (max(stage_of) + 1)
+    # When the pieces of a batch, and of the one before, were done.
+    done: dict[Move, float] = {}
+    ends = []
+    for _ in range(2 * _SETTLING):
+        before, done = done, {}
+        for move, is_late in moves:
+            own = before if is_late else done
+            if is_late and not before:
+                continue
+            needed = [own[one] for one in own if _needs(move, one)]
+            if move.kind == "run":
+                needed += [t for one, t in before.items() if one.unit == move.unit]
+            stage = stage_of[move.unit]
+            free[stage] = own[move] = max([free[stage], *needed]) + seconds[move]
+        ends.append(max(done.values()))
+    return (ends[-1] - ends[_SETTLING - 1]) / _SETTLING
+
+
+def _needs(move: Move, other: Move) -> bool:
+    """Whether a piece needs what another one of the same batch gives."""
+    if other.kind == "run":
+        return other.unit == (move.unit - 1 if move.kind == "run" else move.unit)
+    if other.kind == "update" or other.unit != move.unit + 1:
+        return False
+    return move.kind == "update" or (move.kind == "pass" and other.loss == move.loss)
+
+
 def _milliseconds(execution: placement.Execution, state: Any, batch: Any, steps: int) -> float:
     running = execution.enter(state)
     for _ in range(3):
         running, metrics = execution.step(running, batch)
-    jax.block_until_ready(metrics)
+    jax.block_until_ready((metrics, running.states, running.before))
     start = time.perf_counter()
     for _ in range(steps):
         running, metrics = execution.step(running, batch)
-    jax.block_until_ready((metrics, running.states))
+    jax.block_until_ready((metrics, running.states, running.before))
     return 1e3 * (time.perf_counter() - start) / steps
 
 
@@ -61,11 +106,19 @@ def run(config: Any) -> int:
         )
     rows: list[report.Row] = []
     for model in config.models:
-        for rule in (name for name in config.rules if name not in BASELINES):
+        local = [name for name in config.rules if name not in BASELINES]
+        for rule, reach in with_reaches(local, config.reach):
             for batch_size in config.batch_sizes:
                 rows += _measure(
                     config,
-                    TrainConfig(model=model, rule=rule, batch_size=batch_size, remat=config.remat),
+                    TrainConfig(
+                        model=model,
+                        rule=rule,
+                        reach=reach,
+                        batch_size=batch_size,
+                        remat=config.remat,
+                        slice=config.slice if reach > 1 else None,
+                    ),
                 )
     text = f"{report.device_line()}, {len(devices)} devices\n\n" + report.markdown(_COLUMNS, rows)
     report.write(pathlib.Path(config.out), config, rows, text)
@@ -84,31 +137,36 @@ def _measure(config: Any, train_config: TrainConfig) -> list[report.Row]:
     state = training.create_train_state(
         task.model, task.rule, tx, jax.random.key(config.seed), batch["image"]
     )
-    above = bytes_above(train_config.remat)
-    units = placement.measure_units(task.model, task.rule, tx, state, batch, remat_above=above)
+    options = pipeline_options(train_config)
+    seconds = placement.measure_moves(task.model, task.rule, tx, state, batch, **options)
+    units = placement.by_unit(seconds)
     devices = jax.devices()
-    alone = placement.pipeline(task.model, task.rule, tx, devices[:1], (len(units),), above)
+    alone = placement.pipeline(task.model, task.rule, tx, devices[:1], (len(units),), **options)
     rows = []
     for count in range(2, min(len(devices), len(units)) + 1):
         sizes = placement.partition(units, count)
         ends = np.cumsum(sizes)
         stages = [sum(units[end - size : end]) for size, end in zip(sizes, ends)]
-        spread = placement.pipeline(task.model, task.rule, tx, devices[:count], sizes, above)
+        stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
+        spread = placement.pipeline(task.model, task.rule, tx, devices[:count], sizes, **options)
         one, several = [], []
         # In turns, so that what else the machine does meets both alike.
         for _ in range(max(3, config.turns // 2)):
             one.append(_milliseconds(alone, state, batch, 5))
             several.append(_milliseconds(spread, state, batch, 5))
         total, longest = sum(stages), max(stages)
+        expected = seconds_a_step(seconds, stage_of)
         rows.append(
             {
                 "model": train_config.model,
                 "rule": train_config.rule,
+                "reach": train_config.reach,
                 "batch_size": train_config.batch_size,
                 "devices": count,
                 "units_a_stage": ", ".join(map(str, sizes)),
                 "stage_ms": ", ".join(f"{1e3 * seconds:.1f}" for seconds in stages),
-                "ideal": total / longest,
+                "waiting_ms": 1e3 * (expected - longest),
+                "ideal": total / expected,
                 "achieved": float(np.median(one) / np.median(several)),
                 "gpipe": _MICRO_BATCHES * total / ((_MICRO_BATCHES - 1) * longest + total),
                 "one_device_ms": float(np.median(one)),

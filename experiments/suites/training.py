@@ -14,34 +14,32 @@ compiler allots to the step.
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import itertools
 import multiprocessing
 import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import optimizers
-from experiments.config import BASELINES, TrainConfig
-from experiments.setup import Task, bytes_above, example_image, make_task
-from experiments.suites import against_torch, baselines, report
+from experiments.config import TrainConfig
+from experiments.config_choices import BASELINES
+from experiments.execution import bytes_above
+from experiments.setup import Task, example_image, make_task
+from experiments.suites import against_torch, report
+from experiments.suites.entrants import BASELINE_STEPS, Entrant, with_baselines
 from lls_jax import rules, training
 from lls_jax.data import batches
 from lls_jax.data.order import epoch_permutation
-from lls_jax.models import Network
 from lls_jax.runs import epoch_sums
 
 _WARM_UP_STEPS = 3
-_STEPS_A_TURN = 5
-# Micro-batches that gradients are accumulated over.
-_PARTS = 4
+STEPS_A_TURN = 5
 # Pixels along a side of the random images; the published runs of MobileNet have no smaller ones.
 _SIDES = {"mobilenet_v1": 128, "mobilenet_v1_small": 128}
 _COLUMNS = {
@@ -85,49 +83,23 @@ def make_benchmark_task(config: TrainConfig) -> Task:
     return task._replace(spec=dataclasses.replace(task.spec, image_shape=(side, side, 3)))
 
 
-# Ways to save memory with bp, by name.
-_BASELINES: dict[str, Callable[[Network, optax.GradientTransformation], training.TrainStep]] = {
-    "checkpointed": baselines.make_checkpointed_step,
-    "accumulated": functools.partial(baselines.make_accumulating_step, parts=_PARTS),
-}
-
-
-class Entrant(NamedTuple):
-    """What takes part in a race.
-
-    Attributes:
-        config: model, rule, reach, batch size, precision and kernels count.
-        baseline: of rule ``bp``: ``"checkpointed"``, ``"accumulated"``, or None for the plain step.
-    """
-
-    config: TrainConfig
-    baseline: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The rule, and what is done about its memory."""
-        if self.baseline == "accumulated":
-            return f"{self.config.rule}, {_PARTS} x {self.config.batch_size // _PARTS}"
-        return f"{self.config.rule}, {self.baseline}" if self.baseline else self.config.rule
-
-
-def with_baselines(config: TrainConfig) -> list[Entrant]:
-    """A config of rule ``bp``, and the ways to save its memory that its batch size allows."""
-    names = [name for name in _BASELINES if name != "accumulated" or not config.batch_size % _PARTS]
-    return [Entrant(config), *(Entrant(config, name) for name in names)]
-
-
 class Contestant:
     """One entrant's training loop, advanced a few steps at a time.
 
     Args:
         entrant: what takes part.
         seed: of the random images and weights.
+        make: what its config is a task of.
     """
 
-    def __init__(self, entrant: Entrant, seed: int) -> None:
+    def __init__(
+        self,
+        entrant: Entrant,
+        seed: int,
+        make: Callable[[TrainConfig], Task] = make_benchmark_task,
+    ) -> None:
         config = entrant.config
-        task = make_benchmark_task(config)
+        task = make(config)
         tx = optimizers.make(config, steps_per_epoch=1000)
         generator = np.random.default_rng(seed)
         count = config.batch_size * 4
@@ -154,7 +126,7 @@ class Contestant:
                 slice_above=bytes_above(config.slice),
             )
         else:
-            self._step = _BASELINES[entrant.baseline](task.model, tx)
+            self._step = BASELINE_STEPS[entrant.baseline](task.model, tx)
         batch = self._sample(self._data, self._permutation, 0, self._key)
         start = time.perf_counter()
         compiled = self._step.lower(self._state, batch).compile()  # type: ignore[attr-defined]
@@ -209,6 +181,7 @@ def race(
     seed: int,
     peaks: Sequence[int | None] | None = None,
     rivals: Sequence[against_torch.Rival | None] | None = None,
+    make: Callable[[TrainConfig], Task] = make_benchmark_task,
 ) -> list[report.Row]:
     """Measure some entrants in turns; plain ``bp`` is what the others are compared to.
 
@@ -218,8 +191,9 @@ def race(
         seed: of the random images and weights.
         peaks: from :func:`allocator_peaks`.
         rivals: of each entrant, whose turn is right after the entrant's; None for no one.
+        make: what a config is a task of, whose images are random.
     """
-    contestants = [Contestant(entrant, seed) for entrant in entrants]
+    contestants = [Contestant(entrant, seed, make) for entrant in entrants]
     rivals = rivals or [None] * len(entrants)
 
     def advance(steps: int, *, keep: bool) -> None:
@@ -230,7 +204,7 @@ def race(
 
     advance(_WARM_UP_STEPS, keep=False)
     for _ in range(turns):
-        advance(_STEPS_A_TURN, keep=True)
+        advance(STEPS_A_TURN, keep=True)
     seconds = [statistics.median(contestant.times) for contestant in contestants]
     peak_bytes = [
         contestant.peak_bytes if peak is None else peak
@@ -249,7 +223,7 @@ def race(
         against: report.Row = {}
         if rival is not None:
             against = against_torch.compare(
-                contestant.times, rival, _STEPS_A_TURN, config.batch_size
+                contestant.times, rival, STEPS_A_TURN, config.batch_size
             )
         return {
             "model": config.model,
@@ -336,6 +310,6 @@ def run(config: Any) -> int:
         head += f", load {raced['load_before']:.1f} before, OMP_WAIT_POLICY "
         head += raced["omp_wait_policy"] or "not set"
         columns = {**_COLUMNS, **against_torch.COLUMNS}
-    head += f"; medians of {_STEPS_A_TURN * config.turns} steps\n\n"
+    head += f"; medians of {STEPS_A_TURN * config.turns} steps\n\n"
     report.write(pathlib.Path(config.out), config, rows, head + report.markdown(columns, rows))
     return 0

@@ -114,6 +114,40 @@ def _numbers(values: tuple[int, ...]) -> bytes:
     return b"(" + b"".join(map(_number, values)) + b"t"
 
 
+_ORDERED = b"ccollections\nOrderedDict\n)R"
+_KINDS = {np.dtype(np.float32): b"FloatStorage", np.dtype(np.int64): b"LongStorage"}
+
+
+def _describe(state_dict: Mapping[str, np.ndarray]) -> tuple[bytes, list[np.ndarray]]:
+    """A pickle of a state dict, without its head and end, and the arrays of its storages."""
+    body, storages = [], []
+    for key, (name, array) in enumerate(state_dict.items()):
+        # `ascontiguousarray` would give a scalar an axis.
+        value = np.asarray(array, order="C")
+        strides = tuple(step // value.itemsize for step in value.strides)
+        storage = (
+            b"(" + _text("storage") + b"ctorch\n" + _KINDS[value.dtype] + b"\n"
+            + _text(str(key)) + _text("cpu") + _number(value.size) + b"tQ"
+        )  # fmt: skip
+        tensor = (
+            b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _number(0)
+            + _numbers(value.shape) + _numbers(strides) + b"\x89" + _ORDERED + b"tR"
+        )  # fmt: skip
+        body.append(_text(name) + tensor)
+        storages.append(value)
+    return _ORDERED + b"(" + b"".join(body) + b"u", storages
+
+
+def _write_archive(path: pathlib.Path, content: bytes, storages: list[np.ndarray]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + content + b".")
+        archive.writestr("archive/byteorder", "little")
+        for key, value in enumerate(storages):
+            little = value.astype(value.dtype.newbyteorder("<"))
+            archive.writestr(f"archive/data/{key}", little.tobytes())
+        archive.writestr("archive/version", "3\n")
+
+
 def write(path: pathlib.Path, state_dict: Mapping[str, np.ndarray], epoch: int) -> None:
     """Write ``{"epoch", "state_dict"}`` so that ``torch.load(path, weights_only=True)`` reads it.
 
@@ -122,31 +156,16 @@ def write(path: pathlib.Path, state_dict: Mapping[str, np.ndarray], epoch: int) 
         state_dict: arrays by name, float32 or int64.
         epoch: index of the last epoch, from 0, as the published code counts.
     """
-    kinds = {np.dtype(np.float32): b"FloatStorage", np.dtype(np.int64): b"LongStorage"}
-    ordered = b"ccollections\nOrderedDict\n)R"
-    body, storages = [], []
-    for key, (name, array) in enumerate(state_dict.items()):
-        # `ascontiguousarray` would give a scalar an axis.
-        value = np.asarray(array, order="C")
-        strides = tuple(step // value.itemsize for step in value.strides)
-        storage = (
-            b"(" + _text("storage") + b"ctorch\n" + kinds[value.dtype] + b"\n"
-            + _text(str(key)) + _text("cpu") + _number(value.size) + b"tQ"
-        )  # fmt: skip
-        tensor = (
-            b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _number(0)
-            + _numbers(value.shape) + _numbers(strides) + b"\x89" + ordered + b"tR"
-        )  # fmt: skip
-        body.append(_text(name) + tensor)
-        storages.append(value)
-    state = ordered + b"(" + b"".join(body) + b"u"
-    pickle = (
-        b"\x80\x02}(" + _text("epoch") + _number(epoch) + _text("state_dict") + state + b"u."
-    )  # fmt: skip
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", pickle)
-        archive.writestr("archive/byteorder", "little")
-        for key, value in enumerate(storages):
-            little = value.astype(value.dtype.newbyteorder("<"))
-            archive.writestr(f"archive/data/{key}", little.tobytes())
-        archive.writestr("archive/version", "3\n")
+    state, storages = _describe(state_dict)
+    content = b"}(" + _text("epoch") + _number(epoch) + _text("state_dict") + state + b"u"
+    _write_archive(path, content, storages)
+
+
+def write_state_dict(path: pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> None:
+    """Write a state dict by itself, as ``torch.save(module.state_dict(), path)`` does.
+
+    Args:
+        path: the file.
+        state_dict: arrays by name, float32 or int64.
+    """
+    _write_archive(path, *_describe(state_dict))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lls_jax import own_parts
 from lls_jax.blocks import (
     ConvBlock,
     ConvPair,
@@ -190,7 +191,9 @@ def make(
     Args:
         name: ``small_conv``, ``small_conv_l``, ``vgg8``, ``vgg11``, ``mobilenet_v1``,
             ``mobilenet_v1_small``, ``vgg8b``, ``vgg11b``, ``resnet32``, ``resnet110`` or
-            ``airbench``.
+            ``airbench``; or your own, ``"package.module:function"``: the function is called with
+            those of the options below that it has parameters for, and returns a
+            :class:`Network`; one that it has none for must be left at its default.
         num_classes: outputs of the classifier, at least 2.
         dropout: rate of the dropout after each pooling between blocks, in [0, 1).
         dtype: of the activations, float32 or bfloat16; parameters are float32.
@@ -203,7 +206,8 @@ def make(
         An immutable, hashable description; :meth:`Network.init` draws its parameters.
 
     Raises:
-        ValueError: an unknown name, or an option out of its range.
+        ValueError: an unknown name, an option out of its range or of no use to a function of your
+            own, or what that returns is no such network.
 
     >>> [spec.module.features for spec in make("small_conv", num_classes=10).specs]
     [32, 64, 128, 512]
@@ -218,16 +222,21 @@ def make(
         Jordan, https://arxiv.org/abs/2404.00498 (``airbench``: the network of airbench94, whose
         whitening filters are taken from training images).
     """
-    if name not in _MODELS:
+    if name not in _MODELS and not own_parts.is_own(name):
         close = difflib.get_close_matches(name, NAMES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(NAMES)}.{hint}")
+        raise ValueError(
+            f"unknown model {name!r}; expected one of {', '.join(NAMES)}, or your own as "
+            f"package.module:function.{hint}"
+        )
     if num_classes < 2:
         raise ValueError(f"`num_classes` is {num_classes}; it must be at least 2.")
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` is {dropout}; it must lie in [0, 1).")
     if not 0 < width < math.inf:
         raise ValueError(f"`width` is {width}; it must be positive.")
+    if own_parts.is_own(name):
+        return _make_own(name, num_classes, dropout, dtype, width, classifier_smoothing)
     design = _MODELS[name]
     specs = tuple(
         dataclasses.replace(spec, dropout=dropout)
@@ -244,4 +253,28 @@ def make(
         classifier=ScaledClassifier(num_classes, dtype) if design.scaled_classifier else None,
         classifier_smoothing=classifier_smoothing,
         whitening=design.whitening,
+    )
+
+
+def _make_own(
+    name: str,
+    num_classes: int,
+    dropout: float,
+    dtype: Any,
+    width: float,
+    classifier_smoothing: float,
+) -> Network:
+    own = own_parts.find("model", name)
+    options = {
+        "dropout": dropout,
+        "dtype": dtype,
+        "width": width,
+        "classifier_smoothing": classifier_smoothing,
+    }
+    plain = {"dropout": 0, "dtype": jnp.float32, "width": 1, "classifier_smoothing": 0}
+    own.check_used({option: v for option, v in options.items() if v != plain[option]})
+    return own.make_hashable(
+        {"num_classes": num_classes, **options},
+        Network,
+        "lls_jax.models.Network; return one, made of BlockSpecs.",
     )

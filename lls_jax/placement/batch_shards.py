@@ -1,5 +1,6 @@
 """Shards of the batch on several devices, of one process or of several."""
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ def data_parallel(
         ValueError: the devices are made of a CPU with too few threads.
     """
     _check_threads(devices)
+    with_rule = functools.partial(_with_rule, model, tx, devices, reach)
     mesh = jax.sharding.Mesh(list(devices), ("data",))
     rule = rule.on_mesh(mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -76,4 +78,10 @@ def data_parallel(
         state, metrics = train_step(state, batch)
         return state, {**metrics, "label": batch["label"]}
 
-    return Execution(place, step, processes.local_copy, place, sharded, train_step)
+    return Execution(place, step, processes.local_copy, place, sharded, train_step, with_rule)
+
+
+def _with_rule(
+    model: Network, tx: Optimizer, devices: Sequence[Any], reach: int, rule: Rule
+) -> Execution:
+    return data_parallel(model, rule, tx, devices, reach)

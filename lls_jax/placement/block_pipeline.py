@@ -4,10 +4,14 @@ A local block needs nothing of the blocks above it. So blocks can lie on differe
 at the same time, device k from batch t while device k + 1 learns from batch t - 1, with no bubble
 and no stale gradient: the next block takes the activation computed before the update, which is all
 that it takes in sequential training too.
+
+With a reach of R a block also waits for what comes down from the R - 1 blocks above it, which may
+lie on the next device: it learns from a batch before it sees the next one. The blocks below it go
+on meanwhile (:func:`lls_jax.placement.stages.order`), so that a device waits where R blocks in a
+row take longer than what else it has to do, and not for the whole way up and down.
 """
 
 import collections
-import functools
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,10 +21,12 @@ import jax.numpy as jnp
 
 from lls_jax.models import Network
 from lls_jax.placement.execution import Execution
+from lls_jax.placement.stages import by_unit, order
+from lls_jax.placement.unit_work import States, Work, make_pieces
 from lls_jax.rules import Rule, labels_of
-from lls_jax.steps.local import Unit, make_units
+from lls_jax.steps.reach_schedule import Move
 from lls_jax.steps.state import block_state, join_states, targets_of
-from lls_jax.training import Batch, BlockState, Metrics, Optimizer, TrainState
+from lls_jax.training import Batch, Metrics, Optimizer, TrainState
 
 # Batches that may be under way in a pipeline, beside one a stage.
 _SPARE = 2
@@ -33,21 +39,13 @@ class Running(NamedTuple):
         step: number of updates done.
         keys: the run's random key on each device.
         states: by name, blocks and classifier, each on its device.
+        before: the batch from which some of them have still to learn; None for no such.
     """
 
     step: int
     keys: dict[Any, jax.Array]
-    states: dict[str, BlockState]
-
-
-def _compiled_units(
-    model: Network, rule: Rule, tx: Optimizer, remat_above: int | None
-) -> list[Unit]:
-    """Each unit compiled by itself: its numbers do not depend on which others share its device."""
-    return [
-        unit._replace(update=jax.jit(unit.update, donate_argnums=0))
-        for unit in make_units(model, rule, tx, remat_above)
-    ]
+    states: States
+    before: Work | None = None
 
 
 @jax.jit
@@ -57,42 +55,6 @@ def _split_losses(losses: list[jax.Array]) -> Metrics:
     return {"layer_loss": jnp.concatenate([jnp.zeros(0), *blocks]), "loss": loss}
 
 
-def partition(seconds: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Cut a row of costs into consecutive stages, the dearest of which is as cheap as can be.
-
-    Args:
-        seconds: cost of each unit, in order.
-        stages: how many, at most as many as there are units.
-
-    Returns:
-        Units a stage; each at least one.
-
-    Raises:
-        ValueError: there are fewer units than stages, or no stage.
-
-    >>> partition([4.0, 1.0, 1.0, 2.0], 2)
-    (1, 3)
-    """
-    count = len(seconds)
-    if not 1 <= stages <= count:
-        raise ValueError(
-            f"{stages} stages for {count} units (the blocks and the classifier); expected 1 to "
-            f"{count}."
-        )
-
-    @functools.cache
-    def best(start: int, stages: int) -> tuple[float, tuple[int, ...]]:
-        if stages == 1:
-            return sum(seconds[start:]), (count - start,)
-        options = []
-        for size in range(1, count - start - stages + 2):
-            rest, sizes = best(start + size, stages - 1)
-            options.append((max(sum(seconds[start : start + size]), rest), (size, *sizes)))
-        return min(options)
-
-    return best(0, stages)[1]
-
-
 def pipeline(
     model: Network,
     rule: Rule,
@@ -100,32 +62,40 @@ def pipeline(
     devices: Sequence[Any],
     sizes: Sequence[int],
     remat_above: int | None = None,
+    reach: int = 1,
+    slice_above: int | None = None,
 ) -> Execution:
-    """Consecutive blocks on several devices, each learning as soon as its input is there.
+    """Consecutive blocks on several devices, each learning as soon as it can.
 
-    Every unit is dispatched without waiting; a device works through its own units in order, so that
-    device k learns from batch t while device k + 1 learns from batch t - 1. A few batches may be
-    under way, then `step` waits for the oldest. The numbers are those of one device to the bit.
+    Every unit is dispatched without waiting; a device works through what it is given in order, so
+    that device k learns from batch t while device k + 1 learns from batch t - 1. A few batches may
+    be under way, then `step` waits for the oldest. The numbers are those of one device to the bit.
 
     Args:
         model: the network.
         rule: a local rule, or one a block.
         tx: any optax transformation.
         devices: one a stage; a device may be there more than once.
-        sizes: units a stage, blocks and at last the classifier, as :func:`partition` gives them.
+        sizes: units a stage, blocks and at last the classifier, as
+            :func:`lls_jax.placement.partition` gives them.
         remat_above: as of :func:`lls_jax.training.make_train_step`.
+        reach: likewise.
+        slice_above: likewise.
 
     Raises:
         ValueError: the sizes do not add up, or the rule has no local losses.
     """
-    units = _compiled_units(model, rule, tx, remat_above)
-    if len(devices) != len(sizes) or min(sizes, default=0) < 1 or sum(sizes) != len(units):
+    pieces = make_pieces(model, rule, tx, reach, remat_above, slice_above)
+    count = len(pieces.names)
+    if len(devices) != len(sizes) or min(sizes, default=0) < 1 or sum(sizes) != count:
         raise ValueError(
             f"stages of {', '.join(map(str, sizes))} units on {len(devices)} devices; expected one "
-            f"stage a device, together {len(units)} units: the blocks, and the classifier."
+            f"stage a device, together {count} units: the blocks, and the classifier."
         )
-    places = [device for device, size in zip(devices, sizes) for _ in range(size)]
-    home: dict[str, Any] = {name: d for (names, _), d in zip(units, places) for name in names}
+    stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
+    moves, late = order(pieces.moves, stage_of)
+    places = [devices[stage] for stage in stage_of]
+    home: dict[str, Any] = {name: d for names, d in zip(pieces.names, places) for name in names}
     under_way: collections.deque[jax.Array] = collections.deque()
 
     def enter(state: TrainState) -> Running:
@@ -138,34 +108,38 @@ def pipeline(
         return Running(int(state.step), keys, states)
 
     def step(running: Running, batch: Batch) -> tuple[Running, Metrics]:
-        states, losses = dict(running.states), []
-        x, where = batch["image"], None
-        labels = targets_of(model, rule, batch)
-        for (names, unit), device in zip(units, places):
-            if device is not where:
-                x, labels = jax.device_put((x, labels), device)
-                where = device
-            own = tuple(states[name] for name in names)
-            new, loss, x = unit(own, x, labels, running.keys[device], running.step)
-            states.update(zip(names, new))
-            losses.append(jax.device_put(loss, places[-1]))
-        under_way.append(x)
+        states, before, keys = running.states, running.before, running.keys
+        work = Work(batch["image"], targets_of(model, rule, batch), running.step)
+        for move, is_late in moves:
+            if not is_late:
+                states, work = pieces.do(move, places, keys, states, work)
+            elif before is not None:
+                states, before = pieces.do(move, places, keys, states, before)
+        under_way.append(work.x)
         if len(under_way) > len(sizes) + _SPARE:
             jax.block_until_ready(under_way.popleft())
-        metrics = {**_split_losses(losses), "logits": x, "label": labels_of(labels)}
-        return Running(running.step + 1, running.keys, states), metrics
+        losses = jax.device_put([work.losses[unit] for unit in range(count)], places[-1])
+        metrics = {**_split_losses(losses), "logits": work.x, "label": labels_of(work.labels)}
+        return Running(running.step + 1, keys, states, work if late else None), metrics
 
     def leave(running: Running) -> TrainState:
-        states = jax.device_put(
-            {name: jax.tree.map(jnp.copy, state) for name, state in running.states.items()},
-            devices[0],
-        )
+        states, before = running.states, running.before
+        if before is not None:
+            # On copies: `running` stays as it is, and does this once more.
+            taught = {name for move in late for name in pieces.names[move.unit]}
+            states = {
+                name: jax.tree.map(jnp.copy, state) if name in taught else state
+                for name, state in states.items()
+            }
+            for move in late:
+                states, before = pieces.do(move, places, running.keys, states, before)
+        states = jax.device_put(jax.tree.map(jnp.copy, states), devices[0])
         return join_states(states, jnp.int32(running.step), running.keys[devices[0]])
 
     return Execution(enter, step, leave, lambda tree: jax.device_put(tree, places[-1]))
 
 
-def measure_units(
+def measure_moves(
     model: Network,
     rule: Rule,
     tx: Optimizer,
@@ -173,8 +147,10 @@ def measure_units(
     batch: Batch,
     repeats: int = 3,
     remat_above: int | None = None,
-) -> list[float]:
-    """Seconds of each unit on the default device: the least of a few, compilation apart.
+    reach: int = 1,
+    slice_above: int | None = None,
+) -> dict[Move, float]:
+    """Seconds of each piece of a step on the default device: the least of a few, compilation apart.
 
     Args:
         model: the network.
@@ -184,18 +160,34 @@ def measure_units(
         batch: ``image`` and ``label`` of the size that is trained with.
         repeats: updates that are timed.
         remat_above: as of :func:`lls_jax.training.make_train_step`.
+        reach: likewise.
+        slice_above: likewise.
+
+    Returns:
+        By move, in their order; with a reach of 1 a ``run`` has a unit's update in it.
     """
-    x, result = batch["image"], []
-    labels = targets_of(model, rule, batch)
-    for names, unit in _compiled_units(model, rule, tx, remat_above):
-        own = tuple(jax.tree.map(jnp.copy, block_state(state, name)) for name in names)
-        times = []
-        for index in range(repeats + 1):
-            jax.block_until_ready((own, x))
+    pieces = make_pieces(model, rule, tx, reach, remat_above, slice_above)
+    (here,) = batch["image"].devices()
+    places, keys = [here] * len(pieces.names), {here: state.key}
+    states = {
+        name: jax.tree.map(jnp.copy, block_state(state, name))
+        for names in pieces.names
+        for name in names
+    }
+    times: dict[Move, list[float]] = {move: [] for move in pieces.moves}
+    for index in range(repeats + 1):
+        work = Work(batch["image"], targets_of(model, rule, batch), index)
+        for move in pieces.moves:
+            jax.block_until_ready((states, work))
             start = time.perf_counter()
-            own, _, following = unit(own, x, labels, state.key, index)
-            jax.block_until_ready((own, following))
-            times.append(time.perf_counter() - start)
-        x = following
-        result.append(min(times[1:]))
-    return result
+            states, work = pieces.do(move, places, keys, states, work)
+            jax.block_until_ready((states, work))
+            times[move].append(time.perf_counter() - start)
+    return {move: min(seconds[1:]) for move, seconds in times.items()}
+
+
+def measure_units(
+    model: Network, rule: Rule, tx: Optimizer, state: TrainState, batch: Batch, **options: Any
+) -> list[float]:
+    """Seconds of each unit; the arguments are those of :func:`measure_moves`."""
+    return by_unit(measure_moves(model, rule, tx, state, batch, **options))

@@ -22,6 +22,8 @@ class Execution(NamedTuple):
         sharding: of the batches, where they are shared out; else None.
         train_step: ``train_step(state, batch) -> (state, metrics)``, the step as a function that
             a compiled loop may have inside; None where a step is no single program.
+        with_rule: ``with_rule(rule) -> execution``: the same with another rule, like one with
+            another implementation of its losses; None where that is not measured.
     """
 
     enter: Callable[[TrainState], Any]
@@ -30,6 +32,7 @@ class Execution(NamedTuple):
     place: Callable[[Any], Any]
     sharding: jax.sharding.NamedSharding | None = None
     train_step: TrainStep | None = None
+    with_rule: Callable[[Rule], "Execution"] | None = None
 
 
 def single(
@@ -44,9 +47,20 @@ def single(
 
     Args are those of :func:`lls_jax.training.make_train_step`.
     """
-    train_step = make_train_step(
-        model, rule, tx, reach=reach, remat_above=remat_above, slice_above=slice_above
+    return of_step(
+        make_train_step(
+            model, rule, tx, reach=reach, remat_above=remat_above, slice_above=slice_above
+        )
     )
+
+
+def of_step(train_step: TrainStep) -> Execution:
+    """A step of your own, on the default device.
+
+    Args:
+        train_step: ``step(state, batch) -> (state, metrics)`` as of
+            :func:`lls_jax.training.make_train_step`.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         state, metrics = train_step(state, batch)

@@ -2,11 +2,10 @@
 
 import difflib
 import functools
-import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lls_jax import own_parts
 from lls_jax.rules.auglocal import AugLocal
 from lls_jax.rules.backpropagation import Backpropagation
 from lls_jax.rules.base import Rule
@@ -78,6 +77,10 @@ OPTIONS = frozenset(
     }
 )
 
+_EXPECTED = (
+    "rule; make its class a frozen dataclass that derives from lls_jax.rules.LocalRule or HeadRule."
+)
+
 
 def _unknown(name: str) -> ValueError:
     close = difflib.get_close_matches(name, NAMES, n=1)
@@ -88,32 +91,14 @@ def _unknown(name: str) -> ValueError:
     )
 
 
-def _function(name: str) -> Callable[..., Any]:
-    """A user's own function, of ``package.module:function``."""
-    module_name, _, function_name = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise ValueError(
-            f"rule {name!r}: module {module_name!r} cannot be imported ({error}); is its folder "
-            "the current one, or on PYTHONPATH?"
-        ) from error
-    except AttributeError:
-        raise ValueError(f"rule {name!r}: {module_name} has no {function_name!r}.") from None
-
-
 def _own(name: str) -> _Maker:
     """How a rule of a user's own is made: by a function that says what it takes."""
-    function = _function(name)
-    parameters = inspect.signature(function).parameters.values()
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    known = OPTIONS if takes_all else {parameter.name for parameter in parameters}
+    own = own_parts.find("rule", name)
+    known = own.takes(OPTIONS)
 
     def make(num_classes: int, **options: Any) -> Rule:
-        if takes_all or "num_classes" in known:
-            options["num_classes"] = num_classes
         kernel = None if "implementation" in known else options.pop("implementation", None)
-        rule = _checked(name, function(**options))
+        rule = own.make_hashable({"num_classes": num_classes, **options}, Rule, _EXPECTED)
         if kernel is None:
             return rule
         if rule.with_implementation(kernel) == rule:
@@ -123,29 +108,15 @@ def _own(name: str) -> _Maker:
         return rule.with_implementation(kernel)
 
     # Whether a rule has a head, which any kernel takes, is seen when it is made.
-    return _Maker(make, OPTIONS & (frozenset(known) | {"implementation"}))
-
-
-def _checked(name: str, rule: Any) -> Rule:
-    if not isinstance(rule, Rule):
-        raise ValueError(
-            f"rule {name!r} is a {type(rule).__name__}, which is no rule; make its class a frozen "
-            "dataclass that derives from lls_jax.rules.LocalRule or HeadRule."
-        )
-    try:
-        hash(rule)
-    except TypeError as error:
-        raise ValueError(
-            f"rule {name!r} cannot be hashed ({error}); give its fields immutable values, like "
-            "numbers, strings and tuples."
-        ) from None
-    return rule
+    return _Maker(make, known | {"implementation"})
 
 
 def _maker(name: str) -> _Maker:
-    if name not in NAMES and ":" not in name:
+    if own_parts.is_own(name):
+        return _own(name)
+    if name not in NAMES:
         raise _unknown(name)
-    return _own(name) if ":" in name else _MAKERS[name]
+    return _MAKERS[name]
 
 
 def options_of(name: str) -> frozenset[str]:

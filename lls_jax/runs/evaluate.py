@@ -9,8 +9,9 @@ import numpy as np
 import optax
 
 from lls_jax.data import DatasetSpec, Split, batches
+from lls_jax.data.arrays import describe, to_split
 from lls_jax.models import Network
-from lls_jax.runs.source import Arrays, describe, to_split
+from lls_jax.runs.source import Arrays
 from lls_jax.runs.views import check_views, mean_logits
 from lls_jax.steps.averaging import is_schedule_free
 from lls_jax.training import TrainState

@@ -12,6 +12,7 @@ import numpy as np
 
 from lls_jax import platforms, processes
 from lls_jax.data import DatasetSpec, Split, batches
+from lls_jax.data.arrays import describe, to_split
 from lls_jax.models import Network
 from lls_jax.placement import Execution, single
 from lls_jax.rules import Rule
@@ -143,7 +144,7 @@ def fit(
         examples = _from_user("train", train)
         if isinstance(validation, int):
             examples, evaluation_sets["validation"] = sources.hold_out(examples, validation)
-        spec = spec or sources.describe(examples, model.num_classes)
+        spec = spec or describe(examples, model.num_classes)
         _check_classes("train", examples, model)
         examples = sources.on_each_device(examples, sharding)
         source = sources.from_arrays(examples, spec, augmentation, batch_size, data_key, sharding)
@@ -157,7 +158,7 @@ def fit(
             raise ValueError(f"`augmentation` is {augmentation!r}; batches are taken as they are.")
         source, example = sources.from_batches(train, steps_per_epoch, sharding)
         # Of floats, which are normalised already.
-        spec = spec or sources.describe(_on_host(example), model.num_classes)
+        spec = spec or describe(_on_host(example), model.num_classes)
     for name, given in (("validation", validation), ("test", test)):
         if given is not None and not isinstance(given, int):
             evaluation_sets[name] = _from_user(name, given)
@@ -180,17 +181,19 @@ def fit(
                 "validation": validation if isinstance(validation, int) else None,
             }
         )
-    choice = None
+    options = reach, remat_above, slice_above
+    work = kernels.Work(
+        model, rule, tx, example.shape[1:], source.batch_size, *options, execution=execution
+    )
+    choice = kernels.choose(work, None if workdir is None else pathlib.Path(workdir))
+    if choice is not None:
+        rule = rule.with_implementation(choice.implementation)
+        for listener in listeners:
+            listener.on_kernels(choice)
     if execution is None:
-        work = kernels.Work(
-            model, rule, tx, example.shape[1:], source.batch_size, reach, remat_above, slice_above
-        )
-        choice = kernels.choose(work, None if workdir is None else pathlib.Path(workdir))
-        if choice is not None:
-            rule = rule.with_implementation(choice.implementation)
-            for listener in listeners:
-                listener.on_kernels(choice)
         execution = single(model, rule, tx, remat_above, reach, slice_above)
+    elif choice is not None and execution.with_rule is not None:
+        execution = execution.with_rule(rule)
     run = Run(
         model=model,
         rule=rule,
@@ -231,7 +234,7 @@ def fit(
 
 def _from_user(name: str, arrays: sources.Arrays) -> Any:
     """Images and labels where they are best kept; a split is kept where its owner has put it."""
-    examples = sources.to_split(name, arrays)
+    examples = to_split(name, arrays)
     return sources.place(examples) if examples is not arrays else examples
 
 

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-import jax
-
 from lls_jax.errors import UserError
 
 Record = dict[str, Any]
@@ -182,6 +180,9 @@ def _commit() -> str | None:
 
 def environment() -> Record:
     """Versions, device and commit."""
+    # Imported late: who only reads a folder need not wait for it.
+    import jax
+
     device = jax.local_devices()[0]
     return {
         "python": platform.python_version(),

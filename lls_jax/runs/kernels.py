@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lls_jax import processes
 from lls_jax.models import Network
+from lls_jax.placement import Execution
 from lls_jax.rules import Rule
 from lls_jax.training import Optimizer, create_train_state, make_train_step
 from pallas_kernels import timing
@@ -60,6 +62,7 @@ class Work(NamedTuple):
         reach: as of :func:`lls_jax.training.make_train_step`.
         remat_above: likewise.
         slice_above: likewise.
+        execution: where steps run; None for the default device.
     """
 
     model: Network
@@ -70,15 +73,16 @@ class Work(NamedTuple):
     reach: int = 1
     remat_above: int | None = None
     slice_above: int | None = None
+    execution: Execution | None = None
 
 
-Measure = Callable[[Sequence[Callable[[], Any]], int], list[float]]
+Measure = Callable[[Sequence[Callable[[], Any]], int, Callable[[int], int]], list[float]]
 
 
 def choose(
     work: Work, folder: pathlib.Path | None = None, platform: str | None = None
 ) -> KernelChoice | None:
-    """The form that a run takes.
+    """The form that a run takes; of several processes all take what the first one says.
 
     Args:
         work: what the run does.
@@ -86,18 +90,38 @@ def choose(
         platform: of the device; None for JAX's default one.
 
     Returns:
-        None where there is nothing to choose: no GPU, no head, or an implementation named.
+        None where there is nothing to choose: no GPU, no head, an implementation named, or an
+        execution with which none is measured.
     """
     if (platform or jax.default_backend()) != "gpu" or not has_choice(work.rule):
         return None
-    if folder is not None and (kept := _choice(_read(folder / _FILE), "resumed")):
-        return kept
+    if work.execution is not None and work.execution.with_rule is None:
+        return None
     memory, key = _memory(), _key(work)
-    if known := _choice(_read(memory).get(key), "remembered"):
-        return known
+    known = _known(memory, key, folder) if processes.is_first() else None
+    first = _of_first(None if known is None else known.implementation)
+    if first is not None:
+        return known or KernelChoice(first, {}, {}, "remembered")
     choice = measure(work)
-    _write(memory, {**_read(memory), key: dataclasses.asdict(choice)})
+    taken = _of_first(choice.implementation)
+    assert taken is not None
+    choice = dataclasses.replace(choice, implementation=taken)
+    if processes.is_first():
+        _write(memory, {**_read(memory), key: dataclasses.asdict(choice)})
     return choice
+
+
+def _known(memory: pathlib.Path, key: str, folder: pathlib.Path | None) -> KernelChoice | None:
+    kept = None if folder is None else _choice(_read(folder / _FILE), "resumed")
+    return kept or _choice(_read(memory).get(key), "remembered")
+
+
+def _of_first(implementation: str | None) -> str | None:
+    """What the first process says of all; None is an answer too."""
+    said = 0 if implementation is None else IMPLEMENTATIONS.index(implementation) + 1
+    # The largest: the others are silent.
+    agreed = processes.make_agreement()(said if processes.is_first() else 0)
+    return IMPLEMENTATIONS[agreed - 1] if agreed else None
 
 
 def keep(choice: KernelChoice, folder: pathlib.Path) -> None:
@@ -118,8 +142,9 @@ def measure(
     Args:
         work: what the run does.
         names: forms; those that cannot run are left out.
-        turns: ``turns(functions, count) -> seconds`` of each.
+        turns: ``turns(functions, count, agree) -> seconds`` of each.
     """
+    agree = processes.make_agreement()
     image = jax.random.normal(jax.random.key(0), (work.batch_size, *work.image_shape))
     label = jnp.arange(work.batch_size, dtype=jnp.int32) % work.model.num_classes
     batch = {"image": image, "label": label}
@@ -132,7 +157,10 @@ def measure(
             calls[name] = _chain(work, name, state, batch)
         except KernelUnavailableError as error:
             refused[name] = str(error)
-    return decide(dict(zip(calls, turns(list(calls.values()), _TURNS))), refused)
+        if agree(int(name in refused)) and name in calls:
+            del calls[name]
+            refused[name] = "another process cannot run it"
+    return decide(dict(zip(calls, turns(list(calls.values()), _TURNS, agree))), refused)
 
 
 def decide(seconds: dict[str, float], refused: dict[str, str]) -> KernelChoice:
@@ -156,14 +184,22 @@ def _chain(work: Work, name: str, state: Any, batch: Any) -> Callable[[], Any]:
     rule = work.rule.with_implementation(name)
     if not rule.interprets:
         require(name)
-    step = make_train_step(
-        work.model,
-        rule,
-        work.tx,
-        reach=work.reach,
-        remat_above=work.remat_above,
-        slice_above=work.slice_above,
-    )
+    if work.execution is None:
+        step = make_train_step(
+            work.model,
+            rule,
+            work.tx,
+            reach=work.reach,
+            remat_above=work.remat_above,
+            slice_above=work.slice_above,
+        )
+    else:
+        assert work.execution.with_rule is not None
+        shared = work.execution.with_rule(rule)
+        assert shared.train_step is not None and shared.sharding is not None
+        rows = processes.local_rows(shared.sharding, work.batch_size)
+        batch = processes.shard_batch(jax.tree.map(lambda x: x[rows], batch), shared.sharding)
+        step, state = shared.train_step, shared.enter(state)
 
     def run(state: Any, batch: Any) -> Any:
         def one(state: Any, _: Any) -> Any:
@@ -181,6 +217,8 @@ def _key(work: Work) -> str:
     device: Any = jax.devices()[0]
     parts = [device.device_kind, device.client.platform_version, jax.__version__]
     parts += [repr(work.model), repr(work.rule), work.image_shape, work.batch_size, work.reach]
+    if work.execution is not None and work.execution.sharding is not None:
+        parts += [work.execution.sharding.mesh.size, jax.process_count()]
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
     return f"{device.device_kind}, jax {jax.__version__}: {digest[:16]}"
 

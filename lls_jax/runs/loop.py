@@ -129,6 +129,8 @@ class _Trainer:
                     self.saver.save_kept()
                 raise
             if stopped:
+                # What an earlier epoch was evaluated with is not where the run is.
+                evaluation = None
                 break
             evaluation, stopped = self._end_epoch()
         if evaluation is None:

@@ -1,7 +1,6 @@
 """A head and its gradient, traced once for the examples of one program."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +11,8 @@ from jax.extend.core import Literal
 
 from pallas_kernels.errors import KernelUnavailableError
 from pallas_kernels.local_loss.padded import (
-    LARGEST_PARAMETER,
     LARGEST_TILE,
-    padded_shape,
+    is_large,
     padded_side,
     refuse,
 )
@@ -160,7 +158,7 @@ def trace(head: Head, rows: int, params: Any, label_dtype: Any) -> HeadProgram:
             "implementation 'split' or 'xla'."
         ) from None
     for array in (*leaves, *closed.consts):
-        if math.prod(padded_shape(array.shape)) > LARGEST_PARAMETER:
+        if is_large(array.shape) and (len(array.shape) != 2 or not is_learned(array)):
             raise refuse(f"a parameter as large as {tuple(array.shape)}")
     if any(isinstance(value, jax.core.Tracer) for value in closed.consts):
         raise ValueError(

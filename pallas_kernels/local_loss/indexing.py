@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from jax.lax import GatherScatterMode
 
-from pallas_kernels.local_loss.padded import Lanes, Padded, refuse
+from pallas_kernels.local_loss.lanes import Lanes
+from pallas_kernels.local_loss.padded import Padded, refuse
 
 
 def _chosen_axis(name: str, array: Padded, numbers: Any, single: list[int]) -> tuple[int, int]:
@@ -105,4 +106,6 @@ def scatter_add(
         added = added if axis == 0 else lanes.transpose(added, (1, 0))
     else:
         raise refuse(f"`scatter-add` to {array.shape}")
+    if isinstance(array.value, np.generic) and not array.value:
+        return added
     return lanes.combine("add", array, added, dtype=dtype)

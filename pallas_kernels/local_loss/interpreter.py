@@ -11,10 +11,12 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from pallas_kernels.local_loss.heads import live_equations
 from pallas_kernels.local_loss.indexing import gather, scatter_add
+from pallas_kernels.local_loss.lanes import Lanes
 from pallas_kernels.local_loss.padded import (
     ELEMENTWISE,
     LARGEST_TILE,
-    Lanes,
+    InMemory,
+    Outer,
     Padded,
     padded_shape,
     refuse,
@@ -28,6 +30,8 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }  # fmt: skip
 _NOTHING = ("stop_gradient", "copy", "copy_p", "optimization_barrier")
+# What takes a matrix that is too large for registers; its result may be another one.
+_WALKING = (*_NOTHING, "dot_general", "transpose", "convert_element_type", "gather")
 _ALIASES = {"add_any": "add"}
 _MOVES: dict[str, Callable[..., Padded]] = {
     **STRUCTURAL,
@@ -82,8 +86,8 @@ def _equation(lanes: Lanes, eqn: Any, xs: list[Padded], wanted: list[bool]) -> l
         raise refuse(f"`{name}`")
     out: Any = eqn.outvars[0]
     shape, dtype = tuple(out.aval.shape), np.dtype(out.aval.dtype)
-    if math.prod(padded_shape(shape)) > LARGEST_TILE:
-        raise refuse(f"an array as large as {shape}, what `{name}` gives")
+    if name not in _WALKING:
+        xs = [lanes.in_registers(x) for x in xs]
     if any(x.columns for x in xs) and name not in ("gather", "scatter-add"):
         raise refuse(f"`{name}` of integers put side by side")
     if name in ELEMENTWISE and name not in ("select", "cast"):
@@ -100,6 +104,9 @@ def _equation(lanes: Lanes, eqn: Any, xs: list[Padded], wanted: list[bool]) -> l
         raise refuse(f"`{name}`")
     if isinstance(result.value, np.generic):
         result = result._replace(shape=shape)
+    is_walked = isinstance(result.value, InMemory | Outer | np.generic)
+    if not is_walked and math.prod(padded_shape(shape)) > LARGEST_TILE:
+        raise refuse(f"an array as large as {shape}, what `{name}` gives")
     assert result.shape == shape, (name, result.shape, shape)
     return [result]
 

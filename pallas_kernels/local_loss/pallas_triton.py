@@ -23,7 +23,16 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.local_loss import interpreter
 from pallas_kernels.local_loss.heads import EXAMPLES, HeadProgram
-from pallas_kernels.local_loss.padded import Lanes, Padded, dot_side, padded_shape
+from pallas_kernels.local_loss.lanes import Lanes
+from pallas_kernels.local_loss.padded import (
+    LEAST_SIDE,
+    InMemory,
+    Outer,
+    Padded,
+    dot_side,
+    is_large,
+    padded_shape,
+)
 from pallas_kernels.local_loss.results import Call, Results, collect, prepare, programs_of
 from pallas_kernels.local_loss.tiles import Tiles
 
@@ -45,6 +54,8 @@ class PallasOps:
         """See :class:`Ops`."""
         if name == "cast":
             return values[0].astype(dtype)
+        if name == "bitcast":
+            return lax.bitcast_convert_type(values[0], dtype)
         shape = np.broadcast_shapes(*(np.shape(value) for value in values))
         # Operands of lax functions have one shape.
         same = [
@@ -77,6 +88,19 @@ class PallasOps:
         """See :class:`Ops`."""
         return jnp.dot(a, b, precision="highest", preferred_element_type=jnp.float32)
 
+    def walk(self, count: int, step: Callable[[Any, Any], Any], start: Any) -> Any:
+        """See :class:`Ops`."""
+        return lax.fori_loop(jnp.int32(0), jnp.int32(count), step, start)
+
+
+def _chunk(shape: tuple[int, ...], chunk: Any, axis: int) -> tuple[tuple[Any, Any], Any]:
+    """Places of a matrix, sixteen along an axis and all along the other; which are inside it."""
+    tile = LEAST_SIDE, dot_side(shape[1 - axis])
+    along = chunk * LEAST_SIDE + lax.broadcasted_iota(jnp.int32, tile, 0)
+    across = lax.broadcasted_iota(jnp.int32, tile, 1)
+    places = (along, across) if axis == 0 else (across, along)
+    return places, (along < shape[axis]) & (across < shape[1 - axis])
+
 
 def _indices(shape: Sequence[int]) -> tuple[list[Any], Any]:
     """The places of an array in its tile, an index an axis, and which are inside it."""
@@ -96,6 +120,13 @@ def _load(ref: Any, shape: tuple[int, ...]) -> Padded:
     dtype = np.dtype(ref.dtype)
     if not shape:
         return Padded(ref[0], shape, dtype)
+    if is_large(shape):
+
+        def load(chunk: Any, axis: int) -> Any:
+            places, mask = _chunk(shape, chunk, axis)
+            return plgpu.load(ref.at[places], mask=mask, other=0).astype(jnp.float32)
+
+        return Padded(InMemory(load), shape, dtype)
     indices, mask = _indices(shape)
     value = plgpu.load(ref.at[tuple(indices)], mask=mask, other=None if mask is None else 0)
     return Padded(value, shape, dtype)
@@ -103,6 +134,14 @@ def _load(ref: Any, shape: tuple[int, ...]) -> Padded:
 
 def _store_partial(ref: Any, program: Any, x: Padded, lanes: Lanes) -> None:
     """A program's part of a sum over the batch, ``[programs, ...]``."""
+    if isinstance(x.value, Outer):
+
+        def store(chunk: Any, rows: Any) -> None:
+            places, mask = _chunk(x.shape, chunk, 0)
+            plgpu.store(ref.at[(program, *places)], rows, mask=mask)
+
+        lanes.store_outer(x.value, store)
+        return
     if not x.shape:
         ref[program, 0] = jnp.asarray(x.value, jnp.float32)
         return

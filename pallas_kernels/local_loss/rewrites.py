@@ -4,7 +4,7 @@ Each takes the equation's parameters and its operands, and is traced in the prim
 keep their relative error near zero, where the plain formula would not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,8 @@ _ERF_Q = (-1.1791602954361697e-7, 2.3547966471313185e-5, 1.0179625278914885e-3,
           1.4070470171167667e-2, 1.1098505178285362e-1, 4.9746925110067538e-1, 1.0)  # fmt: skip
 
 
-def _polynomial(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:
+def _polynomial(coefficients: Sequence[Any], x: jax.Array) -> jax.Array:
+    """By Horner's rule, highest power first."""
     value = x * 0 + coefficients[0]
     for coefficient in coefficients[1:]:
         value = value * x + coefficient
@@ -88,6 +89,7 @@ REWRITES: dict[str, Callable[..., Any]] = {
     "pow": lambda params, x, y: _pow(x, y),
     "exp2": lambda params, x: jnp.exp(x * 0.6931471805599453),
     "erf": lambda params, x: _erf(x),
+    "polynomial": lambda params, x, *coefficients: _polynomial(coefficients[::-1], x),
     "erfc": lambda params, x: 1.0 - _erf(x),
     "ceil": lambda params, x: _ceil(x),
     "clamp": lambda params, low, x, high: jnp.minimum(jnp.maximum(x, low), high),

@@ -10,11 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.local_loss.padded import LARGEST_PRODUCT, Lanes, Padded, padded_shape, refuse
+from pallas_kernels.local_loss.lanes import Lanes
+from pallas_kernels.local_loss.padded import (
+    LARGEST_PRODUCT,
+    InMemory,
+    Outer,
+    Padded,
+    padded_shape,
+    refuse,
+)
 
 
 def _cast(lanes: Lanes, params: Any, shape: Any, dtype: Any, x: Padded) -> Padded:
+    if isinstance(x.value, InMemory | Outer):
+        # Read in float32, and stored so.
+        return x._replace(dtype=dtype)
     return x if x.dtype == dtype else lanes.apply("cast", x, dtype=dtype)
+
+
+def _bitcast(lanes: Lanes, params: Any, shape: Any, dtype: Any, x: Padded) -> Padded:
+    if x.dtype.itemsize != dtype.itemsize:
+        raise refuse(f"`bitcast_convert_type` from {x.dtype} to {dtype}")
+    if isinstance(x.value, np.generic):
+        return x._replace(value=x.value.view(dtype), dtype=dtype)
+    return x._replace(value=lanes.ops.elementwise("bitcast", dtype, x.value), dtype=dtype)
 
 
 def _select(lanes: Lanes, params: Any, shape: Any, dtype: Any, *xs: Padded) -> Padded:
@@ -174,6 +193,7 @@ def _dot_general(lanes: Lanes, params: Any, shape: Any, dtype: Any, a: Padded, b
 
 STRUCTURAL: dict[str, Callable[..., Padded]] = {
     "convert_element_type": _cast,
+    "bitcast_convert_type": _bitcast,
     "select_n": _select,
     "broadcast_in_dim": _broadcast,
     "iota": _iota,

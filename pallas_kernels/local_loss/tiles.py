@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.local_loss.heads import EXAMPLES
-from pallas_kernels.local_loss.padded import dot_side, padded_shape
+from pallas_kernels.local_loss.padded import dot_side, is_large, padded_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,14 +40,17 @@ def default_tiles(rows: int, latents: int, params: Any) -> Tiles:
     >>> default_tiles(10, 512, [])
     Tiles(block_latents=64, num_warps=4, num_stages=2)
     """
-    wide, sizes = dot_side(rows), []
+    wide, sizes, room = dot_side(rows), [], 4096
     for leaf in jax.tree.leaves(params):
-        size = 1
-        for side in padded_shape(leaf.shape):
-            size *= side
-        sizes.append(size // EXAMPLES)
+        sides = padded_shape(leaf.shape)
+        if is_large(leaf.shape):
+            # Sixteen of its rows, or columns, are there at a time.
+            sizes.append(max(sides))
+            room = 2048
+        else:
+            sizes.append(math.prod(sides) // EXAMPLES)
     largest = max(wide, *sizes, 1)
-    fitting = max(16, min(64, 4096 // wide))
+    fitting = max(16, min(64, room // wide))
     warps = 4 if largest <= 64 else 8 if largest <= 256 else 16
     return Tiles(block_latents=min(fitting, dot_side(latents)), num_warps=warps)
 

@@ -5,13 +5,23 @@ import importlib.util
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from pallas_kernels.local_loss import interpreter
 from pallas_kernels.local_loss.heads import EXAMPLES, HeadProgram
-from pallas_kernels.local_loss.padded import Lanes, Padded, dot_side, padded_shape
+from pallas_kernels.local_loss.lanes import Lanes
+from pallas_kernels.local_loss.padded import (
+    LEAST_SIDE,
+    InMemory,
+    Outer,
+    Padded,
+    dot_side,
+    is_large,
+    padded_shape,
+)
 
 _TYPES = {
     "float32": "tl.float32", "bfloat16": "tl.bfloat16", "float16": "tl.float16",
@@ -86,17 +96,24 @@ class SourceOps:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.indent = ""
+
+    def write(self, line: str) -> None:
+        """A line, inside the loops that are open."""
+        self.lines.append(self.indent + line)
 
     def named(self, expression: str) -> str:
         """A new value's name."""
         name = f"v{len(self.lines)}"
-        self.lines.append(f"{name} = {expression}")
+        self.write(f"{name} = {expression}")
         return name
 
     def elementwise(self, name: str, dtype: np.dtype, *values: Any) -> Any:
         """See :class:`Ops`."""
         if name == "cast":
             return self.named(f"{values[0]}.to({_TYPES[dtype.name]})")
+        if name == "bitcast":
+            return self.named(f"{values[0]}.to({_TYPES[dtype.name]}, bitcast=True)")
         expression = _EXPRESSIONS.get(name) or (
             "{} / {}" if np.issubdtype(dtype, np.floating) else "{} // {}"
         )
@@ -129,6 +146,18 @@ class SourceOps:
         """See :class:`Ops`."""
         return self.named(f'tl.dot({a}, {b}, input_precision="ieee")')
 
+    def walk(self, count: int, step: Callable[[Any, Any], Any], start: Any) -> Any:
+        """See :class:`Ops`."""
+        total = None if start is None else self.named(start)
+        index, outside = f"i{len(self.lines)}", self.indent
+        self.write(f"for {index} in range(0, {count}):")
+        self.indent = outside + "    "
+        new = step(index, total)
+        if total is not None:
+            self.write(f"{total} = {new}")
+        self.indent = outside
+        return total
+
 
 def _operand(value: Any) -> str:
     if not isinstance(value, np.generic):
@@ -152,17 +181,43 @@ def _place(pointer: str, shape: tuple[int, ...], start: str = "") -> tuple[str, 
     return " + ".join([pointer, *([start] if start else []), *terms]), " & ".join(masks) or None
 
 
+def _chunk(
+    pointer: str, shape: tuple[int, ...], chunk: str, axis: int, start: str = ""
+) -> tuple[str, str]:
+    """Addresses of a matrix's places, sixteen along an axis and all along the other; its mask."""
+    along = f"({chunk} * {LEAST_SIDE} + tl.arange(0, {LEAST_SIDE})[:, None])"
+    across = f"tl.arange(0, {dot_side(shape[1 - axis])})[None, :]"
+    row, column = (along, across) if axis == 0 else (across, along)
+    place = " + ".join([pointer, *([start] if start else []), f"{row} * {shape[1]}", column])
+    return place, f"({along} < {shape[axis]}) & ({across} < {shape[1 - axis]})"
+
+
 def _load(ops: SourceOps, pointer: str, shape: tuple[int, ...], dtype: np.dtype) -> Padded:
+    if is_large(shape):
+
+        def load(chunk: Any, axis: int) -> Any:
+            place, mask = _chunk(pointer, shape, chunk, axis)
+            return ops.named(f"tl.load({place}, mask={mask}, other=0).to(tl.float32)")
+
+        return Padded(InMemory(load), shape, dtype)
     place, mask = _place(pointer, shape)
     guarded = f", mask={mask}, other=0" if mask else ""
     return Padded(ops.named(f"tl.load({place}{guarded})"), shape, dtype)
 
 
 def _store_partial(lanes: Lanes, ops: SourceOps, pointer: str, x: Padded) -> None:
-    size = int(np.prod(x.shape, dtype=int))
-    place, mask = _place(pointer, x.shape, f"tl.program_id(0) * {size}")
+    start = f"tl.program_id(0) * {int(np.prod(x.shape, dtype=int))}"
+    if isinstance(x.value, Outer):
+
+        def store(chunk: Any, rows: Any) -> None:
+            place, mask = _chunk(pointer, x.shape, chunk, 0, start)
+            ops.write(f"tl.store({place}, {rows}, mask={mask})")
+
+        lanes.store_outer(x.value, store)
+        return
+    place, mask = _place(pointer, x.shape, start)
     value = lanes.tile(x) if x.shape else _operand(x.value)
-    ops.lines.append(f"tl.store({place}, {value}{f', mask={mask}' if mask else ''})")
+    ops.write(f"tl.store({place}, {value}{f', mask={mask}' if mask else ''})")
 
 
 def pointers_of(program: HeadProgram, leaves: int, gradient: bool, scores: bool) -> list[str]:

@@ -1,0 +1,1 @@
+"""Rules side by side at an equal budget: accuracy, speed, memory, over seeds."""

@@ -1,0 +1,194 @@
+"""What a board holds, in its folder and beyond one command."""
+
+import dataclasses
+import json
+import pathlib
+import shlex
+from typing import Any, NamedTuple
+
+from experiments.board.config import ACCUMULATED, CHECKPOINTED, BoardConfig
+from experiments.board.rows import Row, row_of, rows_of
+from experiments.command_line import parse_training
+from experiments.config import TrainConfig
+from experiments.config_choices import BASELINES, option
+from experiments.presets import PRESETS
+from experiments.run_config import NOT_COMPARED
+from lls_jax.errors import UserError
+
+_RULES = ("lls", "lls_mxm", "local_classifier", "bp", CHECKPOINTED, ACCUMULATED)
+_FORMAT = 1
+# Options of the training command that are the board's own, or would make budgets unequal.
+_OWN = ("rule", "reach", "seed", "epochs", "workdir", "dataset", "data_dir", "progress", "patience")
+
+Key = tuple[str, str, int]
+
+
+class Board(NamedTuple):
+    """A board.
+
+    Attributes:
+        dataset: what is trained on.
+        options: of the training command, as typed.
+        seeds: that every row is trained with.
+        rows: in the order in which they were added.
+        measured: speed, memory and counted costs by model, rule and reach.
+    """
+
+    dataset: str
+    options: str
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+    measured: dict[Key, dict[str, Any]]
+
+
+def key_of(row: Row) -> Key:
+    """What a row's speed and costs belong to, whatever its budget."""
+    return row.model, row.rule, row.reach
+
+
+def recipe_of(dataset: str, options: str) -> TrainConfig:
+    """What all runs of a board have in common.
+
+    Raises:
+        UserError: an unknown data set, or an option that is the board's own.
+    """
+    if dataset not in PRESETS:
+        raise UserError(f"unknown data set {dataset!r}; expected one of {', '.join(PRESETS)}.")
+    arguments = shlex.split(options)
+    given = {argument.split("=")[0] for argument in arguments}
+    if own := sorted(given & set(map(option, _OWN))):
+        raise UserError(
+            f"--options has {own[0]}, which is the board's to say; give it to the board, or leave "
+            "it out."
+        )
+    return parse_training(dataset, "", arguments)
+
+
+def read(folder: pathlib.Path) -> Board | None:
+    """The board that a folder holds; None for none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = folder / "board.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != _FORMAT:
+            raise ValueError(f"it has format {content['format']}, and this version knows {_FORMAT}")
+        rows = tuple(map(row_of, content["rows"]))
+        measured = {(m["model"], m["rule"], m["reach"]): m for m in content["measured"]}
+        return Board(
+            content["dataset"], content["options"], tuple(content["seeds"]), rows, measured
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a board of this version: {error!r}.") from error
+
+
+def to_json(board: Board, summary: list[dict[str, Any]]) -> dict[str, Any]:
+    """What board.json holds: the board, and its table."""
+    return {
+        "format": _FORMAT,
+        "dataset": board.dataset,
+        "options": board.options,
+        "seeds": list(board.seeds),
+        "rows": summary,
+        "measured": list(board.measured.values()),
+    }
+
+
+def extend(config: BoardConfig, stored: Board | None) -> Board:
+    """A board with what a command adds to it; what is not given is as the board has it.
+
+    Raises:
+        UserError: a new board without a budget, or another recipe than the board's.
+    """
+    budgets: dict[str, float] = {}
+    if config.epochs is not None:
+        budgets["epochs"] = config.epochs
+    if config.seconds is not None:
+        budgets["seconds"] = config.seconds
+    if stored is None:
+        if not budgets:
+            raise UserError(
+                f"{config.workdir} holds no board yet; say its budget: --epochs N or --seconds S."
+            )
+        dataset, options = config.dataset or "cifar10", config.options or ""
+        models = config.models or [recipe_of(dataset, options).model]
+        rules, reaches = config.rules or list(_RULES), config.reach or [1, 2]
+        rows = rows_of(models, rules, reaches, budgets)
+        return Board(dataset, options, tuple(config.seeds or (0, 1, 2)), _unique(rows), {})
+    _check_same(config, stored)
+    rows = list(stored.rows)
+    if config.rules or config.models or config.reach or budgets:
+        for budget in [budgets] if budgets else [{r.budget: r.amount} for r in stored.rows]:
+            rows += rows_of(
+                config.models or [row.model for row in stored.rows],
+                config.rules or [row.rule for row in stored.rows],
+                config.reach or _reaches(stored.rows),
+                budget,
+            )
+    seeds = dict.fromkeys((*stored.seeds, *config.seeds))
+    return stored._replace(rows=_unique(rows), seeds=tuple(seeds))
+
+
+def _unique(rows: list[Row]) -> tuple[Row, ...]:
+    return tuple(dict.fromkeys(rows))
+
+
+def _reaches(rows: tuple[Row, ...]) -> list[int]:
+    """Of those that could have any."""
+    return [row.reach for row in rows if row.trained_rule not in BASELINES] or [1]
+
+
+def _check_same(config: BoardConfig, stored: Board) -> None:
+    if config.dataset not in (None, stored.dataset):
+        raise UserError(
+            f"{config.workdir} holds a board of {stored.dataset}, not of {config.dataset}; give "
+            "another --workdir."
+        )
+    if config.options is None:
+        return
+    ours, theirs = (recipe_of(stored.dataset, text) for text in (config.options, stored.options))
+    differing = [
+        f"{option(name)} {getattr(theirs, name)} there, {getattr(ours, name)} here"
+        for name in (field.name for field in dataclasses.fields(ours))
+        if name not in NOT_COMPARED and getattr(ours, name) != getattr(theirs, name)
+    ]
+    if differing:
+        raise UserError(
+            f"{config.workdir} holds a board with other --options ({'; '.join(differing)}); leave "
+            "them out, or give another --workdir."
+        )
+
+
+def commands(board: Board, workdir: str) -> list[str]:
+    """Commands that make the same board: one for all rules that have the same rows otherwise."""
+    grouped: dict[tuple[Any, ...], list[str]] = {}
+    for rule in dict.fromkeys(row.rule for row in board.rows):
+        own = [row for row in board.rows if row.rule == rule]
+        has_reach = own[0].trained_rule not in BASELINES
+        shape = (
+            tuple(dict.fromkeys(row.model for row in own)),
+            tuple(dict.fromkeys((row.budget, row.amount) for row in own)),
+            tuple(dict.fromkeys(row.reach for row in own)) if has_reach else None,
+        )
+        grouped.setdefault(shape, []).append(rule)
+    reaching = [shape for shape in grouped if shape[2] is not None]
+    merged: dict[tuple[Any, ...], list[str]] = {}
+    for shape, rules in grouped.items():
+        same = [other for other in reaching if other[:2] == shape[:2]]
+        merged.setdefault(same[0] if shape[2] is None and same else shape, []).extend(rules)
+    lines = []
+    for (models, budgets, reaches), rules in merged.items():
+        for budget, amount in budgets:
+            arguments = ["python", "-m", "experiments.board", "--workdir", workdir]
+            arguments += ["--dataset", board.dataset, "--models", *models, "--rules", *rules]
+            if reaches:
+                arguments += ["--reach", *map(str, reaches)]
+            arguments += ["--seeds", *map(str, board.seeds), f"--{budget}", f"{amount:g}"]
+            if board.options:
+                arguments += [f"--options={board.options}"]
+            lines.append(shlex.join(arguments))
+    return lines

@@ -1,0 +1,70 @@
+"""Images and labels that somebody has in arrays: checked, and described."""
+
+from typing import Any
+
+import numpy as np
+
+from lls_jax.data.batches import DeviceSplit
+from lls_jax.data.specs import DatasetSpec
+from lls_jax.data.storage import Split
+
+
+def to_split(name: str, arrays: Any) -> Split | DeviceSplit:
+    """Images and labels as a split.
+
+    Args:
+        name: of the argument, for errors.
+        arrays: ``(images, labels)``, or a split already.
+
+    Raises:
+        ValueError: they do not fit each other, or are none.
+    """
+    if isinstance(arrays, Split | DeviceSplit):
+        return arrays
+    if not isinstance(arrays, tuple) or len(arrays) != 2:
+        raise ValueError(
+            f"`{name}` is a {type(arrays).__name__}; expected (images, labels), two arrays."
+        )
+    images, labels = np.asarray(arrays[0]), np.asarray(arrays[1])
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(
+            f"the images of `{name}` have dtype {images.dtype}; expected uint8, or floats that "
+            "are normalised already."
+        )
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"the labels of `{name}` have shape {labels.shape} and dtype {labels.dtype}; expected "
+            "integers, one an example."
+        )
+    if len(images) != len(labels) or not len(images):
+        raise ValueError(f"`{name}` has {len(images)} images and {len(labels)} labels.")
+    if images.dtype != np.uint8:
+        images = images.astype(np.float32)
+    return Split(images, labels.astype(np.int32))
+
+
+def describe(split: Split | DeviceSplit, num_classes: int) -> DatasetSpec:
+    """A description of images by themselves: mean and deviation of each channel, no windows.
+
+    Args:
+        split: the training images.
+        num_classes: number of classes.
+    """
+    channels = split.images.shape[-1]
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if split.images.dtype == np.uint8:
+        axes = tuple(range(split.images.ndim - 1))
+        pixels = np.asarray(split.images)
+        mean = tuple(float(v) / 255 for v in pixels.mean(axes, dtype=np.float64))
+        std = tuple(float(v) / 255 or 1.0 for v in pixels.std(axes, dtype=np.float64))
+    return DatasetSpec(
+        name="arrays",
+        version="1.0.0",
+        image_shape=tuple(split.images.shape[1:]),
+        class_names=tuple(map(str, range(num_classes))),
+        mean=mean,
+        std=std,
+        train_size=split.images.shape[0],
+        test_size=0,
+        layout="embedded",
+    )
