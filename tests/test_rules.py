@@ -53,14 +53,15 @@ def copy(tree):
 # --- Every rule on every model -------------------------------------------------------------------
 
 
+# One of each kind of block; the others have more of the same.
+KINDS_OF_MODEL = ("vgg8", "mobilenet_v1_small", "resnet32", "airbench")
+
+
 @pytest.mark.parametrize(
     "model_name",
-    [
-        name if name == "small_conv" else pytest.param(name, marks=pytest.mark.exhaustive)
-        for name in models.NAMES
-    ],
+    ["small_conv", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in KINDS_OF_MODEL)],
 )
-def test_every_rule_takes_a_step_on_every_model(model_name):
+def test_every_rule_takes_a_step_on_every_kind_of_model(model_name):
     """Traced, with every shape checked; `test_training` runs them where they are small."""
     model = models.make(model_name, num_classes=CLASSES)
     side = max(8, model.smallest_image)
