@@ -51,7 +51,8 @@ TINY = TrainConfig(
     batch_size=16,
     train_examples=64,
     eval_examples=40,
-    width=0.125,
+    # Of ten channels at least: `deeper_forward` has a group of them for each class.
+    width=0.5,
     augmentation="full",
     dropout=0.1,
     progress=False,
