@@ -96,13 +96,19 @@ class _Curves(Callback):
         self._title = f"{config.dataset}, {config.model}, {config.rule}"
         self._path = pathlib.Path(config.run_folder()) / "curves.png"
         self._drawn = time.perf_counter()
+        self._waiting: list[Record] = []
 
     def on_epoch(self, event: EpochEnd) -> None:
-        """Draw where some time has passed, or the run has ended."""
-        finished = event.record["epoch"] == event.epochs
-        if finished or time.perf_counter() - self._drawn > _REDRAW_SECONDS:
-            plots.draw_curves(event.records, self._title, self._path)
-            self._drawn = time.perf_counter()
+        """Draw where some time has passed."""
+        self._waiting = event.records
+        if time.perf_counter() - self._drawn > _REDRAW_SECONDS:
+            self.on_exit()
+
+    def on_exit(self) -> None:
+        """Draw what is not drawn yet, however the run has ended."""
+        if self._waiting:
+            plots.draw_curves(self._waiting, self._title, self._path)
+            self._waiting, self._drawn = [], time.perf_counter()
 
 
 class _Bar(Callback):

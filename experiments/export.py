@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from typing import Any
 
 from simple_parsing import field
@@ -25,6 +26,8 @@ class ExportConfig:
     """Folder to write the file and MODEL_CARD.md to [default: export in the run's folder]."""
     checkpoint: str | None = None
     """best, last, or a step; has to be named while the run is unfinished [default: best]."""
+    data_dir: str | None = None
+    """Folder of prepared data sets [default: the run's]."""
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming option and value, for what cannot be."""
@@ -38,15 +41,12 @@ class ExportConfig:
 def _check_finished(folder: pathlib.Path, trained: Any) -> None:
     """Raise UserError where a run has epochs to go."""
     from lls_jax.runs import folder as folders
-    from lls_jax.runs.callbacks import selection_accuracy
+    from lls_jax.runs.callbacks import EarlyStopping
 
     records = folders.read_metrics(folder)
-    done = len(records)
-    if trained.patience is not None and done > trained.patience:
-        # As the run's own early stopping counts.
-        accuracies = [selection_accuracy(record) or 0.0 for record in records]
-        if max(accuracies[: -trained.patience]) >= max(accuracies[-trained.patience :]):
-            return
+    done, patience = len(records), trained.patience
+    if patience is not None and EarlyStopping(patience).is_over(records):
+        return
     if done < trained.epochs:
         raise UserError(
             f"{folder} is unfinished: {done} of {trained.epochs} epochs; give its command again to "
@@ -56,6 +56,7 @@ def _check_finished(folder: pathlib.Path, trained: Any) -> None:
 
 def export(config: ExportConfig) -> int:
     """Restore, convert, and write the files; returns the exit status."""
+    from experiments import own_sources
     from experiments.model_card import Card, write_card
     from experiments.run_config import read_config
     from experiments.setup import example_image, make_task
@@ -66,9 +67,13 @@ def export(config: ExportConfig) -> int:
 
     folder = pathlib.Path(config.workdir)
     trained = read_config(folder)
+    if config.data_dir is not None:
+        trained = dataclasses.replace(trained, data_dir=config.data_dir)
     if config.checkpoint is None and folders.checkpoints(folder).is_dir():
         _check_finished(folder, trained)
     task = make_task(trained)
+    for changed in own_sources.changed(folder, trained):
+        print(f"warning: {changed}", file=sys.stderr)
     wanted = config.checkpoint or "best"
     state, meta = restore(folder, task.model, task.rule, example_image(task.spec), wanted)
     output = folder / "export" if config.output is None else pathlib.Path(config.output)

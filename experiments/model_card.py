@@ -118,7 +118,7 @@ def _row(index: int, spec: BlockSpec, arrays: Mapping[str, np.ndarray]) -> str:
         inputs = arrays[f"layers.{index}.{first}.weight"].shape[axis]
         layers = [describe(spec.module, inputs)]
     else:
-        layers = [f"{kind.__name__} of lls_jax.blocks"]
+        layers = [f"{kind.__name__} of {kind.__module__}"]
     layers += ["MaxPool2d(2)"] if spec.max_pool else []
     if spec.average_pool is not None:
         layers.append(f"AdaptiveAvgPool2d({spec.average_pool})")
@@ -129,7 +129,8 @@ def _row(index: int, spec: BlockSpec, arrays: Mapping[str, np.ndarray]) -> str:
 
 def _classifier(card: Card) -> str:
     if card.model.classifier is not None:
-        return f"{type(card.model.classifier).__name__} of lls_jax.blocks"
+        kind = type(card.model.classifier)
+        return f"{kind.__name__} of {kind.__module__}"
     inputs = card.arrays["classifier.weight"].shape[1]
     return f"Linear({inputs}, {card.model.num_classes})"
 
@@ -146,9 +147,9 @@ def _versions(folder: pathlib.Path) -> str:
 
 def _accuracies(card: Card) -> list[str]:
     records = folders.read_metrics(card.folder)
-    of_epoch = [one for one in records if one["epoch"] == card.meta["epochs_done"]]
     rows = []
-    for record in of_epoch:
+    # None, of a step inside an epoch.
+    for record in (one for one in records if one["step"] == card.step):
         for split in ("validation", "test"):
             if f"{split}_accuracy" in record:
                 top5 = record.get(f"{split}_top5")

@@ -10,7 +10,7 @@ from experiments.commands import resume_command
 from experiments.config import TrainConfig
 from experiments.config_choices import BASELINES
 from experiments.presets import BP_MEASURED, default_config
-from experiments.run_config import NOT_COMPARED, read_config
+from experiments.run_config import NOT_COMPARED, may_go_on, read_config
 from lls_jax.errors import UserError
 from lls_jax.runs import folder as folders
 
@@ -116,6 +116,17 @@ def _try_next(config: TrainConfig, folder: pathlib.Path, others: list[_Sibling])
     beside = folder.parent / pathlib.Path(new.run_folder()).name
     if new.reach > 1:
         beside = beside.with_name(f"{beside.name}-reach{new.reach}")
+    if (beside / "config.json").exists() and not _may_go_on(beside, new):
+        return []
     if str(beside) != new.run_folder():
         new = dataclasses.replace(new, workdir=str(beside))
     return [what, f"  {resume_command(new)}"]
+
+
+def _may_go_on(folder: pathlib.Path, config: TrainConfig) -> bool:
+    """Whether the run in a folder is that of a config, or may be."""
+    try:
+        stored = read_config(folder)
+    except UserError:
+        return False
+    return all(may_go_on(stored, config, field.name) for field in dataclasses.fields(config))

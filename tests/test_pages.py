@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import config as config_module
+from experiments import config_choices
 from experiments.command_line import parse_training
 from experiments.config import TrainConfig
 from experiments.paper import TABLES, PaperConfig, train_config
@@ -216,14 +216,14 @@ def test_the_page_of_commands_has_every_option_of_every_command():
         option = "`--" + field.name.replace("_", "-")
         assert (option in listing) == (field.name != "dataset") or field.name == "dataset", option
     assert "__TEMP__" not in listing and "\n:   \n" not in listing
-    for name in ("cifar10", "evaluate", "paper", "image_folder"):
+    for name in ("cifar10", "evaluate", "paper", "image_folder", "board", "report"):
         assert f"\n## experiments.{name}\n" in "\n" + listing
     assert "`--batch-size 64`, `--augmentation none`" in listing  # of the digits
 
 
 def test_what_pages_list_by_hand_is_all_there_is():
-    config = (config_module.OPTIMIZERS, config_module.SCHEDULES, config_module.VIEWS)
-    config += (config_module.KERNELS, config_module.MEASURES, config_module.PRECISIONS)
+    config = (config_choices.OPTIMIZERS, config_choices.SCHEDULES, config_choices.VIEWS)
+    config += (config_choices.KERNELS, config_choices.MEASURES, config_choices.PRECISIONS)
     for page, names in (
         ("options", [*rules.NAMES, *AUGMENTATIONS, *sum(config, ())]),
         ("rules", rules.NAMES),

@@ -22,9 +22,13 @@ PLACE = "<!-- commands -->"
 def commands() -> Iterator[str]:
     """Modules that can be run."""
     for package in ("experiments", "pallas_kernels"):
-        for path in sorted((ROOT / package).glob("*.py")):
-            if "if __name__ ==" in path.read_text():
-                yield f"{package}.{path.stem}"
+        folder = ROOT / package
+        names = {
+            path.parent.name if path.stem == "__main__" else path.stem
+            for path in (*folder.glob("*.py"), *folder.glob("*/__main__.py"))
+            if "if __name__ ==" in path.read_text()
+        }
+        yield from (f"{package}.{name}" for name in sorted(names))
 
 
 def parser_of(module: str) -> argparse.ArgumentParser:

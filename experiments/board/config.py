@@ -34,10 +34,12 @@ class BoardConfig:
     """A budget: seconds of training steps at the speed that was measured in turns, compilation and
     evaluation apart; the last epoch is cut short where they are over."""
     dataset: str | None = None
-    """Data set [default of a new board: cifar10]."""
+    """Data set: a name, or your own as package.module:function [default of a new board: cifar10].
+    """
     options: str | None = None
-    """Options of the training command, the same for all runs, as one argument: "--batch-size 64
-    --augmentation full" [default of a new board: the published recipe]."""
+    """Options of the training command, the same for all runs, as one argument after "=":
+    --options="--batch-size 64 --augmentation full" [default of a new board: the published recipe].
+    """
     measure_speed: bool = flag(default=True, negative_prefix="--no-")
     """Measure speed and memory of rows that have none yet, after the training; before it where
     --seconds needs it."""

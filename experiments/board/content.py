@@ -11,7 +11,7 @@ from experiments.board.rows import Row, row_of, rows_of
 from experiments.command_line import parse_training
 from experiments.config import TrainConfig
 from experiments.config_choices import BASELINES, option
-from experiments.presets import PRESETS
+from experiments.presets import default_config
 from experiments.run_config import NOT_COMPARED
 from lls_jax.errors import UserError
 
@@ -52,8 +52,10 @@ def recipe_of(dataset: str, options: str) -> TrainConfig:
     Raises:
         UserError: an unknown data set, or an option that is the board's own.
     """
-    if dataset not in PRESETS:
-        raise UserError(f"unknown data set {dataset!r}; expected one of {', '.join(PRESETS)}.")
+    try:
+        default_config(dataset)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     arguments = shlex.split(options)
     given = {argument.split("=")[0] for argument in arguments}
     if own := sorted(given & set(map(option, _OWN))):
@@ -61,7 +63,13 @@ def recipe_of(dataset: str, options: str) -> TrainConfig:
             f"--options has {own[0]}, which is the board's to say; give it to the board, or leave "
             "it out."
         )
-    return parse_training(dataset, "", arguments)
+    recipe = parse_training(dataset, "", arguments)
+    if recipe.patience is not None:
+        raise UserError(
+            f"--options has --patience {recipe.patience} from a file or a run, and rows would have "
+            "unequal budgets; leave it out there."
+        )
+    return recipe
 
 
 def read(folder: pathlib.Path) -> Board | None:

@@ -1,5 +1,6 @@
 """From a run's folder to its page."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -18,6 +19,8 @@ def report(config: ReportConfig) -> int:
     """Write a run's page; returns the exit status."""
     folder = pathlib.Path(config.run)
     trained = read_config(folder)
+    if config.data_dir is not None:
+        trained = dataclasses.replace(trained, data_dir=config.data_dir)
     records = folders.read_metrics(folder)
     if not records:
         raise UserError(f"run {folder} has no finished epoch yet; train it first.")
@@ -44,7 +47,7 @@ def _judged(config: ReportConfig) -> Judged | str:
         return "Left out, as asked."
     try:
         return judge(EvaluateConfig(config.run, config.checkpoint, data_dir=config.data_dir))
-    except UserError as error:
+    except (UserError, OSError) as error:
         return f"It could not be evaluated: {error}"
 
 
@@ -52,5 +55,5 @@ def _parameters(trained: TrainConfig) -> list[BlockParameters]:
     """Of each block; nothing where network or rule are not to be had here."""
     try:
         return count_parameters(setup.make_task(trained))
-    except UserError:
+    except (UserError, OSError):
         return []

@@ -15,7 +15,7 @@ from experiments.panels import Record
 from experiments.parameters import BlockParameters
 from experiments.presets import default_config
 from experiments.report import html
-from lls_jax.runs.callbacks import selection_accuracy
+from lls_jax.runs.callbacks import EarlyStopping, selection_accuracy
 
 
 def head(config: TrainConfig, records: Sequence[Record]) -> str:
@@ -36,7 +36,12 @@ def head(config: TrainConfig, records: Sequence[Record]) -> str:
         f"<div><b>{html.text(value)}</b><span>{html.text(name)}</span></div>\n"
         for name, value in figures.items()
     )
-    unfinished = "" if last["epoch"] >= config.epochs else f" of {config.epochs}; not finished yet"
+    unfinished = ""
+    if last["epoch"] < config.epochs:
+        patience = config.patience
+        is_over = patience is not None and EarlyStopping(patience).is_over(list(records))
+        how = "stopped early" if is_over else "not finished yet"
+        unfinished = f" of {config.epochs}; {how}"
     return (
         f"<h1>{html.text(title(config))}{html.text(reach)}</h1>\n"
         f'<p class="quiet">{last["epoch"]} epochs{unfinished}, batch size {config.batch_size}, '
@@ -138,7 +143,10 @@ def timing(records: Sequence[Record]) -> str:
     return html.section("Timing", html.pairs(rows))
 
 
-_HERE = ("workdir", "data_dir", "progress")
+_HERE = (
+    *("workdir", "data_dir", "progress", "profile"),
+    *("coordinator", "num_processes", "process_id"),
+)
 
 
 def options(config: TrainConfig) -> str:
