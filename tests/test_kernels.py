@@ -243,7 +243,7 @@ def test_tuning_writes_the_fastest_tiles(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "loss_and_gradients", interpreted)
     small = shapes.Problem(16, 4, 4, "matrix")
     monkeypatch.setattr(
-        timing, "turns", lambda calls, count, agree: [1.0] * (len(calls) - 2) + [0.25, 0.5]
+        timing, "turns", lambda calls, count: [1.0] * (len(calls) - 2) + [0.25, 0.5]
     )
     (row,) = tune.tune([small], ["pallas"], [2])
     assert row["speed_over_xla"] == pytest.approx(4) and row["speed_over_heuristic"] == 4
