@@ -52,7 +52,8 @@ class BenchmarkConfig:
     precisions: list[str] = field(default_factory=list)
     """float32, bfloat16 [default: float32; both with --suite kernels]."""
     kernels: str = "auto"
-    """Of --suite training and epochs, what computes the local losses: auto, xla, pallas, triton."""
+    """Of --suite training and epochs, what computes the local losses: auto, xla, split, pallas,
+    triton."""
     reach: list[int] = field(default_factory=lambda: [1])
     """Of --suite training, epochs and pipeline: blocks that a local loss teaches, its own and those
     below it, like 1 2; each rule with local losses is measured with each."""
