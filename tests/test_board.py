@@ -226,6 +226,10 @@ def test_what_is_not_given_is_as_the_board_has_it_and_another_recipe_is_refused(
             extend(made, **options)
     with pytest.raises(UserError, match="unknown data set 'cifar11'"):
         extend(dataset="cifar11", epochs=1)
+    assert content.recipe_of("mydata:load", "").dataset == "mydata:load"
+    (tmp_path / "options.toml").write_text("patience = 2")
+    with pytest.raises(UserError, match="--patience 2 from a file"):
+        content.recipe_of("digits", f"--config {tmp_path / 'options.toml'}")
     with pytest.raises(UserError, match="into 4 parts"):
         board(
             config(

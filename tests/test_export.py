@@ -237,6 +237,11 @@ def test_the_command_exports_a_run_and_its_card(tmp_path):
     last = export.ExportConfig(str(folder), checkpoint="last", output=str(tmp_path / "elsewhere"))
     assert export.export(last) == 0
     assert "After epoch 1 of 3" in (tmp_path / "elsewhere" / "MODEL_CARD.md").read_text()
+    # What was measured at other weights is no figure of these.
+    (folder / "metrics.jsonl").write_text(json.dumps({**record, "step": record["step"] - 1}) + "\n")
+    assert export.export(last) == 0
+    card = (tmp_path / "elsewhere" / "MODEL_CARD.md").read_text()
+    assert "- not recorded" in card and f"{record['test_accuracy']:.2f} %" not in card
     with pytest.raises(UserError, match="holds no run"):
         export.export(export.ExportConfig(str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="--format is 'onnx'; expected safetensors or torch"):

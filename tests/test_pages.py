@@ -214,7 +214,7 @@ def test_the_page_of_commands_has_every_option_of_every_command():
     listing = load(DOCS / "hooks" / "commands.py").listing()
     for field in dataclasses.fields(TrainConfig):
         option = "`--" + field.name.replace("_", "-")
-        assert (option in listing) == (field.name != "dataset") or field.name == "dataset", option
+        assert option in listing, option
     assert "__TEMP__" not in listing and "\n:   \n" not in listing
     for name in ("cifar10", "evaluate", "paper", "image_folder", "board", "report"):
         assert f"\n## experiments.{name}\n" in "\n" + listing

@@ -3,12 +3,14 @@
 import dataclasses
 import html
 import html.parser
+import json
 import math
+import shutil
 
 import jax
 import pytest
 
-from experiments import panels, presets, run_config, train
+from experiments import panels, presets, run_config, setup, train
 from experiments.config import TrainConfig
 from experiments.next_steps import next_steps
 from experiments.report.command import report
@@ -52,7 +54,7 @@ class Page(html.parser.HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_a_runs_page_stands_by_itself_and_says_what_its_records_say(tmp_path, capsys):
+def test_a_runs_page_stands_by_itself_and_says_what_its_records_say(tmp_path, capsys, monkeypatch):
     run = tmp_path / "a <run>"
     config = dataclasses.replace(TINY, workdir=str(run))
     assert train.train_and_advise(config) == 0
@@ -85,6 +87,21 @@ def test_a_runs_page_stands_by_itself_and_says_what_its_records_say(tmp_path, ca
     (run / "checkpoints").rename(run / "gone")
     assert report(ReportConfig(str(run), out=str(out))) == 0
     assert "It could not be evaluated" in Page(out.read_text()).text
+    # Images that are not there any more, and a run that ended before its epochs did.
+    stored = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**stored, "epochs": 9, "patience": 1}))
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({**r, "test_accuracy": 50.0}) + "\n" for r in (first, last))
+    )
+
+    def gone(config):
+        raise FileNotFoundError(config.dataset)
+
+    monkeypatch.setattr(setup, "make_task", gone)
+    assert report(ReportConfig(str(run), out=str(out), evaluate=False)) == 0
+    page = Page(out.read_text())
+    assert "2 epochs of 9; stopped early" in page.text
+    assert {row[0]: row for row in page.rows}["L1"][0] == "L1"
     with pytest.raises(UserError, match="holds no run"):
         report(ReportConfig(str(tmp_path)))
     with pytest.raises(ValueError, match="--checkpoint is 'first'"):
@@ -117,6 +134,11 @@ def test_what_to_do_next_depends_on_the_runs_that_are_there(tmp_path, monkeypatc
     config = dataclasses.replace(config, epochs=20, augmentation="none")
     assert "bp reached 98.70 % with the same options, once" in lines()
     assert "--reach 2 --workdir" in lines()
+    # Not into the folder of a run with other options.
+    place = tmp_path / "mnist-small_conv-lls_mxm-s0-reach2"
+    fake(place, dataclasses.replace(config, reach=2, learning_rate=1.0), 10.0)
+    assert "try next" not in lines()
+    shutil.rmtree(place)
     # Runs beside it stand before that: of other options none, and that of the same seed first.
     fake(tmp_path / "other", dataclasses.replace(config, rule="bp", learning_rate=1.0), 10.0)
     assert "98.70 %" in lines()
