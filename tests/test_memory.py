@@ -12,7 +12,7 @@ from lls_jax import models, rules, training
 from lls_jax.blocks import ConvBlock
 from lls_jax.layers.ordering import token_of, wait_for
 from lls_jax.models import BlockSpec, Network
-from lls_jax.steps import sliced
+from lls_jax.steps import slice_plan
 
 CLASSES = 5
 
@@ -76,9 +76,9 @@ def test_what_sees_the_activation_itself_is_computed_once(name):
 
 
 def test_a_slice_is_as_large_as_allowed():
-    assert sliced.count_slices((128, 32, 32, 256), jnp.float32, 2**25) == 4
-    assert sliced.count_slices((128, 32, 32, 256), jnp.bfloat16, 2**25) == 2
-    assert sliced.count_slices((3, 32, 32, 256), jnp.float32, 1) == 3
+    assert slice_plan.count_slices((128, 32, 32, 256), jnp.float32, 2**25) == 4
+    assert slice_plan.count_slices((128, 32, 32, 256), jnp.bfloat16, 2**25) == 2
+    assert slice_plan.count_slices((3, 32, 32, 256), jnp.float32, 1) == 3
 
 
 def temporaries(model, rule_name, side, batch_size=128, **options):

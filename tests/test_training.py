@@ -8,7 +8,8 @@ import pytest
 
 from lls_jax import evaluation, models, rules, training
 from lls_jax.blocks import ConvBlock, DenseBlock, LocalBlock
-from lls_jax.layers.normalization import normalize_activate, normalize_activate_pool
+from lls_jax.layers.normalization import normalize_activate
+from lls_jax.layers.pooled_normalization import normalize_activate_pool
 from pallas_kernels.local_loss import pool_latents
 
 CLASSES = 5

@@ -11,9 +11,9 @@ from lls_jax.layers.initializers import fan_in_uniform
 from lls_jax.layers.normalization import (
     apply_statistics,
     normalize_activate,
-    normalize_activate_pool,
 )
 from lls_jax.layers.pointwise import pointwise
+from lls_jax.layers.pooled_normalization import normalize_activate_pool
 
 _RUNNING_AVERAGE = 0.9
 

@@ -159,7 +159,6 @@ def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bo
 # third line are 235.)
 _FEW_CHANNELS = 4
 _WINOGRAD_FROM = 16
-_GRADIENT_BY_WINOGRAD_FROM = 64
 _SMALL_MAP = 16
 
 
@@ -179,7 +178,7 @@ def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int, compact: bool) ->
     channels = x.shape[-1]
     if channels <= _FEW_CHANNELS and stride == 1:
         return _gradient_by_packed_rows(x, dy)
-    if channels < _GRADIENT_BY_WINOGRAD_FROM:
+    if channels < _WINOGRAD_FROM:
         return _gradient_by_products(x, dy, stride, a_row=True)
     if stride == 1 and dy.shape[1] * dy.shape[2] > _SMALL_MAP and not compact:
         return winograd.weight_gradient(x, dy)

@@ -7,6 +7,7 @@ before XLA's CPU backend decides on an order (jaxlib 0.10).
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,6 +40,24 @@ def wait_for(token: jax.Array, tree: Any) -> Any:
         return jnp.where(lost, jnp.asarray(jnp.nan, leaf.dtype), leaf) if _is_float(leaf) else leaf
 
     return jax.tree.map(waiting, tree)
+
+
+def written_out(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """``function(*arrays)``, an array of floats that no compiler fuses into what reads it.
+
+    For what is slow to find element by element and read more than once. (XLA's CPU backend looks
+    through an optimisation barrier when it fuses, up to jaxlib 0.10, but not through a branch.)
+
+    Args:
+        function: pure.
+        *arrays: floats; the result is NaN if what :func:`token_of` looks at is.
+    """
+    shape = jax.eval_shape(function, *arrays)
+
+    def lost(*arrays: jax.Array) -> jax.Array:
+        return jnp.full(shape.shape, jnp.nan, shape.dtype)
+
+    return jax.lax.cond(jnp.isnan(token_of(arrays)), lost, function, *arrays)
 
 
 def slice_after(token: jax.Array, x: jax.Array, start: int, size: int, axis: int = 0) -> jax.Array:

@@ -20,6 +20,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     return by_platform(x, cpu=_max_pool_in_halves, elsewhere=_max_pool_in_strides)
 
 
+@jax.custom_vjp
 def _max_pool_in_halves(x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     rows, columns = height // 2, width // 2
@@ -27,6 +28,32 @@ def _max_pool_in_halves(x: jax.Array) -> jax.Array:
     pairs = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2 * channels)
     pairs = jnp.maximum(pairs[:, :, 0], pairs[:, :, 1])
     return jnp.maximum(pairs[..., :channels], pairs[..., channels:])
+
+
+def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _max_pool_in_halves(x), x
+
+
+def _max_pool_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    """To each window's maximum; equal ones share. (Automatic differentiation pads and adds the
+    gradients of halves.)"""
+    batch, height, width, channels = x.shape
+    rows, columns = dy.shape[1:3]
+    windows = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels)
+    y = _max_pool_in_halves(x)
+    equal = [windows[:, :, i, :, j] == y for i, j in itertools.product(range(2), range(2))]
+    equals = functools.reduce(jnp.add, [one.astype(dy.dtype) for one in equal])
+    # The barrier keeps XLA from finding the maxima again for each of the four.
+    y, dy = jax.lax.optimization_barrier((y, dy / jnp.maximum(equals, 1)))
+    y, dy = (one[:, :, None, :, None, :] for one in (y, dy))
+    dx = jnp.where(windows == y, dy, jnp.zeros_like(dy)).reshape(
+        batch, 2 * rows, 2 * columns, channels
+    )
+    left = (height - 2 * rows, width - 2 * columns)
+    return (jnp.pad(dx, ((0, 0), (0, left[0]), (0, left[1]), (0, 0))) if any(left) else dx,)
+
+
+_max_pool_in_halves.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _max_pool_in_strides(x: jax.Array) -> jax.Array:

@@ -18,12 +18,11 @@ References:
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lls_jax.layers.ordering import batch_slices, slice_after, token_of
+from lls_jax.layers.slices import choose_count, map_slices, sum_slices
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -31,11 +30,11 @@ _OF_INPUT: Matrix = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 _OF_KERNEL: Matrix = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _OF_OUTPUT: Matrix = ((1, 1, 1, 0), (0, 1, -1, -1))
 
-# What a slice of the batch takes in between: half of a CPU's last cache or so. Sixteen elements for
-# four are four arrays of the size of the input, and four of the output's.
-_SLICE_BYTES = 16 * 2**20
-# Each slice is written out, seventy operations or so: more take long to compile.
-_MOST_SLICES = 8
+# What a slice of the batch takes in between, in a near cache. Sixteen elements for four are four
+# arrays of the size of the input, and four of the output's.
+_SLICE_BYTES = 8 * 2**20
+# Tiles of a slice, the rows of its products, of which the matrix library wants some hundreds.
+_FEWEST_TILES = 512
 
 
 def _transposed(matrix: Matrix) -> Matrix:
@@ -103,8 +102,10 @@ def _interleaved(grid: Sequence[Sequence[jax.Array]], shape: tuple[int, ...]) ->
 
 
 def _count_slices(x: jax.Array, features: int) -> int:
-    between = 4 * 4 * (x.size + x.size // x.shape[-1] * features)
-    return min(x.shape[0], _MOST_SLICES, -(-between // _SLICE_BYTES))
+    batch, height, width, channels = x.shape
+    between = 4 * 4 * (x.size + x.size // channels * features)
+    tiles = batch * -(-height // 2) * -(-width // 2)
+    return choose_count(batch, min(-(-between // _SLICE_BYTES), tiles // _FEWEST_TILES))
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -124,23 +125,17 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         for array in line
     ]
     features = kernel.shape[-1]
-    x = jax.lax.optimization_barrier(x)
-    whole = jnp.zeros((*x.shape[:3], features), x.dtype)
-    slices = batch_slices(x.shape[0], _count_slices(x, features))
-    token = jnp.float32(0.0)
-    for start, size in slices:
-        part = slice_after(token, x, start, size) if len(slices) > 1 else x
+
+    def convolve_slice(part: jax.Array) -> jax.Array:
         products = [
             jax.lax.optimization_barrier(tiles @ transformed)
             for tiles, transformed in zip(_input_tiles(part), kernels)
         ]
         grid = _sandwich(_OF_OUTPUT, _as_grid(products))
-        y = _interleaved(grid, (*part.shape[:3], features)).astype(x.dtype)
-        if len(slices) == 1:
-            return y
-        whole = jax.lax.dynamic_update_slice_in_dim(whole, y, start, axis=0)
-        token = token_of(y)
-    return whole
+        return _interleaved(grid, (*part.shape[:3], features)).astype(x.dtype)
+
+    x = jax.lax.optimization_barrier(x)
+    return map_slices(convolve_slice, (x,), _count_slices(x, features), after=kernels)
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -153,15 +148,14 @@ def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     Returns:
         float32 ``[3, 3, channels, features]``.
     """
-    total: Any = None
-    token = token_of(dy)
-    for start, size in batch_slices(x.shape[0], _count_slices(x, dy.shape[-1])):
-        # Not before the slice before, and none before `dy`: else XLA keeps what it needs later.
-        tiles = _input_tiles(slice_after(token, x, start, size))
-        above = _output_tiles(slice_after(token, dy, start, size))
+
+    def products(x: jax.Array, dy: jax.Array) -> list[jax.Array]:
         over_tiles = (((0,), (0,)), ((), ()))
-        own = [jax.lax.dot_general(d, e, over_tiles) for d, e in zip(tiles, above)]
-        total = own if total is None else jax.tree.map(jnp.add, total, own)
-        token = token_of(total)
+        return [
+            jax.lax.dot_general(below, above, over_tiles)
+            for below, above in zip(_input_tiles(x), _output_tiles(dy))
+        ]
+
+    total = sum_slices(products, (x, dy), _count_slices(x, dy.shape[-1]))
     grid = _sandwich(_transposed(_OF_KERNEL), _as_grid(total))
     return jnp.stack([jnp.stack(line) for line in grid])

@@ -77,7 +77,7 @@ def make_pieces(
         ValueError: `reach` is no number of blocks, or the rule has no local losses.
     """
     check_reach(rule, reach)
-    units = make_units(model, rule, tx, remat_above)
+    units = make_units(model, rule, tx, remat_above, slice_above)
     names = [unit.names for unit in units]
     if reach == 1:
         updates = [jax.jit(unit.update, donate_argnums=0) for unit in units]

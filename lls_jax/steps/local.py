@@ -19,6 +19,7 @@ from lls_jax.steps.block import (
     classifier_loss,
     local_update,
 )
+from lls_jax.steps.slice_plan import plan_block
 from lls_jax.steps.state import (
     CLASSIFIER,
     Batch,
@@ -42,6 +43,7 @@ def update_block(
     labels: Targets,
     dropout_key: jax.Array,
     remat_above: int | None = None,
+    slice_above: int | None = None,
 ) -> tuple[BlockState, jax.Array, jax.Array]:
     """A block's own update, which needs nothing of the blocks above it.
 
@@ -53,14 +55,14 @@ def update_block(
         x: its input, ``[batch, ...]``.
         labels: integers ``[batch]``, or :class:`lls_jax.rules.LabeledImages`.
         dropout_key: the block's own, of this step.
-        remat_above: bytes above which a convolution's output is not kept:
-            :mod:`lls_jax.steps.sliced`.
+        remat_above: as of :func:`lls_jax.training.make_train_step`.
+        slice_above: likewise.
 
     Returns:
         The new state, the local loss, and the next block's input: from the activation that was
         computed before the update.
     """
-    plan = sliced.plan_block(spec, rule, x, remat_above)
+    plan = plan_block(spec, rule, x, remat_above, slice_above)
 
     def apply(params: Any, batch_stats: Any, x: jax.Array, key: jax.Array | None) -> BlockOutput:
         if plan is not None:
@@ -168,7 +170,11 @@ class Unit(NamedTuple):
 
 
 def make_units(
-    model: Network, rule: Rule, tx: Optimizer, remat_above: int | None = None
+    model: Network,
+    rule: Rule,
+    tx: Optimizer,
+    remat_above: int | None = None,
+    slice_above: int | None = None,
 ) -> list[Unit]:
     """A network's updates in order, each of which needs nothing of those after it.
 
@@ -179,6 +185,7 @@ def make_units(
         rule: a local rule, or one a block.
         tx: the optimizer, or one a block.
         remat_above: as of :func:`lls_jax.training.make_train_step`.
+        slice_above: likewise.
 
     Raises:
         ValueError: the rule's blocks have no losses of their own.
@@ -203,6 +210,7 @@ def make_units(
                 labels,
                 block_key,
                 remat_above,
+                slice_above,
             )
             return (state,), loss[None], x
 
@@ -245,10 +253,11 @@ def local_step(
     batch: Batch,
     *,
     remat_above: int | None = None,
+    slice_above: int | None = None,
     in_order: bool = True,
 ) -> tuple[TrainState, Metrics]:
     """One step of all blocks and the classifier; see :func:`lls_jax.training.make_train_step`."""
-    *blocks, last = make_units(model, rule, tx, remat_above)
+    *blocks, last = make_units(model, rule, tx, remat_above, slice_above)
     x, labels = batch["image"], targets_of(model, rule, batch)
     states: dict[str, BlockState] = {}
     losses: list[jax.Array] = []

@@ -46,10 +46,10 @@ def make_train_step(
         remat_above: bytes; a convolution whose output takes more is computed again, in slices of
             the batch, instead of keeping it (:mod:`lls_jax.steps.sliced`). None keeps every one.
             Local rules only.
-        slice_above: bytes; what follows a convolution whose output takes more, and its gradients,
-            are computed in slices of the batch, up to eight. The output itself is kept, and nothing
-            is convolved twice (:mod:`lls_jax.steps.sliced_reach`). None for never. With a `reach`
-            of 2 or more, and without `remat_above`.
+        slice_above: bytes; the gradients of a convolution whose output takes more, and what they
+            come from, are computed in slices of the batch. The output itself is kept, and nothing
+            is convolved twice (:mod:`lls_jax.steps.sliced`). None for 2 MiB on CPUs, where slices
+            cost no time, and for never elsewhere. Without `remat_above`. Local rules only.
         in_order: whether a local block waits for the gradient of the block below, so that its
             memory is free. Without, sums of gradients over devices may go on meanwhile.
         donate: whether the step takes the memory of the state that it is given, which is of no use
@@ -63,7 +63,7 @@ def make_train_step(
 
     Raises:
         ValueError: `reach` is no number of blocks, or the rule has no losses that could reach; or
-            `slice_above` is given without a reach, or together with `remat_above`.
+            `slice_above` is given together with `remat_above`.
 
     >>> import jax.numpy as jnp, optax
     >>> from lls_jax import models, rules
@@ -77,21 +77,15 @@ def make_train_step(
     (1, (4,))
     """
     check_reach(rule, reach)
-    if slice_above is not None and (reach == 1 or remat_above is not None):
-        beside = f"`reach` {reach}" if reach == 1 else f"`remat_above` {remat_above}"
+    if slice_above is not None and remat_above is not None:
         raise ValueError(
-            f"`slice_above` is {slice_above} with {beside}; it is for a reach of 2 or more whose "
-            "convolutions are not computed again: leave one of them out."
+            f"`slice_above` is {slice_above} and `remat_above` is {remat_above}; the latter does "
+            "not keep the outputs that the former is about: leave one of them out."
         )
-    step: Any = functools.partial(local_step, remat_above=remat_above, in_order=in_order)
-    if reach > 1:
-        step = functools.partial(
-            reach_step,
-            reach=reach,
-            remat_above=remat_above,
-            slice_above=slice_above,
-            in_order=in_order,
-        )
+    step: Any = local_step if reach == 1 else functools.partial(reach_step, reach=reach)
+    step = functools.partial(
+        step, remat_above=remat_above, slice_above=slice_above, in_order=in_order
+    )
     if isinstance(rule, Backpropagation):
         step = backpropagation_step
     elif isinstance(rule, DirectFeedback):

@@ -30,7 +30,7 @@ from lls_jax.blocks import apply_module, run_block
 from lls_jax.layers.ordering import token_of, wait_for
 from lls_jax.models import BlockSpec, Network
 from lls_jax.rules import LocalRule, Rule, Targets, labels_of
-from lls_jax.steps import sliced, sliced_reach
+from lls_jax.steps import sliced
 from lls_jax.steps.block import (
     BlockState,
     apply_gradients,
@@ -39,6 +39,7 @@ from lls_jax.steps.block import (
     split_params,
 )
 from lls_jax.steps.reach_schedule import brings_own_loss, schedule
+from lls_jax.steps.slice_plan import plan_block
 from lls_jax.steps.state import (
     CLASSIFIER,
     Batch,
@@ -162,16 +163,12 @@ def _block_unit(
         key, x = _block_key(key, step, index), x.astype(model.dtype)
         trained, fixed = split_params(rule, state.params)
         own, stats = trained["block"], state.batch_stats["block"]
-        plan, keep_output = sliced.plan_block(spec, rule, x, remat_above), False
-        if plan is None and remat_above is None:
-            plan, keep_output = sliced_reach.plan_kept_block(spec, rule, x, slice_above), True
+        plan = plan_block(spec, rule, x, remat_above, slice_above)
         if plan is None:
             (seen, pooled), stats, pull_block = _run_whole(spec, rule, own, stats, x, key)
             after: Callable[..., jax.Array] = spec.transition
         else:
-            (seen, pooled), stats, pull_block = sliced_reach.run_block(
-                plan, own, stats, x, keep_output=keep_output
-            )
+            (seen, pooled), stats, pull_block = sliced.run_block(plan, own, stats, x)
             after = spec.after_pooling
         passed_on, pull_after = jax.vjp(lambda seen: after(seen, key), seen)
 

@@ -1,13 +1,14 @@
-"""A convolution block's update in slices of the batch: time for memory.
+"""A convolution block whose gradients are taken in slices of the batch: less memory.
 
-The plain update keeps the convolution's output until its gradient is taken, and several arrays of
-that size while it is. Here there is none: the batch goes through the convolution in slices, three
-times. First for BatchNorm's statistics, which are those of the whole batch; then for what the next
-block takes, and the pooled activation; then, with the gradient of the local loss with respect to
-that, for the gradient of the weights.
+Plainly, a gradient of the convolution's output is an array as large as that output, and so is what
+its parts come from. In slices no array is, but the output itself: what follows it, and all
+gradients, are of one slice at a time, in a near cache. No convolution is computed twice.
 
-A loop would be the natural form, but XLA's CPU backend runs convolutions in loops without its
-threads: so the slices are written one after another, and each waits for the one before.
+Or the output is not kept either: time for memory. Then the batch goes through the convolution once
+for BatchNorm's statistics, which are those of the whole batch; once for what the next block takes,
+and the pooled activation; and for each gradient once from the pooled activation alone, and twice
+with one from above: for the gradients of BatchNorm's statistics, scale and bias, which are sums
+over the whole batch, and for those of the weights or the input.
 """
 
 import functools
@@ -17,65 +18,49 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
-from lls_jax.blocks import ConvBlock, running_average
+from lls_jax.blocks import running_average
 from lls_jax.layers.convolution import convolve_3x3
 from lls_jax.layers.normalization import (
-    PooledGradients,
     Statistics,
     apply_statistics,
-    can_pool,
+    gradient_sums,
     gradients_from_sums,
     input_gradient,
+)
+from lls_jax.layers.ordering import written_out
+from lls_jax.layers.pooled_normalization import (
     pool_from_sums,
+    spread,
+    window_gradient_sums,
     window_sums,
 )
-from lls_jax.layers.ordering import batch_slices, slice_after, token_of
-from lls_jax.models import BlockSpec
-from lls_jax.rules import LocalRule
+from lls_jax.layers.slices import map_slices, sum_slices
 from lls_jax.steps.block import BlockOutput
+from lls_jax.steps.slice_plan import Plan
 
-Downsample = Callable[[jax.Array], jax.Array]
 
-
-class Plan(NamedTuple):
-    """What is computed in slices, besides its arrays.
+class Residuals(NamedTuple):
+    """What a block's gradients need.
 
     Attributes:
-        slices: into how many the batch is cut.
-        stride: of the convolution.
-        dtype: of the activations.
-        pool_size: windows along each spatial axis.
-        downsample: from the activation to what the next block takes, an image at a time.
+        x: its input.
+        kernel: of the convolution.
+        output: of the convolution; None where it is not kept.
+        statistics: BatchNorm's.
+        sums: of :func:`lls_jax.layers.pooled_normalization.window_sums`.
     """
 
-    slices: int
-    stride: int
-    dtype: Any
-    pool_size: int
-    downsample: Downsample
-
-
-def count_slices(shape: tuple[int, ...], dtype: Any, remat_above: int) -> int:
-    """How many slices, so that none of an array has more than `remat_above` bytes, or one example.
-
-    >>> count_slices((128, 32, 32, 256), jnp.float32, 2**25)
-    4
-    """
-    size = math.prod(shape) * jnp.dtype(dtype).itemsize
-    return min(shape[0], math.ceil(size / remat_above))
-
-
-def put_slices(wholes: Any, parts: Any, start: int, batch: int) -> Any:
-    """Arrays ``[batch, ...]`` with `parts` from `start` on; zeros are made where there are none."""
-    if wholes is None:
-        wholes = tuple(jnp.zeros((batch, *part.shape[1:]), part.dtype) for part in parts)
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-    return tuple(put(whole, part) for whole, part in zip(wholes, parts))
+    x: jax.Array
+    kernel: jax.Array
+    output: jax.Array | None
+    statistics: Statistics
+    sums: Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def convolve_normalize_pool(
+def _convolve_normalize_pool(
     plan: Plan, x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """A 3x3 convolution, BatchNorm, LeakyReLU(0.01), and what is wanted of the activation.
@@ -95,100 +80,136 @@ def convolve_normalize_pool(
         windows, float32 ``[batch, p, p, features]``; the batch's statistics of the convolution's
         output, float32 ``[features]``.
     """
-    return run_slices(plan, x, kernel, scale, bias)[0]
+    return _forward(plan, x, kernel, scale, bias)[0]
 
 
-def run_slices(
+def _convolve(plan: Plan, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return convolve_3x3(x, kernel.astype(plan.dtype), plan.stride)
+
+
+def _moments(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = y.astype(jnp.float32)
+    return jnp.sum(wide, (0, 1, 2)), jnp.sum(jnp.square(wide), (0, 1, 2))
+
+
+def _forward(
     plan: Plan, x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array
-) -> tuple:
-    """The results of :func:`convolve_normalize_pool`, and what its gradient needs: input, kernel,
-    :class:`Statistics`, sums over windows, and the elements of a window."""
-    batch, narrow = x.shape[0], kernel.astype(plan.dtype)
-    total = jnp.zeros(kernel.shape[-1])
-    square, token = total, jnp.float32(0.0)
-    count = 0
-    for start, size in batch_slices(batch, plan.slices):
-        y = convolve_3x3(slice_after(token, x, start, size), narrow, plan.stride, compact=True)
-        count += y.size // y.shape[-1]
-        wide = y.astype(jnp.float32)
-        total = total + jnp.sum(wide, (0, 1, 2))
-        square = square + jnp.sum(jnp.square(wide), (0, 1, 2))
-        token = token_of((total, square))
+) -> tuple[Any, Residuals]:
+    kept = _convolve(plan, x, kernel) if plan.keeps_output else None
+    if kept is None:
+        total, square = plan.walk(sum_slices, lambda x: _moments(_convolve(plan, x, kernel)), x)
+    else:
+        total, square = _moments(kept)
+    count = x.shape[0] * _elements(plan, x)
     mean = total / count
+    # Rounding must not make it negative.
     variance = jnp.maximum(square / count - jnp.square(mean), 0.0)
     statistics = Statistics(mean, variance, scale, bias)
-    results: Any = None
-    for start, size in batch_slices(batch, plan.slices):
-        y = convolve_3x3(slice_after(token, x, start, size), narrow, plan.stride, compact=True)
-        own = window_sums(y, statistics, plan.pool_size)
-        part = plan.downsample(apply_statistics(y, *statistics))
-        results = put_slices(results, (part, *own), start, batch)
-        token = token_of(tuple(map(jnp.sum, own)))
-    downsampled, *sums = results
-    window = count // batch // plan.pool_size**2
-    pooled = pool_from_sums(sums, statistics, window)
-    return (downsampled, pooled, mean, variance), (x, kernel, statistics, sums, window)
+
+    def follow(y: jax.Array) -> Any:
+        sums = window_sums(y, statistics, plan.pool_size)
+        return plan.downsample(apply_statistics(y, *statistics)), *sums
+
+    if kept is None:
+        downsampled, *sums = plan.walk(map_slices, lambda x: follow(_convolve(plan, x, kernel)), x)
+    else:
+        downsampled, *sums = plan.walk(map_slices, follow, kept)
+    pooled = pool_from_sums(sums, statistics, _elements(plan, x) // plan.pool_size**2)
+    return (downsampled, pooled, mean, variance), Residuals(x, kernel, kept, statistics, sums)
 
 
-def _backward(plan: Plan, residuals: tuple, cotangents: tuple) -> tuple:
-    x, kernel, statistics, sums, window = residuals
-    batch, narrow = x.shape[0], kernel.astype(plan.dtype)
-    gradients = gradients_from_sums(cotangents[1], sums, statistics, window)
-    count = batch * window * plan.pool_size**2
-    d_kernel = jnp.zeros_like(kernel)
-    token = token_of(gradients)
-    for start, size in batch_slices(batch, plan.slices):
-        part = slice_after(token, x, start, size)
-        y, pullback = jax.vjp(
-            lambda k, part=part: convolve_3x3(part, k, plan.stride, compact=True), narrow
-        )
-        own = PooledGradients(
-            jax.lax.dynamic_slice_in_dim(gradients.window, start, size),
-            gradients.scale,
-            gradients.bias,
-        )
-        (d_part,) = pullback(input_gradient(y, statistics, own, count))
-        d_kernel = d_kernel + d_part.astype(jnp.float32)
-        token = token_of(d_kernel)
-    return jnp.zeros_like(x), d_kernel, gradients.scale, gradients.bias
+def _elements(plan: Plan, x: jax.Array) -> int:
+    """Of a channel of one example's convolution."""
+    return math.prod(-(-side // plan.stride) for side in x.shape[1:3])
 
 
-convolve_normalize_pool.defvjp(run_slices, _backward)
-
-
-def plan_block(
-    spec: BlockSpec, rule: LocalRule, x: jax.Array, remat_above: int | None
-) -> Plan | None:
-    """How a block is cut, or None where it is not.
-
-    It is where it has one convolution, whose output on this batch has more than `remat_above`
-    bytes, and its rule sees the latents only.
+def _pull(
+    plan: Plan, residuals: Residuals, *cotangents: jax.Array | None, params: bool, input: bool
+) -> tuple[Any, Any]:
+    """The gradients with respect to kernel, scale and bias, and to the input.
 
     Args:
-        spec: the block, and what follows it.
-        rule: the block's own.
-        x: its input; only shape and dtype count.
-        remat_above: bytes; None for any number.
+        plan: the slices.
+        residuals: of :func:`_forward`.
+        cotangents: of what is downsampled and of the pooled activation; None for zeros.
+        params: whether the former are asked for.
+        input: whether the latter is.
     """
-    module = spec.module
-    # Not one that is derived from it, whose function may be another.
-    if remat_above is None or type(module) is not ConvBlock:
-        return None
-    batch, *sides, _ = x.shape
-    height, width = (-(-side // module.stride) for side in sides)
-    shape = (batch, height, width, module.features)
-    fits = rule.sees == "latents" and can_pool(shape, spec.pool_size)
-    slices = count_slices(shape, module.dtype, remat_above)
-    if not fits or slices == 1:
-        return None
-    return Plan(slices, module.stride, module.dtype, spec.pool_size, spec.downsample)
+    x, kernel, kept, statistics, sums = residuals
+    window = _elements(plan, x) // plan.pool_size**2
+    d_downsampled, d_pooled = cotangents
+    d_window = jnp.zeros_like(sums[0]) if d_pooled is None else d_pooled / window
+    own = d_downsampled, d_window
+
+    def output(x: jax.Array, kept: jax.Array | None) -> jax.Array:
+        return _convolve(plan, x, kernel) if kept is None else kept
+
+    def from_above(y: jax.Array, d_downsampled: jax.Array) -> jax.Array:
+        # Else it is found in one pass with all that is made of it, four times as slow (jax 0.10.2).
+        return written_out(
+            lambda y, d: jax.vjp(plan.downsample, apply_statistics(y, *statistics))[1](d)[0],
+            *(y, d_downsampled),
+        )
+
+    def to_sums(x: jax.Array, kept: jax.Array | None, own: Any) -> tuple[jax.Array, jax.Array]:
+        y = output(x, kept)
+        return gradient_sums(y, statistics, from_above(y, own[0]))
+
+    total = window_gradient_sums(d_window, sums)
+    if d_downsampled is not None:
+        source = (x, None) if kept is None else (None, kept)
+        total = jax.tree.map(jnp.add, total, plan.walk(sum_slices, to_sums, *source, own))
+    gradients = gradients_from_sums(total, statistics)
+
+    def to_convolution(x: jax.Array, kept: jax.Array | None, own: Any) -> jax.Array:
+        y, count = output(x, kept), residuals.x.shape[0] * _elements(plan, x)
+        d_activation = spread(own[1], y.shape)
+        if own[0] is not None:
+            d_activation = d_activation + from_above(y, own[0]).astype(jnp.float32)
+        return input_gradient(y, statistics, d_activation, gradients, count)
+
+    def to_kernel(x: jax.Array, kept: jax.Array | None, own: Any) -> jax.Array:
+        dy = to_convolution(x, kept, own)
+        return jax.vjp(functools.partial(_convolve, plan, x), kernel)[1](dy)[0]
+
+    def to_input(x: jax.Array, kept: jax.Array | None, own: Any) -> jax.Array:
+        dy = to_convolution(x, kept, own)
+        return jax.vjp(lambda x: _convolve(plan, x, kernel), x)[1](dy)[0]
+
+    d_params = d_input = None
+    if params:
+        d_kernel = plan.walk(sum_slices, to_kernel, x, kept, own)
+        d_params = d_kernel, *gradients
+    if input:
+        d_input = plan.walk(map_slices, to_input, x, kept, own)
+    return d_params, d_input
+
+
+def _backward(plan: Plan, residuals: Residuals, cotangents: tuple) -> tuple:
+    d_params, _ = _pull(plan, residuals, None, cotangents[1], params=True, input=False)
+    return jnp.zeros_like(residuals.x), *d_params
+
+
+_convolve_normalize_pool.defvjp(_forward, _backward)
+
+
+def _arrays(plan: Plan, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
+    return x.astype(plan.dtype), params["conv"]["kernel"], *(params["norm"][k] for k in _NORM)
+
+
+_NORM = ("scale", "bias")
+
+
+def _new_statistics(params: Any, batch_stats: Any, mean: jax.Array, variance: jax.Array) -> Any:
+    new = running_average(batch_stats["norm"], mean + params["conv"]["bias"], variance)
+    return {"norm": new}
 
 
 def apply_block(plan: Plan, params: Any, batch_stats: Any, x: jax.Array) -> BlockOutput:
-    """A :class:`lls_jax.blocks.ConvBlock` in training, in slices.
+    """A :class:`lls_jax.blocks.ConvBlock` in training, whose loss is of the pooled activation.
 
     Args:
-        plan: from :func:`plan_block`.
+        plan: from :func:`lls_jax.steps.slice_plan.plan_block`.
         params: the block's.
         batch_stats: the block's.
         x: its input, ``[batch, height, width, channels]``.
@@ -197,10 +218,38 @@ def apply_block(plan: Plan, params: Any, batch_stats: Any, x: jax.Array) -> Bloc
         What the next block takes, but for dropout; the pooled activation, through which alone a
         gradient flows; the new statistics.
     """
-    conv, norm = params["conv"], params["norm"]
-    downsampled, pooled, mean, variance = convolve_normalize_pool(
-        plan, x.astype(plan.dtype), conv["kernel"], norm["scale"], norm["bias"]
-    )
+    downsampled, pooled, mean, variance = _convolve_normalize_pool(plan, *_arrays(plan, params, x))
     downsampled, mean, variance = jax.lax.stop_gradient((downsampled, mean, variance))
-    new = running_average(batch_stats["norm"], mean + conv["bias"], variance)
-    return BlockOutput(None, {"block": {"norm": new}}, downsampled, pooled)
+    stats = _new_statistics(params, batch_stats, mean, variance)
+    return BlockOutput(None, {"block": stats}, downsampled, pooled)
+
+
+def run_block(
+    plan: Plan, params: Any, batch_stats: Any, x: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], Any, Callable[..., Any]]:
+    """A :class:`lls_jax.blocks.ConvBlock` in training, for gradients from above and to below.
+
+    Args:
+        plan: from :func:`lls_jax.steps.slice_plan.plan_block`.
+        params: the block's.
+        batch_stats: the block's.
+        x: its input, ``[batch, height, width, channels]``.
+
+    Returns:
+        ``((downsampled, pooled), batch_stats, pull)``. ``pull(d_downsampled, d_pooled, params=...,
+        input=...)`` gives the gradients with respect to `params` and `x`, those that are asked for;
+        a cotangent may be None, for zeros.
+    """
+    (downsampled, pooled, mean, variance), residuals = _forward(plan, *_arrays(plan, params, x))
+    stats = _new_statistics(params, batch_stats, mean, variance)
+    return (downsampled, pooled), stats, Partial(functools.partial(_pull_block, plan), residuals)
+
+
+def _pull_block(plan: Plan, residuals: Residuals, *cotangents: Any, **wanted: bool) -> Any:
+    d_params, d_input = _pull(plan, residuals, *cotangents, **wanted)
+    if d_params is None:
+        return None, d_input
+    d_kernel, d_scale, d_bias = d_params
+    # The batch's mean takes the convolution's bias out again.
+    conv = {"kernel": d_kernel, "bias": jnp.zeros_like(d_bias)}
+    return {"conv": conv, "norm": {"scale": d_scale, "bias": d_bias}}, d_input

@@ -1,0 +1,116 @@
+"""A batch walked in slices by a loop, so that what is in between stays small, in a near cache.
+
+A slice takes every n-th example: where the batch is sharded over devices, each device cuts its own
+rows, and nothing travels. The loop is compiled once, whatever the number of slices. (XLA's CPU
+backend runs convolutions in loops without its threads, but products and sums with them.)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lls_jax.layers.ordering import token_of
+
+
+def choose_count(batch: int, count: int) -> int:
+    """How many slices: `count` or more, up to twice as many, that the batch divides into.
+
+    Where there is no such number, `count`, and the last examples are a slice of their own.
+
+    >>> choose_count(128, 6), choose_count(128, 0), choose_count(7, 3), choose_count(3, 9)
+    (8, 1, 3, 3)
+    """
+    count = max(1, min(batch, count))
+    return next((n for n in range(count, 2 * count + 1) if batch % n == 0), count)
+
+
+def _bodies(arrays: Any, count: int) -> Any:
+    """Each array as ``[size, count, ...]``, without the examples that are left over."""
+
+    def body(x: jax.Array) -> jax.Array:
+        size = x.shape[0] // count
+        return x[: size * count].reshape(size, count, *x.shape[1:])
+
+    return jax.tree.map(body, arrays)
+
+
+def _rests(arrays: Any, count: int) -> Any:
+    """What is left over of each array; None where nothing is."""
+    batch = jax.tree.leaves(arrays)[0].shape[0]
+    left = batch % count
+    return jax.tree.map(lambda x: x[batch - left :], arrays) if left else None
+
+
+def _slice(bodies: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), bodies)
+
+
+def _apply(function: Callable[..., Any], bodies: Any, i: jax.Array) -> Any:
+    # The barrier: what XLA's CPU backend fuses into the update of what a loop carries, it computes
+    # on one thread.
+    return jax.lax.optimization_barrier(function(*_slice(bodies, i)))
+
+
+def _lost(arrays: Any) -> jax.Array:
+    """False, which no compiler knows before the arrays.
+
+    What a loop starts from is made when the loop is due, and takes no memory before.
+    """
+    return jnp.isnan(token_of(arrays))
+
+
+def sum_slices(function: Callable[..., Any], arrays: tuple[Any, ...], count: int) -> Any:
+    """The sum of ``function(*slices)`` over `count` slices of the batch.
+
+    Args:
+        function: of a slice of each array; gives a tree of floats.
+        arrays: trees of arrays ``[batch, ...]``.
+        count: slices; the batch need not divide into them.
+    """
+    if count == 1:
+        return function(*arrays)
+    bodies, rests = _bodies(arrays, count), _rests(arrays, count)
+
+    def add_slice(i: jax.Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, _apply(function, bodies, i))
+
+    shapes = jax.eval_shape(function, *_slice(bodies, 0))
+    lost = _lost(arrays)
+    zeros = jax.tree.map(lambda own: jnp.full(own.shape, lost, own.dtype), shapes)
+    total = jax.lax.fori_loop(0, count, add_slice, zeros)
+    return total if rests is None else jax.tree.map(jnp.add, total, function(*rests))
+
+
+def map_slices(
+    function: Callable[..., Any], arrays: tuple[Any, ...], count: int, after: Any = None
+) -> Any:
+    """``function(*slices)`` of `count` slices of the batch, put together again.
+
+    Args:
+        function: of a slice of each array; gives a tree of arrays ``[size of the slice, ...]``.
+        arrays: trees of arrays ``[batch, ...]``.
+        count: slices; the batch need not divide into them.
+        after: arrays that `function` closes over, if these may be known later than `arrays`.
+    """
+    if count == 1:
+        return function(*arrays)
+    bodies, rests = _bodies(arrays, count), _rests(arrays, count)
+
+    def put_slice(i: jax.Array, wholes: Any) -> Any:
+        own = _apply(function, bodies, i)
+        return jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, i, 1), wholes, own
+        )
+
+    shapes = jax.eval_shape(function, *_slice(bodies, 0))
+    lost = _lost((arrays, after))
+    wholes = jax.tree.map(
+        lambda own: jnp.full((own.shape[0], count, *own.shape[1:]), lost, own.dtype), shapes
+    )
+    wholes = jax.lax.fori_loop(0, count, put_slice, wholes)
+    wholes = jax.tree.map(lambda whole: whole.reshape(-1, *whole.shape[2:]), wholes)
+    if rests is None:
+        return wholes
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), wholes, function(*rests))

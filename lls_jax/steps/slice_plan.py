@@ -1,0 +1,101 @@
+"""Whether a block is computed in slices of the batch, and into how many: see :mod:`.sliced`."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lls_jax.blocks import ConvBlock
+from lls_jax.layers.pooled_normalization import can_pool
+from lls_jax.layers.slices import choose_count
+from lls_jax.models import BlockSpec
+from lls_jax.platforms import by_platform
+from lls_jax.rules import LocalRule
+
+# Where nothing is asked for, on a CPU. Slices this large are in its near caches, and large enough
+# for all of its threads.
+SLICE_BYTES = 2 * 2**20
+
+
+class Plan(NamedTuple):
+    """What is computed in slices, besides its arrays.
+
+    Attributes:
+        slices: into how many the batch is cut.
+        only_on_cpu: whether it is cut on CPUs alone.
+        keeps_output: whether the convolution's output is kept.
+        stride: of the convolution.
+        dtype: of the activations.
+        pool_size: windows along each spatial axis.
+        downsample: from the activation to what the next block takes, an image at a time.
+    """
+
+    slices: int
+    only_on_cpu: bool
+    keeps_output: bool
+    stride: int
+    dtype: Any
+    pool_size: int
+    downsample: Callable[[jax.Array], jax.Array]
+
+    def walk(self, walk: Callable[..., Any], function: Callable[..., Any], *arrays: Any) -> Any:
+        """One of :mod:`lls_jax.layers.slices`' two ways, where slices are called for."""
+        cut = functools.partial(walk, function, count=self.slices)
+        if not self.only_on_cpu:
+            return cut(arrays)
+        return by_platform(arrays, cpu=cut, elsewhere=lambda arrays: function(*arrays))
+
+
+def count_slices(shape: tuple[int, ...], dtype: Any, above: int) -> int:
+    """How many slices, so that none of an array has more than `above` bytes, or one example.
+
+    >>> count_slices((128, 32, 32, 256), jnp.float32, 2**25)
+    4
+    """
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    return choose_count(shape[0], math.ceil(size / above))
+
+
+def plan_block(
+    spec: BlockSpec,
+    rule: LocalRule,
+    x: jax.Array,
+    remat_above: int | None,
+    slice_above: int | None,
+) -> Plan | None:
+    """How a block is cut, or None where it is not.
+
+    It is where it has one convolution, whose output on this batch has more bytes than is said, and
+    its rule sees the latents only.
+
+    Args:
+        spec: the block, and what follows it.
+        rule: the block's own.
+        x: its input; only shape and dtype count.
+        remat_above: bytes above which the convolution's output is not kept; None keeps every one.
+        slice_above: bytes above which, of an output that is kept, what follows is in slices; None
+            for :data:`SLICE_BYTES` on CPUs, and for never elsewhere.
+    """
+    module = spec.module
+    # Not one that is derived from it, whose function may be another.
+    if type(module) is not ConvBlock:
+        return None
+    batch, *sides, _ = x.shape
+    height, width = (-(-side // module.stride) for side in sides)
+    shape = (batch, height, width, module.features)
+    above = next(size for size in (remat_above, slice_above, SLICE_BYTES) if size is not None)
+    slices = count_slices(shape, module.dtype, above)
+    if rule.sees != "latents" or not can_pool(shape, spec.pool_size) or slices == 1:
+        return None
+    return Plan(
+        slices,
+        remat_above is None and slice_above is None,
+        remat_above is None,
+        module.stride,
+        module.dtype,
+        spec.pool_size,
+        spec.downsample,
+    )
