@@ -180,6 +180,30 @@ def test_a_run_in_a_folder_is_told_stopped_resumed_and_extended(tmp_path):
         fit(MODEL, RULE, TX, epochs=2, workdir=tmp_path / "run", **options)
 
 
+def test_a_network_that_holds_a_function_is_the_same_one_in_another_process(tmp_path):
+    """Another process has another function of that name, at another address."""
+
+    def network():
+        def mean(x):
+            return jnp.mean(x, axis=1)
+
+        specs = (BlockSpec(nn.Dense(4), pool_size=2, then=mean),)
+        return Network("tokens", CLASSES, specs, takes_tokens=True)
+
+    images, labels = blobs(30)
+    options = {"train": (images.reshape(30, 3, 2), labels), "batch_size": 15, "workdir": tmp_path}
+    fit(network(), RULE, TX, epochs=1, **options)
+    config = tmp_path / "config.json"
+    named = config.read_text()
+    assert "mean" in named and "0x" not in named
+    # Folders of earlier versions have the addresses.
+    config.write_text(named.replace("mean>", "mean at 0x7f00>"))
+    assert int(fit(network(), RULE, TX, epochs=2, **options).state.step) == 4
+    other = dataclasses.replace(network(), name="other")
+    with pytest.raises(UserError, match="other settings .model"):
+        fit(other, RULE, TX, epochs=2, **options)
+
+
 def test_a_stop_after_an_epochs_last_step_ends_the_epoch_first(tmp_path):
     heard = Heard(stop_at=4)
     options = {"train": blobs(60), "epochs": 3, "batch_size": 15, "callbacks": [heard]}

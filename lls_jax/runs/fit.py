@@ -170,8 +170,8 @@ def fit(
             {
                 "format": 1,
                 "made_by": "lls_jax.fit",
-                "model": repr(model),
-                "rule": repr(rule),
+                "model": folders.describe(model),
+                "rule": folders.describe(rule),
                 "epochs": epochs,
                 "batch_size": batch_size,
                 "augmentation": augmentation,

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,27 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
         raise
+
+
+# Of a function or an object, in its repr: another one in each process.
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def describe(value: Any) -> str:
+    """What a value is, the same in each process: its repr without addresses.
+
+    >>> describe([describe]), describe("a")
+    ('[<function describe>]', "'a'")
+    """
+    return _ADDRESS.sub("", repr(value))
+
+
+def _differ(stored: Any, given: Any) -> bool:
+    """Whether two JSON values do; of strings without addresses, which earlier versions wrote."""
+    one, other = (
+        _ADDRESS.sub("", value) if isinstance(value, str) else value for value in (stored, given)
+    )
+    return bool(one != other)
 
 
 def to_json(value: Any) -> str:
@@ -105,7 +127,7 @@ class Settings:
         differing = [
             f"{name} {stored.get(name)!r} there, {self.values.get(name)!r} here"
             for name in sorted({*stored, *self.values})
-            if stored.get(name) != self.values.get(name) and name != "epochs"
+            if _differ(stored.get(name), self.values.get(name)) and name != "epochs"
         ]
         if self.values["epochs"] < stored.get("epochs", 0):
             differing.append(f"epochs {stored['epochs']} there, {self.values['epochs']} here")

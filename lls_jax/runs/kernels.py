@@ -15,6 +15,7 @@ from lls_jax import processes
 from lls_jax.models import Network
 from lls_jax.placement import Execution
 from lls_jax.rules import Rule
+from lls_jax.runs.folder import describe
 from lls_jax.training import Optimizer, create_train_state, make_train_step
 from pallas_kernels import timing
 from pallas_kernels.local_loss import IMPLEMENTATIONS, KernelUnavailableError, require
@@ -216,7 +217,7 @@ def _key(work: Work) -> str:
     """Device, driver, versions, shapes and head."""
     device: Any = jax.devices()[0]
     parts = [device.device_kind, device.client.platform_version, jax.__version__]
-    parts += [repr(work.model), repr(work.rule), work.image_shape, work.batch_size, work.reach]
+    parts += [describe(work.model), describe(work.rule), work.image_shape, work.batch_size, work.reach]
     if work.execution is not None and work.execution.sharding is not None:
         parts += [work.execution.sharding.mesh.size, jax.process_count()]
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
