@@ -99,6 +99,48 @@ def test_blocks_need_no_statistics_no_parameters_and_no_train(tmp_path):
         assert np.isfinite(metrics["loss"])
 
 
+class Dropping(nn.Module):
+    """Dropout, then a normalisation of what is left."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(6)(nn.BatchNorm(use_running_average=not train)(x))
+
+
+def test_statistics_are_estimated_with_dropout():
+    """What is left of ones is 0 or 2, of variance 1; in evaluation nothing is dropped."""
+    model = Network("dropping", CLASSES, (BlockSpec(Dropping(), pool_size=6),))
+    image = jnp.ones((400, 5))
+    rule, tx = rules.make("lls", num_classes=CLASSES), schedule_free_adamw(1e-2)
+    state = training.create_train_state(model, rule, tx, jax.random.key(0), image)
+    judged = evaluation.evaluation_state(model, state, [image] * 3)
+    norm = judged.batch_stats["block_0"]["block"]["BatchNorm_0"]
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(norm[name], 1, atol=0.15)
+    again = evaluation.evaluation_state(model, state, [image] * 3)
+    jax.tree.map(np.testing.assert_array_equal, judged.batch_stats, again.batch_stats)
+    # Of each batch its own.
+    one = evaluation.evaluation_state(model, state, [image])
+    assert np.any(one.batch_stats["block_0"]["block"]["BatchNorm_0"]["mean"] != norm["mean"])
+
+
+@pytest.mark.parametrize("rule_name", ["dfa", "drtp", "bp", "lls"])
+def test_dropout_inside_a_block_and_a_group_draws_in_each_step(rule_name):
+    rule, tx = rules.make(rule_name, num_classes=CLASSES), optax.sgd(0.0)
+    dropping = BlockSpec(Dropping(), pool_size=6)
+    grouped = (BlockSpec(DenseBlock(6), 6, dropout=0.5), BlockSpec(DenseBlock(6), 6))
+    for specs in ((dropping,), grouped):
+        model = Network("dropping", CLASSES, specs).grouped((len(specs),))
+        image = jax.random.normal(jax.random.key(1), (8, 5))
+        state = training.create_train_state(model, rule, tx, jax.random.key(0), image)
+        step = training.make_train_step(model, rule, tx)
+        batch = {"image": image, "label": jnp.arange(8) % CLASSES}
+        state, first = step(state, batch)
+        _, second = step(state, batch)
+        assert np.any(first["logits"] != second["logits"])
+
+
 def test_a_convolution_of_flax_is_a_local_block():
     block = LocalBlock(nn.Conv(4, (3, 3)), rules.make("lls_mxm", num_classes=CLASSES), pool_size=2)
     x, labels = jnp.ones((2, 6, 6, 3)), jnp.array([0, 1])

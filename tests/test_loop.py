@@ -1,7 +1,9 @@
 """Launches of many steps: as the program that a GPU would get, and as the steps one by one."""
 
+import dataclasses
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,8 +118,17 @@ def test_rows_are_taken_without_a_mask(training_loop):
     )
 
 
+class Dropping(nn.Module):
+    """Dropout inside a block: of each batch its own."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        return ConvBlock(4)(nn.Dropout(0.5, deterministic=not train)(x), train=train)
+
+
 def test_statistics_are_one_launch_of_constant_length():
-    model, data = MODEL, examples()
+    specs = (BlockSpec(Dropping(), 2, average_pool=2, flatten=True),)
+    model, data = dataclasses.replace(MODEL, specs=specs), examples()
     params, stats = model.init(RULE, jax.random.key(0), jnp.zeros((1, *SPEC.input_shape)))
     key = jax.random.key(3)
     drawn = (data, epoch_permutation(key, 5, BATCH * STEPS), key)

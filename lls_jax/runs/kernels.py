@@ -217,7 +217,13 @@ def _key(work: Work) -> str:
     """Device, driver, versions, shapes and head."""
     device: Any = jax.devices()[0]
     parts = [device.device_kind, device.client.platform_version, jax.__version__]
-    parts += [describe(work.model), describe(work.rule), work.image_shape, work.batch_size, work.reach]
+    parts += [
+        describe(work.model),
+        describe(work.rule),
+        work.image_shape,
+        work.batch_size,
+        work.reach,
+    ]
     if work.execution is not None and work.execution.sharding is not None:
         parts += [work.execution.sharding.mesh.size, jax.process_count()]
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()

@@ -71,12 +71,22 @@ def _is_averaged(batch_stats: Any) -> list[bool]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def batch_share(model: Network, params: Any, batch_stats: Any, image: jax.Array) -> tuple[Any, Any]:
+def batch_share(
+    model: Network, params: Any, batch_stats: Any, image: jax.Array, number: jax.Array | int
+) -> tuple[Any, Any]:
     """A batch's share of the running statistics, and the share of the old ones in the new ones.
 
     Whatever a block's momentum is: ``running = kept * old + new``, at zero and by its derivative.
     Both have the structure of `batch_stats`; where that is no average they mean nothing.
+
+    Args:
+        model: the network.
+        params: the weights.
+        batch_stats: its statistics.
+        image: normalised ``[batch, height, width, channels]``.
+        number: of the batch, from 0: all that its dropout depends on.
     """
+    dropout_key = jax.random.fold_in(jax.random.key(0), number)
     leaves, structure = jax.tree.flatten(batch_stats)
     averaged = _is_averaged(batch_stats)
 
@@ -87,7 +97,7 @@ def batch_share(model: Network, params: Any, batch_stats: Any, image: jax.Array)
         )
 
     def run(averages: list[jax.Array]) -> list[jax.Array]:
-        _, new = model.apply(params, whole(averages), image, train=True)
+        _, new = model.apply(params, whole(averages), image, train=True, dropout_key=dropout_key)
         return [leaf for leaf, own in zip(jax.tree.leaves(new), averaged) if own]
 
     own_leaves = [leaf for leaf, own in zip(leaves, averaged) if own]
@@ -108,15 +118,16 @@ def estimate_batch_stats(
         images: batches of training images, normalised ``[batch, height, width, channels]``.
 
     Returns:
-        The mean of the batches' own means and variances. A block may average its running statistics
-        with any momentum, but linearly; integers, what was taken from images before training, and
-        what no batch changes stay as they are.
+        The mean of the batches' own means and variances, with dropout as in training: the same in
+        each call. A block may average its running statistics with any momentum, but linearly;
+        integers, what was taken from images before training, and what no batch changes stay as they
+        are.
     """
     total: Any = None
     count = 0
     for image in images:
+        new, kept = batch_share(model, params, batch_stats, image, count)
         count += 1
-        new, kept = batch_share(model, params, batch_stats, image)
         total = new if total is None else _add(total, new)
     return batch_stats if total is None else mean_of_shares(batch_stats, total, kept, count)
 

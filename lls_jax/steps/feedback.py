@@ -31,16 +31,19 @@ def feedback_step(
     dropout_key = jax.random.fold_in(state.key, state.step)
     activations, pullbacks, batch_stats = [], [], {}
     for i, (name, spec) in enumerate(zip(model.block_names, model.specs)):
+        key = jax.random.fold_in(dropout_key, i)
 
-        def run(params: Any, x: jax.Array = x, name: str = name, spec: Any = spec) -> Any:
-            stats = state.batch_stats[name]["block"]
-            return apply_module(spec.module, params, stats, jax.lax.stop_gradient(x), train=True)
+        def run(
+            params: Any, x: jax.Array = x, name: str = name, spec: Any = spec, key: Any = key
+        ) -> Any:
+            x, stats = jax.lax.stop_gradient(x), state.batch_stats[name]["block"]
+            return apply_module(spec.module, params, stats, x, train=True, rngs={"dropout": key})
 
         activation, pullback, stats = jax.vjp(run, state.params[name]["block"], has_aux=True)
         batch_stats[name] = {"block": stats}
         activations.append(activation)
         pullbacks.append(pullback)
-        x = spec.transition(activation, jax.random.fold_in(dropout_key, i))
+        x = spec.transition(activation, key)
     states: dict[str, BlockState] = {}
     states[CLASSIFIER], loss, logits = update_classifier(
         model, optimizer_of(tx, CLASSIFIER), block_state(state, CLASSIFIER), x, labels

@@ -144,7 +144,7 @@ def make_statistics_loop(
         def share(index: Any) -> tuple[Any, Any]:
             batch = batches.gather(data, permutation, index, batch_size, sharding, mirrors)
             image = augment(jax.random.fold_in(key, index), batch["image"])
-            return batch_share(model, params, batch_stats, image)
+            return batch_share(model, params, batch_stats, image, index)
 
         def add(index: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             new, kept = share(index)
