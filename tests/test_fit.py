@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import warnings
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ import pytest
 from lls_jax import evaluation, fit, models, rules, training
 from lls_jax.blocks import DenseBlock
 from lls_jax.data import Split, batches
+from lls_jax.data.arrays import describe
 from lls_jax.errors import CheckpointError, UserError
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
@@ -200,7 +202,7 @@ def test_a_network_that_holds_a_function_is_the_same_one_in_another_process(tmp_
     config.write_text(named.replace("mean>", "mean at 0x7f00>"))
     assert int(fit(network(), RULE, TX, epochs=2, **options).state.step) == 4
     other = dataclasses.replace(network(), name="other")
-    with pytest.raises(UserError, match="other settings .model"):
+    with pytest.raises(UserError, match=r"other settings .*model"):
         fit(other, RULE, TX, epochs=2, **options)
 
 
@@ -331,6 +333,9 @@ def test_images_of_bytes_are_normalised_by_themselves_or_by_a_description():
     assert theirs.records[0]["train_loss"] != ours.records[0]["train_loss"]
 
 
+BYTES = np.zeros((9, 6), np.uint8)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -347,6 +352,18 @@ def test_images_of_bytes_are_normalised_by_themselves_or_by_a_description():
         ({"train": batches_of(blobs(30), 15) + batches_of(blobs(4), 4)}, "has 4 examples.* had 15"),
         ({"steps_a_launch": "few"}, "`steps_a_launch` is 'few'"),
         ({"rule": "lls"}, "`rule` is 'lls'; expected a rule, like"),
+        ({"batch_size": 0}, "`batch_size` is 0; it must be a whole number, at least 1"),
+        ({"batch_size": -4}, "`batch_size` is -4"),
+        ({"batch_size": 2.5}, "`batch_size` is 2.5"),
+        ({"eval_batch_size": 0}, "`eval_batch_size` is 0"),
+        ({"checkpoint_every": -1}, "`checkpoint_every` is -1.* at least 0"),
+        ({"early_stopping": 0}, "`early_stopping` is 0"),
+        ({"steps_per_epoch": 3}, "`steps_per_epoch` is 3, and the training examples are arrays"),
+        ({"test_views": "flip"}, "`test_views` is 'flip', and there are neither"),
+        ({"test": (blobs(9)[0][:, :1], blobs(9)[1])}, r"`test` have shape \(1,\); expected \(6,\)"),
+        ({"validation": (BYTES, blobs(9)[1])}, "`validation` have dtype uint8, .* float32; give"),
+        ({"train": [{"image": BYTES, "label": blobs(9)[1]}]}, "a training batch have dtype uint8"),
+        ({"train": (np.zeros((60, 6, 6)), blobs(60)[1])}, r"\(15, 6, 6\); .*`images\[..., None\]`"),
     ],
 )
 def test_wrong_arguments_are_named(changed, message):
@@ -355,6 +372,56 @@ def test_wrong_arguments_are_named(changed, message):
     options = {"train": blobs(60), "epochs": 1, "batch_size": 15, **changed}
     with pytest.raises(ValueError, match=message):
         fit(MODEL, rule, TX, **options)
+
+
+def test_numbers_may_be_those_of_numpy(tmp_path):
+    counts = {"epochs": 1, "batch_size": 15, "eval_batch_size": 9, "validation": 8}
+    ones = {name: np.int64(count) for name, count in counts.items()}
+    numpy = fit(MODEL, RULE, TX, train=blobs(60), workdir=tmp_path, **ones)
+    assert_equal(numpy.state, fit(MODEL, RULE, TX, train=blobs(60), **counts).state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": -1}, r"labels of `examples` go from -1 to .* model's 3 classes"),
+        ({"labels": 1}, r"labels of `examples` go from .* to 3"),
+        ({"channels": 1}, r"shape \(8, 8, 1\); expected \(8, 8, 3\)"),
+        ({"batch_size": -1}, "`batch_size` is -1"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(change, message):
+    """What a lookup would take for another class, and a mean for another channel."""
+    model = models.make("small_conv", num_classes=CLASSES)
+    example = jnp.zeros((1, 8, 8, 3))
+    state = training.create_train_state(model, RULE, TX, jax.random.key(0), example)
+    images = np.zeros((9, 8, 8, 3), np.uint8)[..., : change.get("channels", 3)]
+    labels = np.arange(9) % CLASSES + change.get("labels", 0)
+    spec = describe(Split(np.ones((9, 8, 8, 3), np.uint8), labels), CLASSES)
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate(
+            *(model, state, (images, labels)), spec=spec, batch_size=change.get("batch_size", 9)
+        )
+
+
+class Silent(Callback):
+    """Does not want to hear of warnings."""
+
+    def on_warning(self, message):
+        pass
+
+
+@pytest.mark.parametrize(("heard", "warned"), [([], 1), ([Heard()], 1), ([Heard(), Silent()], 0)])
+def test_a_damaged_checkpoint_is_told_unless_somebody_hears_of_it(tmp_path, heard, warned):
+    options = {"train": blobs(60), "batch_size": 15, "workdir": tmp_path, "checkpoint_every": 4}
+    fit(MODEL, RULE, TX, epochs=2, **options)
+    for path in (tmp_path / "checkpoints" / "8").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(bytes(path.stat().st_size))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(MODEL, RULE, TX, epochs=2, callbacks=heard, **options)
+    assert len([one for one in caught if "set aside" in str(one.message)]) == warned
 
 
 @pytest.mark.parametrize("reach", [1, 2])

@@ -71,7 +71,8 @@ def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
             moved by up to 2 pixels, its edges reflected (not where windows are cut anyway).
 
     Returns:
-        ``augment(key, uint8 [batch, ...]) -> float32 [batch, ...]``, to be compiled.
+        ``augment(key, [batch, ...]) -> float32 [batch, ...]``, to be compiled; of bytes, or of
+        floats that are normalised already: what a crop pads these with is 0.
 
     Raises:
         ValueError: unknown augmentation.

@@ -205,10 +205,18 @@ class Network:
                     f"a batch of shape {shape}; expected [batch, height, width, channels], "
                     "[batch, length, channels] or [batch, features]."
                 )
+            if len(shape) == 3 and not self.takes_tokens:
+                raise ValueError(
+                    f"a batch of shape {shape}; expected [batch, height, width, channels] or "
+                    "[batch, features]. Images of one channel have that axis too: "
+                    "`images[..., None]`; for sequences [batch, length, channels] give the network "
+                    "`takes_tokens=True`."
+                )
             return
         if len(shape) != 4:
             raise ValueError(
-                f"an image batch of shape {shape}; expected [batch, height, width, channels]."
+                f"an image batch of shape {shape}; expected [batch, height, width, channels]. "
+                "Images of one channel have that axis too: `images[..., None]`."
             )
         if min(shape[1:3]) < self.smallest_image:
             raise ValueError(

@@ -11,6 +11,7 @@ import optax
 from lls_jax.data import DatasetSpec, Split, batches
 from lls_jax.data.arrays import describe, to_split
 from lls_jax.models import Network
+from lls_jax.runs.checks import check_examples, whole_number
 from lls_jax.runs.source import Arrays
 from lls_jax.runs.views import check_views, mean_logits
 from lls_jax.steps.averaging import is_schedule_free
@@ -162,10 +163,11 @@ def evaluate(
             ``"flip_translate"``: and of those of the image moved by a pixel.
 
     Raises:
-        ValueError: images and labels do not fit each other or the model, or the state is one that
-            is being trained by a schedule-free optimizer.
+        ValueError: images and labels do not fit each other, the model or the `spec`; or the state
+            is one that is being trained by a schedule-free optimizer.
     """
     check_views("views", views)
+    batch_size = whole_number("batch_size", batch_size, 1)
     if is_schedule_free(state.opt_state) and int(state.step):
         raise ValueError(
             f"`state` is after {int(state.step)} steps of a schedule-free optimizer, whose weights "
@@ -180,5 +182,6 @@ def evaluate(
                 "with, which says how they are normalised."
             )
         spec = describe(split, model.num_classes)
+    check_examples("examples", split, spec, model.num_classes)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return evaluate_weights(model, variables, spec, split, batch_size, views=views)

@@ -17,7 +17,7 @@ from lls_jax.models import Network
 from lls_jax.placement import Execution, single
 from lls_jax.rules import Rule
 from lls_jax.runs import callbacks as listening
-from lls_jax.runs import epoch_sums, kernels
+from lls_jax.runs import checks, epoch_sums, kernels
 from lls_jax.runs import folder as folders
 from lls_jax.runs import source as sources
 from lls_jax.runs.loop import train as train_run
@@ -81,7 +81,8 @@ def fit(
             ``{"image", "label"}`` of such floats, all of one size: a list or a data loader, which
             is gone over once an epoch; a function of the epoch's number, from 0, that gives such;
             or an iterator that does not end (one that cannot be resumed exactly).
-        test: images and labels that each epoch is evaluated on; None for none.
+        test: images and labels that each epoch is evaluated on, of the shape of the training
+            examples, and without a `spec` bytes or floats as they are; None for none.
         validation: likewise, and the best epoch is chosen by them; or how many of the last training
             examples are held out for it. None: the best epoch is chosen by the test images, and
             their accuracy is no honest estimate of that epoch's on new ones.
@@ -92,13 +93,14 @@ def fit(
             over views of an image (:mod:`lls_jax.runs.views`); its records have
             ``test_views_accuracy`` beside ``test_accuracy``.
         steps_per_epoch: of training batches whose number is not known.
-        augmentation: of :func:`lls_jax.data.batches.make_augment`; of uint8 images only.
+        augmentation: of :func:`lls_jax.data.batches.make_augment`; of images in arrays.
         spec: how uint8 images are normalised and cut; None: by the mean and the deviation of the
             training images, and not cut.
         seed: of every random draw of the run.
         workdir: the run's own folder: settings, metrics.jsonl, checkpoints; None to write nothing.
             An optimizer cannot be compared: whoever resumes has to give the same one.
-        callbacks: are told of each step, epoch and checkpoint, and may stop the run.
+        callbacks: are told of each step, epoch and checkpoint, and may stop the run. Where none has
+            an `on_warning`, warnings are Python's.
         early_stopping: epochs without a better accuracy after which the run stops; None for never.
         checkpoint_every: steps between checkpoints inside an epoch; 0: ends of epochs only, those
             within 20 seconds of a checkpoint left out.
@@ -132,38 +134,68 @@ def fit(
     """
     check_reach(rule, reach)
     check_views("test_views", test_views)
-    if epochs < 1:
-        raise ValueError(f"`epochs` is {epochs}; it must be at least 1.")
-    listeners: list[listening.Callback] = [*callbacks] if callbacks else [_Warnings()]
+    epochs = checks.whole_number("epochs", epochs, 1)
+    batch_size = checks.whole_number("batch_size", batch_size, 1)
+    eval_batch_size = checks.whole_number("eval_batch_size", eval_batch_size, 1)
+    checkpoint_every = checks.whole_number("checkpoint_every", checkpoint_every, 0)
+    if steps_per_epoch is not None:
+        steps_per_epoch = checks.whole_number("steps_per_epoch", steps_per_epoch, 1)
+    held_out: int | None = None
+    if isinstance(validation, int | np.integer):
+        held_out, validation = checks.whole_number("validation", validation, 1), None
+    if test_views != "none" and test is None and validation is None and held_out is None:
+        raise ValueError(
+            f"`test_views` is {test_views!r}, and there are neither `test` nor `validation` "
+            "examples to evaluate: give some, or leave it out."
+        )
+    listeners = [*callbacks]
+    if all(type(one).on_warning is listening.Callback.on_warning for one in listeners):
+        # Nobody would hear of a damaged checkpoint.
+        listeners.append(_Warnings())
     if early_stopping is not None:
-        listeners.append(listening.EarlyStopping(early_stopping))
+        patience = checks.whole_number("early_stopping", early_stopping, 1)
+        listeners.append(listening.EarlyStopping(patience))
     sharding = None if execution is None else execution.sharding
     model_key, data_key = jax.random.split(jax.random.key(seed))
     evaluation_sets: dict[str, Any] = {}
+    dtypes: dict[str, Any] = {}
     if isinstance(train, tuple | Split | batches.DeviceSplit):
+        if steps_per_epoch is not None:
+            raise ValueError(
+                f"`steps_per_epoch` is {steps_per_epoch}, and the training examples are arrays, of "
+                "which an epoch is all: leave it out, or give batches."
+            )
         examples = _from_user("train", train)
-        if isinstance(validation, int):
-            examples, evaluation_sets["validation"] = sources.hold_out(examples, validation)
-        spec = spec or describe(examples, model.num_classes)
-        _check_classes("train", examples, model)
+        if held_out is not None:
+            examples, evaluation_sets["validation"] = sources.hold_out(examples, held_out)
+        dtypes["train"] = examples.images.dtype
+        own_spec = spec or describe(examples, model.num_classes)
+        checks.check_examples("train", examples, own_spec, model.num_classes)
         examples = sources.on_each_device(examples, sharding)
-        source = sources.from_arrays(examples, spec, augmentation, batch_size, data_key, sharding)
-        example = jnp.zeros((1, *spec.input_shape))
+        source = sources.from_arrays(
+            examples, own_spec, augmentation, batch_size, data_key, sharding
+        )
+        example = jnp.zeros((1, *own_spec.input_shape))
         if model.whitening is not None:
-            example = batches.first_images(spec, examples, model.whitening.images)
+            example = batches.first_images(own_spec, examples, model.whitening.images)
     else:
-        if isinstance(validation, int):
+        if held_out is not None:
             raise ValueError("`validation` is a number, and the training examples come in batches.")
         if augmentation != "none":
             raise ValueError(f"`augmentation` is {augmentation!r}; batches are taken as they are.")
         source, example = sources.from_batches(train, steps_per_epoch, sharding)
+        dtypes["train"] = example.dtype
         # Of floats, which are normalised already.
-        spec = spec or describe(_on_host(example), model.num_classes)
+        own_spec = spec or describe(_on_host(example), model.num_classes)
+    model.check_image((source.batch_size, *example.shape[1:]))
     for name, given in (("validation", validation), ("test", test)):
-        if given is not None and not isinstance(given, int):
+        if given is not None:
             evaluation_sets[name] = _from_user(name, given)
+    if spec is None:
+        dtypes |= {name: examples.images.dtype for name, examples in evaluation_sets.items()}
+        checks.check_kinds(dtypes)
     for name, examples in evaluation_sets.items():
-        _check_classes(name, examples, model)
+        checks.check_examples(name, examples, own_spec, model.num_classes)
         evaluation_sets[name] = sources.on_each_device(examples, sharding)
     if settings is None:
         settings = folders.Settings(
@@ -178,7 +210,7 @@ def fit(
                 # Folders of before it was there have reach 1.
                 **({"reach": reach} if reach > 1 else {}),
                 "seed": seed,
-                "validation": validation if isinstance(validation, int) else None,
+                "validation": held_out,
             }
         )
     options = reach, remat_above, slice_above
@@ -199,10 +231,10 @@ def fit(
         rule=rule,
         tx=tx,
         execution=execution,
-        compiled=_compiled(steps_a_launch, model, execution, source, spec, augmentation),
+        compiled=_compiled(steps_a_launch, model, execution, source, own_spec, augmentation),
         source=source,
         example=example,
-        spec=spec,
+        spec=own_spec,
         evaluation_sets=evaluation_sets,
         key=model_key,
         epochs=epochs,
@@ -240,15 +272,6 @@ def _from_user(name: str, arrays: sources.Arrays) -> Any:
 
 def _on_host(images: jax.Array) -> Split:
     return Split(np.asarray(images), np.zeros(images.shape[0], np.int32))
-
-
-def _check_classes(name: str, examples: Any, model: Network) -> None:
-    least, most = int(examples.labels.min()), int(examples.labels.max())
-    if least < 0 or most >= model.num_classes:
-        raise ValueError(
-            f"the labels of `{name}` go from {least} to {most}; expected indices of the model's "
-            f"{model.num_classes} classes, from 0."
-        )
 
 
 def _compiled(

@@ -192,7 +192,7 @@ def from_batches(
         The source, and the images of its first batch.
 
     Raises:
-        ValueError: the number of batches is not known, or there is none.
+        ValueError: the number of batches is not known, or there is none; or images are no floats.
     """
     if steps_per_epoch is None:
         if not isinstance(made, Sized):
@@ -218,6 +218,11 @@ def from_batches(
         return iter(made(number) if callable(made) else made)
 
     images = jnp.asarray(first["image"])
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"the images of a training batch have dtype {images.dtype}, and batches are taken as "
+            "they are; normalise them to floats, or give all images and labels as arrays."
+        )
 
     def whole(batch: Any) -> Batch:
         if len(batch["label"]) != images.shape[0]:

@@ -1,0 +1,71 @@
+"""What numbers and examples must be like before a run, or an evaluation, begins."""
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from lls_jax.data import DatasetSpec
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """A number of things, as Python's own; NumPy's integers will do.
+
+    Args:
+        name: of the argument, for errors.
+        value: what was given.
+        least: what it must be at least.
+
+    Raises:
+        ValueError: it is smaller, or no whole number.
+
+    >>> whole_number("epochs", np.int64(3), 1)
+    3
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, at least {least}.")
+    return number
+
+
+def check_examples(name: str, examples: Any, spec: DatasetSpec, num_classes: int) -> None:
+    """Raise ValueError unless examples are of a data set's shape, and of a model's classes.
+
+    Args:
+        name: of the argument, for errors.
+        examples: a split, on the device or on the host.
+        spec: the data set.
+        num_classes: of the model.
+    """
+    shape = tuple(examples.images.shape[1:])
+    # Where windows are cut, they may be cut already.
+    if shape not in (tuple(spec.image_shape), tuple(spec.input_shape)):
+        raise ValueError(
+            f"the examples of `{name}` have shape {shape}; expected {tuple(spec.image_shape)}, "
+            "that of the training examples, or of the `spec`."
+        )
+    least, most = int(examples.labels.min()), int(examples.labels.max())
+    if least < 0 or most >= num_classes:
+        raise ValueError(
+            f"the labels of `{name}` go from {least} to {most}; expected indices of the model's "
+            f"{num_classes} classes, from 0."
+        )
+
+
+def check_kinds(dtypes: dict[str, Any]) -> None:
+    """Raise ValueError where some images are bytes and others floats, normalised already.
+
+    Args:
+        dtypes: by the arguments' names, that of what the run is trained on first.
+    """
+    (first, trained), *others = dtypes.items()
+    for name, dtype in others:
+        if (trained == np.uint8) != (dtype == np.uint8):
+            raise ValueError(
+                f"the images of `{name}` have dtype {dtype}, those of `{first}` {trained}; "
+                "give both alike, or the `spec` that says how bytes are "
+                "normalised."
+            )
