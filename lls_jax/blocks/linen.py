@@ -118,10 +118,10 @@ class NormalizeActivate(nn.Module):
             None without a `pool_size`, of what is no image, and in evaluation.
         """
         channels = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, channels)
-        bias = self.param("bias", nn.initializers.zeros, channels)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
-        variance = self.variable("batch_stats", "var", jnp.ones, channels)
+        scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        variance = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
         pooled = None
         if not train:
             y = apply_statistics(x, mean.value - layer_bias, variance.value, scale, bias)
@@ -252,7 +252,7 @@ class DepthwiseSeparableBlock(PoolingBlock):
         """``[batch, height, width, channels] -> [batch, height', width', features]``, and the
         means of its windows: see :class:`PoolingBlock`.
         """
-        no_bias = jnp.zeros(())
+        no_bias = jnp.zeros((), jnp.float32)
         x = Depthwise(self.stride, self.dtype, name="depthwise")(x)
         x, _ = NormalizeActivate(name="depthwise_norm")(x, no_bias, train=train)
         x = Pointwise(self.features, self.dtype, name="pointwise")(x)

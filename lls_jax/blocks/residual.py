@@ -33,7 +33,7 @@ class _Kernel(nn.Module):
     @nn.compact
     def __call__(self, channels: int) -> jax.Array:
         shape = (self.size, self.size, channels, self.features)
-        kernel: jax.Array = self.param("kernel", _he_normal, shape)
+        kernel: jax.Array = self.param("kernel", _he_normal, shape, jnp.float32)
         return kernel
 
 

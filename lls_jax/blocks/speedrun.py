@@ -99,7 +99,8 @@ class WhitenedConvPair(nn.Module):
         patch = _PATCH * _PATCH * channels
 
         def of_white_images() -> dict[str, jax.Array]:
-            both = jnp.concatenate([jnp.eye(patch), -jnp.eye(patch)], axis=1)
+            identity = jnp.eye(patch, dtype=jnp.float32)
+            both = jnp.concatenate([identity, -identity], axis=1)
             return {"kernel": both.reshape(_PATCH, _PATCH, channels, 2 * patch)}
 
         kernel = self.variable("batch_stats", FROM_IMAGES, of_white_images).value["kernel"]

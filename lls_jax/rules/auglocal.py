@@ -119,7 +119,9 @@ class AugLocal(LocalRule):
         if "norm" in params:
             x = auxiliary.normalize(params["norm"], x)
         logits = auxiliary.linear(params["output"], x)
-        target = optax.smooth_labels(jax.nn.one_hot(labels, self.num_classes), self.label_smoothing)
+        target = optax.smooth_labels(
+            jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32), self.label_smoothing
+        )
         return jnp.mean(optax.softmax_cross_entropy(logits, target))
 
 

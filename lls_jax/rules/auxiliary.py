@@ -22,7 +22,7 @@ def per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
 def init_linear(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:
     """A dense layer's kernel, U(-1/sqrt(inputs), 1/sqrt(inputs)), and its bias, 0."""
     kernel = fan_in_uniform(inputs)(key, (inputs, outputs))
-    return {"kernel": kernel, "bias": jnp.zeros(outputs)}
+    return {"kernel": kernel, "bias": jnp.zeros(outputs, jnp.float32)}
 
 
 def linear(params: dict[str, Any], x: jax.Array) -> jax.Array:
@@ -37,7 +37,7 @@ def init_convolution(key: jax.Array, channels: int, features: int) -> jax.Array:
 
 def init_normalization(features: int) -> dict[str, jax.Array]:
     """Scale 1 and bias 0."""
-    return {"scale": jnp.ones(features), "bias": jnp.zeros(features)}
+    return {"scale": jnp.ones(features, jnp.float32), "bias": jnp.zeros(features, jnp.float32)}
 
 
 def normalize(params: dict[str, Any], x: jax.Array) -> jax.Array:

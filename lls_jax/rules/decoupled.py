@@ -50,10 +50,10 @@ class Decoupled(LocalRule):
         keys = jax.random.split(key)
         kernel = fan_in_uniform(math.prod(shape[:-1]))(keys[0], shape)
         return {
-            "hidden": {"kernel": kernel, "bias": jnp.zeros(width)},
+            "hidden": {"kernel": kernel, "bias": jnp.zeros(width, jnp.float32)},
             "output": {
                 "kernel": fan_in_uniform(latents)(keys[1], (latents, self.num_classes)),
-                "bias": jnp.zeros(self.num_classes),
+                "bias": jnp.zeros(self.num_classes, jnp.float32),
             },
         }
 
@@ -72,5 +72,7 @@ class Decoupled(LocalRule):
         h = convolve_3x3(a, hidden["kernel"]) if a.ndim == 4 else a @ hidden["kernel"]
         h = jax.nn.relu(h + hidden["bias"].reshape((1,) * (a.ndim - 1) + (-1,)))
         logits = pool_latents(h, pool_size) @ output["kernel"] + output["bias"][None, :]
-        target = optax.smooth_labels(jax.nn.one_hot(labels, self.num_classes), self.label_smoothing)
+        target = optax.smooth_labels(
+            jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32), self.label_smoothing
+        )
         return jnp.mean(optax.softmax_cross_entropy(logits, target))

@@ -130,7 +130,7 @@ class InfoPro(LocalRule):
             "kernel": auxiliary.init_convolution(keys[3], width, _DECODER_WIDTH),
             "norm": auxiliary.init_normalization(_DECODER_WIDTH),
             "output": auxiliary.init_convolution(keys[4], _DECODER_WIDTH, self.image_channels),
-            "bias": jnp.zeros(self.image_channels),
+            "bias": jnp.zeros(self.image_channels, jnp.float32),
         }
         return {"classifier": classifier, "decoder": decoder}
 

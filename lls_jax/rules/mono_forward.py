@@ -57,5 +57,7 @@ class MonoForward(LocalRule):
         """The local loss, a float32 scalar; see :meth:`LocalRule.loss`."""
         del pool_size
         goodness = seen.astype(jnp.float32).reshape(seen.shape[0], -1) @ params["projection"].T
-        target = optax.smooth_labels(jax.nn.one_hot(labels, self.num_classes), self.label_smoothing)
+        target = optax.smooth_labels(
+            jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32), self.label_smoothing
+        )
         return jnp.mean(optax.softmax_cross_entropy(goodness, target))

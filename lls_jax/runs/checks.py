@@ -66,6 +66,5 @@ def check_kinds(dtypes: dict[str, Any]) -> None:
         if (trained == np.uint8) != (dtype == np.uint8):
             raise ValueError(
                 f"the images of `{name}` have dtype {dtype}, those of `{first}` {trained}; "
-                "give both alike, or the `spec` that says how bytes are "
-                "normalised."
+                "give both alike, or the `spec` that says how bytes are normalised."
             )

@@ -29,10 +29,15 @@ class EpochSums(NamedTuple):
 def add(sums: EpochSums, metrics: Metrics) -> EpochSums:
     """Add a step's metrics, which have its labels too, to an epoch's sums."""
     logits, labels = metrics["logits"], metrics["label"]
+    losses = jnp.append(metrics["layer_loss"], metrics["loss"])
+    # Of one dtype from the first step to the last, with 64-bit numbers enabled too.
+    correct, correct5 = (
+        jnp.sum(correct_within(logits, labels, best), dtype=jnp.int32) for best in (1, 5)
+    )
     return EpochSums(
-        sums.losses + jnp.append(metrics["layer_loss"], metrics["loss"]),
-        sums.correct + jnp.sum(correct_within(logits, labels, 1)),
-        sums.correct5 + jnp.sum(correct_within(logits, labels, 5)),
+        sums.losses + losses.astype(sums.losses.dtype),
+        sums.correct + correct,
+        sums.correct5 + correct5,
     )
 
 
@@ -40,4 +45,5 @@ def empty(model: Network, rule: Rule) -> EpochSums:
     """The sums of an epoch that has not begun."""
     layers = num_local_losses(model, rule)
     # Buffers of their own: they may be given away.
-    return EpochSums(jnp.zeros((layers + 1,)), *(jnp.zeros((), jnp.int32) for _ in range(2)))
+    losses = jnp.zeros((layers + 1,), jnp.float32)
+    return EpochSums(losses, *(jnp.zeros((), jnp.int32) for _ in range(2)))
