@@ -1,12 +1,18 @@
 """The published optimizer, schedule-free AdamW, as the runs of LLS were made with it; and Muon."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+
+def _check(what: str, value: Any, is_right: Callable[[Any], Any], must: str) -> None:
+    """Raise ValueError for a value out of its range; what is being traced has none yet."""
+    if not isinstance(value, jax.core.Tracer) and not is_right(value):
+        raise ValueError(f"{what} is {value}; it must {must}.")
 
 
 def schedule_free_adamw(
@@ -59,12 +65,9 @@ def schedule_free_adamw(
     >>> [f"{value:.3f}" for value in optax.apply_updates(params, updates)]
     ['0.900', '-1.100']
     """
-    if not 0 < b1 < 1:
-        raise ValueError(f"`b1` is {b1}; it must lie in (0, 1).")
-    if not 0 <= b2 < 1:
-        raise ValueError(f"`b2` is {b2}; it must lie in [0, 1).")
-    if not weight_decay >= 0:
-        raise ValueError(f"`weight_decay` is {weight_decay}; it must be at least 0.")
+    _check("`b1`", b1, lambda value: 0 < value < 1, "lie in (0, 1)")
+    _check("`b2`", b2, lambda value: 0 <= value < 1, "lie in [0, 1)")
+    _check("`weight_decay`", weight_decay, lambda value: value >= 0, "be at least 0")
 
     def init(params: optax.Params) -> optax.contrib.ScheduleFreeState:
         return optax.contrib.ScheduleFreeState(
@@ -78,10 +81,15 @@ def schedule_free_adamw(
         )
 
     def bias_correction(step: jax.Array) -> jax.Array:
-        if not b2:
+        # An array where `optax.inject_hyperparams` gives it; of a number in float64.
+        if isinstance(b2, jax.Array):
+            log_b2 = jnp.log(b2.astype(jnp.float32))
+        elif not b2:
             return jnp.float32(1.0)
+        else:
+            log_b2 = math.log(b2)
         # 1 - b2^k loses half its digits in float32 where b2 is near 1; this loses none.
-        return jnp.sqrt(-jnp.expm1(step.astype(jnp.float32) * math.log(b2)))
+        return jnp.sqrt(-jnp.expm1(step.astype(jnp.float32) * log_b2))
 
     def update(
         grads: optax.Updates, state: Any, params: optax.Params | None = None
@@ -181,8 +189,7 @@ def muon_for_kernels(
         Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
         https://kellerjordan.github.io/posts/muon/.
     """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"`momentum` is {momentum}; it must lie in [0, 1).")
+    _check("`momentum`", momentum, lambda value: 0 <= value < 1, "lie in [0, 1)")
     direction = optax.chain(
         optax.contrib.scale_by_muon(
             _MUON_COEFFICIENTS,
@@ -251,8 +258,7 @@ def muon(
     >>> sorted(state.inner_states)
     ['bias', 'kernels', 'other']
     """
-    if not weight_decay >= 0:
-        raise ValueError(f"`weight_decay` is {weight_decay}; it must be at least 0.")
+    _check("`weight_decay`", weight_decay, lambda value: value >= 0, "be at least 0")
 
     def scaled(rate: float, own: optax.Schedule | None) -> optax.ScalarOrSchedule:
         factor = own or schedule
@@ -261,8 +267,7 @@ def muon(
     named = {"other": NamedRate(other_learning_rate), **(by_name or {})}
     optimizers = {"kernels": muon_for_kernels(scaled(learning_rate, None), momentum)}
     for name, (rate, own_schedule) in named.items():
-        if not rate > 0:
-            raise ValueError(f"the learning rate of {name!r} is {rate}; it must be positive.")
+        _check(f"the learning rate of {name!r}", rate, lambda value: value > 0, "be positive")
         optimizers[name] = optax.adamw(
             scaled(rate, own_schedule), b1=momentum, b2=0.99, weight_decay=weight_decay / rate
         )

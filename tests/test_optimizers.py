@@ -11,7 +11,7 @@ import pytest
 from experiments import optimizers
 from experiments.config import TrainConfig
 from lls_jax import evaluation, training
-from lls_jax.optimizers import schedule_free_adamw
+from lls_jax.optimizers import muon, schedule_free_adamw
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
@@ -166,6 +166,26 @@ def test_wrong_arguments_are_named(options, message):
     tx = schedule_free_adamw()
     with pytest.raises(ValueError, match="`params` is None"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize("b2", [0.9, 0.0])
+def test_what_optax_injects_has_no_value_yet(b2):
+    """Options that are arrays of the state, while programs are compiled."""
+    given = {"learning_rate": 0.1, "b1": 0.8, "b2": b2, "weight_decay": 0.01}
+    params, grads = jnp.array([1.0, -1.0]), jnp.array([0.5, 2.0])
+    averages = []
+    for make in (optax.inject_hyperparams(schedule_free_adamw), schedule_free_adamw):
+        tx = make(**given)
+        state, y = jax.jit(tx.init)(params), params
+        update = jax.jit(tx.update, donate_argnums=1)
+        for _ in range(3):
+            updates, state = update(grads, state, y)
+            y = optax.apply_updates(y, updates)
+        inner = state if isinstance(state, optax.contrib.ScheduleFreeState) else state.inner_state
+        averages.append(optax.contrib.schedule_free_eval_params(inner, y))
+    np.testing.assert_allclose(*averages, rtol=1e-5)
+    tx = optax.inject_hyperparams(muon)()
+    jax.jit(tx.init)({"block": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}})
 
 
 @pytest.mark.parametrize(
