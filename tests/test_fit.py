@@ -232,6 +232,8 @@ def test_the_folder_of_a_run_gives_its_weights_back(tmp_path):
     )
     with pytest.raises(UserError, match="no checkpoint of step 5; there are"):
         evaluation.restore(tmp_path / "run", MODEL, RULE, example, 5)
+    with pytest.raises(UserError, match="'bestt' is neither 'best', 'last' nor a step"):
+        evaluation.restore(tmp_path / "run", MODEL, RULE, example, "bestt")
     with pytest.raises(UserError, match="has no checkpoint yet"):
         evaluation.restore(tmp_path / "none", MODEL, RULE, example)
     other = rules.LLS(num_classes=CLASSES, modulation="vector")
@@ -402,6 +404,19 @@ def test_what_cannot_be_evaluated_is_named(change, message):
         evaluation.evaluate(
             *(model, state, (images, labels)), spec=spec, batch_size=change.get("batch_size", 9)
         )
+
+
+def test_with_64_bit_numbers_a_run_stops_inside_an_epoch_and_goes_on(tmp_path):
+    images, labels = blobs(60)
+    train = batches.to_device(Split(images, labels.astype(np.int32)))
+    options = {"train": train, "epochs": 1, "batch_size": 15}
+    # Strictly, an index of 64 bits goes with no label of 32.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        fit(MODEL, RULE, TX, workdir=tmp_path, callbacks=[Heard(stop_at=2)], **options)
+        heard = Heard()
+        fit(MODEL, RULE, TX, workdir=tmp_path, callbacks=[heard], **options)
+        many = fit(MODEL, RULE, TX, steps_a_launch="many", **options)
+    assert heard.events[0] == ("start", 2, True) and int(many.state.step) == 4
 
 
 class Silent(Callback):

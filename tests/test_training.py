@@ -1,5 +1,7 @@
 """The steps: isolation, what is computed, optimizers, every rule."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,18 @@ import optax
 import pytest
 
 from lls_jax import evaluation, models, rules, training
-from lls_jax.blocks import ConvBlock, DenseBlock, LocalBlock
+from lls_jax.blocks import (
+    ConvBlock,
+    DenseBlock,
+    DepthwiseSeparableBlock,
+    LocalBlock,
+    ResidualBlock,
+    ResidualStem,
+    WhitenedConvPair,
+)
 from lls_jax.layers.normalization import normalize_activate
 from lls_jax.layers.pooled_normalization import normalize_activate_pool
+from lls_jax.models import BlockSpec, Network
 from pallas_kernels.local_loss import pool_latents
 
 CLASSES = 5
@@ -330,6 +341,22 @@ def test_dropout_follows_the_pooling_and_is_off_in_evaluation():
     )
 
 
+@pytest.mark.parametrize("rule_name", rules.NAMES)
+def test_with_64_bit_numbers_everything_is_of_32_bits(rule_name):
+    blocks = (ConvBlock(6), DepthwiseSeparableBlock(6), ResidualStem(6), ResidualBlock(8))
+    specs = [BlockSpec(block, pool_size=2) for block in (*blocks, WhitenedConvPair(6))]
+    specs[-1] = dataclasses.replace(specs[-1], average_pool=1, flatten=True)
+    model = Network("each", CLASSES, (*specs, BlockSpec(DenseBlock(8), pool_size=8)))
+    rule, tx, batch = make_rule(rule_name), optax.sgd(0.1), make_batch()
+    with jax.enable_x64(True):
+        # Shapes and dtypes alone.
+        state = jax.eval_shape(lambda: make_state(rule, tx, batch, model)[1])
+        after, metrics = jax.eval_shape(training.make_train_step(model, rule, tx), state, batch)
+    for leaf in jax.tree.leaves((state.params, state.batch_stats, metrics)):
+        assert leaf.dtype == jnp.float32
+    assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+
+
 @pytest.mark.parametrize("rule_name", ["lls_mxm", "bp"])
 def test_bfloat16_activations_leave_float32_parameters(rule_name):
     rule, tx, batch = make_rule(rule_name), optax.adam(3e-3), make_batch()
@@ -399,6 +426,26 @@ def test_evaluation_state_of_another_optimizer_is_the_state():
         (lambda: rules.make("lls_mxm_reduced", num_classes=10), "`basis_rows` is None"),
         (lambda: models.make("smal_conv", num_classes=10), "'smal_conv'.*'small_conv'"),
         (lambda: models.make("small_conv", num_classes=10, dropout=1.0), "`dropout` is 1.0"),
+        (lambda: models.make("small_conv", num_classes=10, dtype=jnp.int32), "`dtype` is int32"),
+        (lambda: models.make("small_conv", num_classes=10, dtype="float16"), "`dtype` is float16"),
+        (lambda: rules.LLS(num_classes=10, modulation="x"), "`modulation` is 'x'; .* matrix"),
+        (lambda: rules.RandomLLS(num_classes=10, modulation="x"), "`modulation` is 'x'"),
+        (lambda: rules.RandomLLS(num_classes=10, hidden_dim=-1), "`hidden_dim` is -1"),
+        (lambda: rules.RandomLLS(num_classes=10, hidden_dim=(8, 0)), r"`hidden_dim` is \(8, 0\)"),
+        (lambda: rules.DirectFeedback(num_classes=10, signal="x"), "`signal` is 'x'; .* target"),
+        (lambda: rules.PredSim(num_classes=10, similarity_weight=5), "`similarity_weight` is 5"),
+        (lambda: rules.Contrastive(num_classes=10, width=0), "`width` is 0"),
+        *(
+            (
+                lambda rule=rule: make_state(rule, optax.sgd(0.1), make_batch()),
+                f"rule '{rule.at_block(0).name}' is made for 9 classes, and the model for 5",
+            )
+            for rule in (
+                rules.PredSim(num_classes=9),
+                rules.DirectFeedback(num_classes=9, signal="error"),
+                rules.PerBlock((rules.MonoForward(num_classes=9),) * 4),
+            )
+        ),
         (
             lambda: make_state(make_rule("lls"), optax.sgd(0.1), make_batch(side=3)),
             "3x3 pixels are too small.*'small_conv'.*4x4",

@@ -13,6 +13,7 @@ from lls_jax.blocks import Classifier, LocalBlock, ResidualBlock, apply_module, 
 from lls_jax.layers.pooling import max_pool
 from lls_jax.models.whitening import Whitening
 from lls_jax.rules import LaterBlock, Rule, Surroundings
+from lls_jax.rules.base import check_classes
 from pallas_kernels.local_loss import adaptive_average_pool
 
 Variables = dict[str, Any]
@@ -187,7 +188,8 @@ class Network:
         """The rule of each block.
 
         Raises:
-            ValueError: there are more or fewer rules than blocks, or it is no rule at all.
+            ValueError: there are more or fewer rules than blocks, one is made for another number of
+                classes, or it is no rule at all.
         """
         if not isinstance(rule, Rule):
             raise ValueError(
@@ -195,7 +197,9 @@ class Network:
                 f"num_classes={self.num_classes})`, or one of your own that derives from "
                 "`lls_jax.rules.LocalRule`."
             )
-        return tuple(rule.at_block(i, len(self.specs)) for i in range(len(self.specs)))
+        own = tuple(rule.at_block(i, len(self.specs)) for i in range(len(self.specs)))
+        check_classes(own, self.num_classes)
+        return own
 
     def check_image(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError unless `shape` is that of a batch that this model takes."""

@@ -233,6 +233,8 @@ def make(
         raise ValueError(f"`num_classes` is {num_classes}; it must be at least 2.")
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` is {dropout}; it must lie in [0, 1).")
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"`dtype` is {jnp.dtype(dtype)}; it must be float32 or bfloat16.")
     if not 0 < width < math.inf:
         raise ValueError(f"`width` is {width}; it must be positive.")
     if own_parts.is_own(name):

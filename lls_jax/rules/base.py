@@ -1,6 +1,7 @@
 """What a rule is: all that the rest of the library asks of one."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
@@ -29,6 +30,11 @@ class Rule:
     def fixed(self) -> frozenset[str]:
         """Names of those parameters that no optimizer may touch; a class attribute will do."""
         return frozenset()
+
+    @property
+    def classes(self) -> int | None:
+        """The classes that a model must have: its field `num_classes`; None: any number."""
+        return vars(self).get("num_classes")
 
     def init(self, key: jax.Array, activation_shape: tuple[int, ...], pool_size: int) -> Params:
         """The rule's parameters at a block, learned and fixed; ``{}`` where it has none.
@@ -282,6 +288,22 @@ def check_options(num_classes: int, temperature: float = 1.0, label_smoothing: f
         raise ValueError(f"`temperature` is {temperature}; it must be positive.")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"`label_smoothing` is {label_smoothing}; it must lie in [0, 1).")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise ValueError, naming the option, for a value that is none of its choices."""
+    if value not in tuple(choices):
+        raise ValueError(f"`{name}` is {value!r}; expected one of {', '.join(choices)}.")
+
+
+def check_classes(rules: Iterable[Rule], num_classes: int) -> None:
+    """Raise ValueError for the first rule that is made for other classes than a model has."""
+    for rule in rules:
+        if rule.classes not in (None, num_classes):
+            raise ValueError(
+                f"rule {rule.name!r} is made for {rule.classes} classes, and the model for "
+                f"{num_classes}; give both one `num_classes`."
+            )
 
 
 def check_count(what: str, count: int, num_blocks: int | None) -> None:

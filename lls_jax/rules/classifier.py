@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lls_jax.rules.base import Rule, check_count
+from lls_jax.rules.base import Rule, check_choice, check_count
 from lls_jax.rules.cross_entropy import CrossEntropyRule, draw_modulation
 from pallas_kernels.local_loss import adaptive_average_pool, latent_dim
 
@@ -38,6 +38,14 @@ class RandomLLS(CrossEntropyRule):
 
     modulation: Literal["none", "vector", "matrix"] = "none"
     hidden_dim: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that is out of its range."""
+        super().__post_init__()
+        check_choice("modulation", self.modulation, _NAMES)
+        widths = self.hidden_dim if isinstance(self.hidden_dim, tuple) else (self.hidden_dim,)
+        if any(width is not None and width < 1 for width in widths):
+            raise ValueError(f"`hidden_dim` is {self.hidden_dim}; it must be at least 1.")
 
     @property
     def name(self) -> str:

@@ -39,6 +39,13 @@ class Contrastive(LocalRule):
     def __post_init__(self) -> None:
         """Raise ValueError for an option that is out of its range."""
         check_options(self.num_classes, temperature=self.temperature)
+        if self.width < 1:
+            raise ValueError(f"`width` is {self.width}; it must be at least 1.")
+
+    @property
+    def classes(self) -> None:
+        """Any number will do."""
+        return None
 
     sees: ClassVar[Literal["latents", "activation"]] = "latents"
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.layers.initializers import fan_in_uniform
-from lls_jax.rules.base import Rule, check_options
+from lls_jax.rules.base import Rule, check_choice, check_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class DirectFeedback(Rule):
     def __post_init__(self) -> None:
         """Raise ValueError for an option that is out of its range."""
         check_options(self.num_classes)
+        check_choice("signal", self.signal, ("error", "target"))
 
     @property
     def name(self) -> str:

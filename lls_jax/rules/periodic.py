@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lls_jax.rules.base import check_choice
 from lls_jax.rules.basis import check_waveform, periodic_basis
 from lls_jax.rules.cross_entropy import CrossEntropyRule, draw_modulation
 
@@ -43,6 +44,7 @@ class LLS(CrossEntropyRule):
     def __post_init__(self) -> None:
         """Raise ValueError for an option that is out of its range."""
         super().__post_init__()
+        check_choice("modulation", self.modulation, _NAMES)
         check_waveform(self.waveform)
         if self.basis_rows is not None and (self.basis_rows < 1 or self.modulation != "matrix"):
             raise ValueError(

@@ -53,6 +53,10 @@ class PredSim(LocalRule):
     def __post_init__(self) -> None:
         """Raise ValueError for an option that is out of its range."""
         check_options(self.num_classes, label_smoothing=self.label_smoothing)
+        if not 0 <= self.similarity_weight <= 1:
+            raise ValueError(
+                f"`similarity_weight` is {self.similarity_weight}; it must lie in [0, 1]."
+            )
 
     def init(
         self, key: jax.Array, activation_shape: tuple[int, ...], pool_size: int
@@ -68,7 +72,7 @@ class PredSim(LocalRule):
         return {
             "similarity": fan_in_uniform(math.prod(shape[:-1]))(keys[0], shape),
             "kernel": fan_in_uniform(latents)(keys[1], (latents, self.num_classes)),
-            "bias": jnp.zeros(self.num_classes),
+            "bias": jnp.zeros(self.num_classes, jnp.float32),
         }
 
     def loss(
@@ -82,7 +86,7 @@ class PredSim(LocalRule):
         """The local loss, a float32 scalar; see :meth:`LocalRule.loss`."""
         assert pool_size is not None  # It sees the activation.
         a = seen.astype(jnp.float32)
-        target = jax.nn.one_hot(labels, self.num_classes)
+        target = jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32)
         if a.ndim == 4:
             features = _deviation(convolve_3x3(a, params["similarity"]))
         else:

@@ -36,11 +36,15 @@ def _choose(manager: Any, wanted: str | int) -> int:
     if wanted == "best":
         best = checkpoints.best_step(manager)
         return steps[-1] if best is None else best
-    if int(wanted) not in steps:
+    try:
+        step = int(wanted)
+    except ValueError:
+        raise UserError(f"checkpoint {wanted!r} is neither 'best', 'last' nor a step.") from None
+    if step not in steps:
         raise UserError(
-            f"there is no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}."
+            f"there is no checkpoint of step {step}; there are {', '.join(map(str, steps))}."
         )
-    return int(wanted)
+    return step
 
 
 def restore(
