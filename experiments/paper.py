@@ -107,7 +107,7 @@ class PaperConfig:
     data_dir: str | None = None
     """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
     dry_run: bool = flag(default=False, negative_prefix="--no-")
-    """List the experiments and what is done, and run nothing."""
+    """List the experiments and what is done; run and write nothing."""
     progress: bool = flag(default=True, negative_prefix="--no-")
     """Show a progress bar where there is a terminal."""
 
@@ -161,16 +161,23 @@ class _State(NamedTuple):
         return self.accuracy is not None or self.diverged is not None
 
 
-def _state(run_config: TrainConfig) -> _State:
+def _state(one: TrainConfig) -> _State:
+    """How far a run is.
+
+    Raises:
+        UserError: its folder holds a run with other options, whose accuracy is not this one's.
+    """
     from experiments.batch import divergence
+    from experiments.run_config import check_same_run
     from lls_jax.runs import folder as folders
 
-    folder = pathlib.Path(run_config.run_folder())
-    records = folders.read_metrics(folder)
-    done = records[-1]["epoch"] if records else 0
+    folder = pathlib.Path(one.run_folder())
+    check_same_run(folder, one)
+    accuracies = {r["epoch"]: r["test_accuracy"] for r in folders.read_metrics(folder)}
     return _State(
-        accuracy=records[-1]["test_accuracy"] if done >= run_config.epochs else None,
-        epochs=done,
+        # A run may have gone on beyond it.
+        accuracy=accuracies.get(one.epochs),
+        epochs=max(accuracies, default=0),
         diverged=divergence(folder),
     )
 
@@ -212,17 +219,22 @@ _COLUMNS = {
 }
 
 
-def _write(config: PaperConfig, entries: list[Entry]) -> str:
+def _markdown(table: list[dict[str, Any]]) -> str:
     from experiments.suites.report import markdown
-    from lls_jax.runs import folder as folders
 
-    table = rows(config, entries)
     # Accuracies to two digits behind the point, as everywhere.
     shown = [
         {**row, **{k: f"{row[k]:.2f}" for k in ("accuracy", "deviation") if row[k] is not None}}
         for row in table
     ]
-    text = markdown(_COLUMNS, shown)
+    return markdown(_COLUMNS, shown)
+
+
+def _write(config: PaperConfig, entries: list[Entry]) -> str:
+    from lls_jax.runs import folder as folders
+
+    table = rows(config, entries)
+    text = _markdown(table)
     folder = pathlib.Path(config.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     folders.write_atomically(folder / f"table-{config.table}.md", text)
@@ -256,10 +268,14 @@ def paper(config: PaperConfig) -> int:
     if not entries:
         names = ", ".join(entry.name for entry in TABLES[config.table]())
         raise UserError(f"no experiment of table {config.table} has {config.only} in {names}.")
-    if not config.dry_run:
-        members = [_member(config, entry, seed) for seed in config.seeds for entry in entries]
-        if status := batch.run_all(members, lambda: _write(config, entries)):
-            return status
+    if config.dry_run:
+        print(_markdown(rows(config, entries)))
+        return 0
+    # All of them are looked at before the first is trained.
+    rows(config, entries)
+    members = [_member(config, entry, seed) for seed in config.seeds for entry in entries]
+    if status := batch.run_all(members, lambda: _write(config, entries)):
+        return status
     print(_write(config, entries))
     print(f"written: {config.workdir}/table-{config.table}.md, table-{config.table}.json")
     return 0

@@ -111,6 +111,21 @@ def begin_from(folder: pathlib.Path) -> TrainConfig:
     )
 
 
+def check_same_run(folder: pathlib.Path, config: TrainConfig) -> None:
+    """Check that what a folder holds, if anything, is the run of a config, or more epochs of it.
+
+    Raises:
+        UserError: it is another one, and the message names the options that differ.
+    """
+    stored = folders.read_settings(folder)
+    if stored is None:
+        return
+    before, _ = _parse(folder, stored)
+    if config.schedule not in SPREADING:
+        config = dataclasses.replace(config, epochs=max(config.epochs, before.epochs))
+    ConfigSettings(config).check(folder, stored)
+
+
 class ConfigSettings(folders.Settings):
     """A training command's config as the settings of a run."""
 

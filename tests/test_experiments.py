@@ -29,6 +29,7 @@ from experiments import (
     import_lls_dnn,
     paper,
     prepare_data,
+    run_config,
     setup,
     startup,
     train,
@@ -550,6 +551,38 @@ def test_the_papers_batch_runs_resumes_and_tells_what_is_missing(tmp_path, capsy
     assert table[2]["missing"] == "seed 0 (0 epochs), seed 1 (0 epochs)"
     with pytest.raises(UserError, match="no experiment of table 2"):
         paper.paper(dataclasses.replace(config, only=["vgg9"]))
+
+
+def test_the_papers_table_takes_no_other_runs_accuracy(tmp_path, capsys, monkeypatch):
+    entry = paper.Entry("digits", "small_conv", "lls", "square", 100, "none")
+    monkeypatch.setitem(paper.TABLES, "2", lambda: iter([entry]))
+
+    def fake(config):
+        folder = pathlib.Path(config.workdir)
+        folder.mkdir(parents=True)
+        folders.write_settings(folder, run_config.ConfigSettings(config))
+        for epoch in (1, 2):
+            folders.append_metrics(folder, {"epoch": epoch, "test_accuracy": 50.0 + epoch})
+        return 0
+
+    monkeypatch.setattr(train, "train_and_evaluate", fake)
+    config = paper.PaperConfig(
+        table="2", workdir=str(tmp_path), epochs=2, train_examples=128, data_dir=str(tmp_path)
+    )
+    assert paper.paper(config) == 0
+    written = (tmp_path / "table-2.json").read_text()
+    assert json.loads(written)[0]["accuracy"] == 52.0
+    capsys.readouterr()
+    # A dry run shows, and writes nothing.
+    assert paper.paper(dataclasses.replace(config, epochs=3, dry_run=True)) == 0
+    assert "seed 0 (2 epochs)" in capsys.readouterr().out
+    assert (tmp_path / "table-2.json").read_text() == written
+    with pytest.raises(UserError, match="--train-examples 128 there, None here"):
+        paper.paper(dataclasses.replace(config, train_examples=None))
+    assert (tmp_path / "table-2.json").read_text() == written
+    # The first epoch of two is that of a run of one.
+    assert paper.paper(dataclasses.replace(config, epochs=1)) == 0
+    assert json.loads((tmp_path / "table-2.json").read_text())[0]["accuracy"] == 51.0
 
 
 def test_a_run_that_diverges_is_recorded_and_the_papers_batch_goes_on(
