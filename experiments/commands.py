@@ -2,23 +2,28 @@
 
 import dataclasses
 import shlex
+from typing import Any
 
 from experiments.config import TrainConfig
 from experiments.option_files import to_arguments
 from experiments.presets import PRESETS, default_config
 
 
-def resume_command(config: TrainConfig) -> str:
-    """The command that goes on with a run, or repeats it in another folder."""
+def changed_options(config: TrainConfig) -> dict[str, Any]:
+    """Values by field that a command has to give, since the data set's or the preset's differ."""
     default = default_config(config.dataset, config.preset)
-    values = {
+    return {
         field.name: value
         for field in dataclasses.fields(config)
         if (value := getattr(config, field.name)) != getattr(default, field.name)
-        or field.name in ("rule", "preset", "dataset")
+        or (field.name == "preset" and value is not None)
     }
-    if config.preset is None:
-        values.pop("preset")
+
+
+def resume_command(config: TrainConfig) -> str:
+    """The command that goes on with a run, or repeats it in another folder."""
+    named = {"dataset": config.dataset, "rule": config.rule}
+    values = {**named, **changed_options(config)}
     command = "run"
     if config.dataset in PRESETS:
         command = values.pop("dataset")

@@ -117,7 +117,8 @@ def test_a_budget_of_seconds_ends_at_a_step_and_is_judged_there(tmp_path):
     folder = tmp_path / "board"
     row = Row("small_conv", "lls", 1, "seconds", 2.0)
     figures = {"model": "small_conv", "rule": "lls", "reach": 1, "step_ms": 399.0}
-    made = content.Board("digits", OPTIONS, (0,), (row,), {content.key_of(row): figures})
+    recipe = content.recipe_of("digits", OPTIONS)
+    made = content.Board("digits", recipe, (0,), (row,), {content.key_of(row): figures})
     folder.mkdir()
     (folder / "board.json").write_text(json.dumps(content.to_json(made, [row.values()])))
     own = config(folder)
@@ -220,6 +221,7 @@ def test_what_is_not_given_is_as_the_board_has_it_and_another_recipe_is_refused(
         ({"dataset": "digits"}, "a board of cifar10, not of digits"),
         ({"options": "--batch-size 32"}, "--batch-size 64 there, 32 here"),
         ({"options": "--seed=3"}, "--options has --seed"),
+        ({"options": "--batch-size '64"}, "No closing quotation"),
         ({"dataset": "cifar11"}, "of cifar10, not of cifar11"),
     ):
         with pytest.raises(UserError, match=message):
@@ -230,6 +232,9 @@ def test_what_is_not_given_is_as_the_board_has_it_and_another_recipe_is_refused(
     (tmp_path / "options.toml").write_text("patience = 2")
     with pytest.raises(UserError, match="--patience 2 from a file"):
         content.recipe_of("digits", f"--config {tmp_path / 'options.toml'}")
+    (tmp_path / "options.toml").write_text("dataset = 'digits'")
+    with pytest.raises(UserError, match="--dataset digits from a file, and the board is of cifar10"):
+        content.recipe_of("cifar10", f"--config {tmp_path / 'options.toml'}")
     with pytest.raises(UserError, match="into 4 parts"):
         board(
             config(
@@ -239,3 +244,28 @@ def test_what_is_not_given_is_as_the_board_has_it_and_another_recipe_is_refused(
         )  # fmt: skip
     with pytest.raises(ValueError, match="--no-measure-speed"):
         config(tmp_path, seconds=1.0, measure_speed=False)
+
+
+def test_a_board_keeps_the_options_of_a_file_that_changes(tmp_path):
+    file = tmp_path / "options.toml"
+    file.write_text("batch-size = 32\naugmentation = 'crop'")
+    new = config(
+        tmp_path, rules=["lls"], epochs=1, dataset="digits", options=f"--config {file}"
+    )  # fmt: skip
+    made = content.extend(new, None)
+    text = folders.to_json(content.to_json(made, [row.values() for row in made.rows]))
+    (tmp_path / "board.json").write_text(text)
+    file.write_text("batch-size = 64\naugmentation = 'crop'")
+    assert content.extend(config(tmp_path, rules=["lls_m"]), content.read(tmp_path)).recipe == (
+        made.recipe
+    )
+    with pytest.raises(UserError, match="--batch-size 32 there, 64 here"):
+        content.extend(new, content.read(tmp_path))
+    # The commands of the page make this board, and no other.
+    (command,) = content.commands(made, str(tmp_path))
+    assert "'--options=--batch-size 32 --augmentation crop'" in command
+    # A board of an earlier version has what was typed.
+    earlier = {**json.loads(text), "options": "--batch-size 32 --augmentation crop"}
+    del earlier["recipe"]
+    (tmp_path / "board.json").write_text(json.dumps(earlier))
+    assert content.read(tmp_path) == made

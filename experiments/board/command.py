@@ -20,16 +20,15 @@ def board(config: BoardConfig) -> int:
     """Add to a board, run what is missing, write it; returns the exit status."""
     workdir = pathlib.Path(config.workdir)
     made = content.extend(config, content.read(workdir))
-    recipe = content.recipe_of(made.dataset, made.options)
     for row in made.rows:
         # What is done needs nobody's rule any more.
         if key_of(row) not in made.measured or _missing(row, workdir, made.seeds):
-            _check(recipe, row)
+            _check(made.recipe, row)
     if config.dry_run:
         print(summary.table(summary.summarize(made, workdir)))
         return 0
     with folders.claim(workdir):
-        return _Maker(config, workdir, recipe, made).make()
+        return _Maker(config, workdir, made).make()
 
 
 def _check(recipe: TrainConfig, row: Row) -> None:
@@ -49,12 +48,10 @@ def _missing(row: Row, workdir: pathlib.Path, seeds: Sequence[int]) -> bool:
 class _Maker:
     """A board under way."""
 
-    def __init__(
-        self, config: BoardConfig, workdir: pathlib.Path, recipe: TrainConfig, board: Board
-    ) -> None:
+    def __init__(self, config: BoardConfig, workdir: pathlib.Path, board: Board) -> None:
         self._config, self._workdir, self._board = config, workdir, board
         self._recipe = dataclasses.replace(
-            recipe, data_dir=config.data_dir, progress=config.progress
+            board.recipe, data_dir=config.data_dir, progress=config.progress
         )
 
     def make(self) -> int:

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from experiments.board.config import ACCUMULATED, CHECKPOINTED, BoardConfig
 from experiments.board.rows import Row, row_of, rows_of
 from experiments.command_line import parse_training
+from experiments.commands import changed_options
 from experiments.config import TrainConfig
 from experiments.config_choices import BASELINES, option
+from experiments.option_files import to_arguments
 from experiments.presets import default_config
-from experiments.run_config import NOT_COMPARED
+from experiments.run_config import NOT_COMPARED, from_dict
 from lls_jax.errors import UserError
 
 _RULES = ("lls", "lls_mxm", "local_classifier", "bp", CHECKPOINTED, ACCUMULATED)
@@ -28,14 +30,14 @@ class Board(NamedTuple):
 
     Attributes:
         dataset: what is trained on.
-        options: of the training command, as typed.
+        recipe: what all runs have in common.
         seeds: that every row is trained with.
         rows: in the order in which they were added.
         measured: speed, memory and counted costs by model, rule and reach.
     """
 
     dataset: str
-    options: str
+    recipe: TrainConfig
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
     measured: dict[Key, dict[str, Any]]
@@ -50,13 +52,17 @@ def recipe_of(dataset: str, options: str) -> TrainConfig:
     """What all runs of a board have in common.
 
     Raises:
-        UserError: an unknown data set, or an option that is the board's own.
+        UserError: an unknown data set, a quotation with no end, or an option that is the board's
+            own.
     """
     try:
         default_config(dataset)
     except ValueError as error:
         raise UserError(str(error)) from error
-    arguments = shlex.split(options)
+    try:
+        arguments = shlex.split(options)
+    except ValueError as error:
+        raise UserError(f"--options {options!r} cannot be read: {error}; mend its quotes.") from error
     given = {argument.split("=")[0] for argument in arguments}
     if own := sorted(given & set(map(option, _OWN))):
         raise UserError(
@@ -64,6 +70,11 @@ def recipe_of(dataset: str, options: str) -> TrainConfig:
             "it out."
         )
     recipe = parse_training(dataset, "", arguments)
+    if recipe.dataset != dataset:
+        raise UserError(
+            f"--options has --dataset {recipe.dataset} from a file, and the board is of {dataset}; "
+            f"leave it out there, or give --dataset {recipe.dataset} to a board of its own."
+        )
     if recipe.patience is not None:
         raise UserError(
             f"--options has --patience {recipe.patience} from a file or a run, and rows would have "
@@ -87,9 +98,14 @@ def read(folder: pathlib.Path) -> Board | None:
             raise ValueError(f"it has format {content['format']}, and this version knows {_FORMAT}")
         rows = tuple(map(row_of, content["rows"]))
         measured = {(m["model"], m["rule"], m["reach"]): m for m in content["measured"]}
-        return Board(
-            content["dataset"], content["options"], tuple(content["seeds"]), rows, measured
+        dataset = content["dataset"]
+        # Boards of before it was there have what was typed.
+        recipe = (
+            from_dict(content["recipe"])
+            if "recipe" in content
+            else recipe_of(dataset, content["options"])
         )
+        return Board(dataset, recipe, tuple(content["seeds"]), rows, measured)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a board of this version: {error!r}.") from error
 
@@ -99,7 +115,7 @@ def to_json(board: Board, summary: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "dataset": board.dataset,
-        "options": board.options,
+        "recipe": dataclasses.asdict(board.recipe),
         "seeds": list(board.seeds),
         "rows": summary,
         "measured": list(board.measured.values()),
@@ -122,11 +138,12 @@ def extend(config: BoardConfig, stored: Board | None) -> Board:
             raise UserError(
                 f"{config.workdir} holds no board yet; say its budget: --epochs N or --seconds S."
             )
-        dataset, options = config.dataset or "cifar10", config.options or ""
-        models = config.models or [recipe_of(dataset, options).model]
+        dataset = config.dataset or "cifar10"
+        recipe = recipe_of(dataset, config.options or "")
+        models = config.models or [recipe.model]
         rules, reaches = config.rules or list(_RULES), config.reach or [1, 2]
         rows = rows_of(models, rules, reaches, budgets)
-        return Board(dataset, options, tuple(config.seeds or (0, 1, 2)), _unique(rows), {})
+        return Board(dataset, recipe, tuple(config.seeds or (0, 1, 2)), _unique(rows), {})
     _check_same(config, stored)
     rows = list(stored.rows)
     if config.rules or config.models or config.reach or budgets:
@@ -158,11 +175,11 @@ def _check_same(config: BoardConfig, stored: Board) -> None:
         )
     if config.options is None:
         return
-    ours, theirs = (recipe_of(stored.dataset, text) for text in (config.options, stored.options))
+    ours, theirs = recipe_of(stored.dataset, config.options), stored.recipe
     differing = [
         f"{option(name)} {getattr(theirs, name)} there, {getattr(ours, name)} here"
         for name in (field.name for field in dataclasses.fields(ours))
-        if name not in NOT_COMPARED and getattr(ours, name) != getattr(theirs, name)
+        if name not in (*NOT_COMPARED, *_OWN) and getattr(ours, name) != getattr(theirs, name)
     ]
     if differing:
         raise UserError(
@@ -188,6 +205,9 @@ def commands(board: Board, workdir: str) -> list[str]:
     for shape, rules in grouped.items():
         same = [other for other in reaching if other[:2] == shape[:2]]
         merged.setdefault(same[0] if shape[2] is None and same else shape, []).extend(rules)
+    # Not as typed: what they named may have changed.
+    recipe = {k: v for k, v in changed_options(board.recipe).items() if k not in _OWN}
+    options = shlex.join(to_arguments(recipe))
     lines = []
     for (models, budgets, reaches), rules in merged.items():
         for budget, amount in budgets:
@@ -196,7 +216,7 @@ def commands(board: Board, workdir: str) -> list[str]:
             if reaches:
                 arguments += ["--reach", *map(str, reaches)]
             arguments += ["--seeds", *map(str, board.seeds), f"--{budget}", f"{amount:g}"]
-            if board.options:
-                arguments += [f"--options={board.options}"]
+            if options:
+                arguments += [f"--options={options}"]
             lines.append(shlex.join(arguments))
     return lines
