@@ -15,12 +15,19 @@ from experiments.config import TrainConfig
 from experiments.own_sources import KeepSources
 from experiments.setup import Run
 from lls_jax import analysis, processes, trackers
-from lls_jax.runs.callbacks import Callback, EpochEnd, Record, RunStart, StepEnd
+from lls_jax.runs.callbacks import Callback, EarlyStopping, EpochEnd, Record, RunStart, StepEnd
 from lls_jax.runs.kernels import KernelChoice
 from lls_jax.runs.profile import Profile
 
 _REFRESH_SECONDS = 0.5
 _REDRAW_SECONDS = 30.0
+# What each of --measure adds to a record.
+_MEASURED = {
+    "alignment": "alignment",
+    "norms": "gradient_norm",
+    "probes": "probe_accuracy",
+    "heads": "head_accuracy",
+}
 
 
 def say(*values: str, **options: Any) -> None:
@@ -71,6 +78,11 @@ class _Lines(Callback):
         )
         if event.resumed:
             say(f"resumed at step {event.step}, epoch {event.epochs_done} done")
+        if idle := idle_options(config, event):
+            _warn(
+                f"the run is finished, with nothing to do for {', '.join(idle)}; extend it with "
+                "more --epochs, or give another --workdir."
+            )
 
     def on_epoch(self, event: EpochEnd) -> None:
         """How the epoch went."""
@@ -148,6 +160,28 @@ class _Bar(Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def idle_options(config: TrainConfig, event: RunStart) -> list[str]:
+    """What a finished run is asked for and has not: only epochs that are trained are measured.
+
+    Args:
+        config: of this start.
+        event: where the run is.
+    """
+    patience = config.patience
+    is_over = event.epochs_done >= event.epochs or (
+        patience is not None and EarlyStopping(patience).is_over(event.records)
+    )
+    if not is_over or not event.records:
+        return []
+    last = event.records[-1]
+    lacks = [f"--measure {name}" for name in config.measures() if _MEASURED[name] not in last]
+    if config.test_views != "none" and "test_views_accuracy" not in last:
+        lacks.append(f"--test-views {config.test_views}")
+    if config.profile is not None:
+        lacks.append(f"--profile {config.profile}")
+    return lacks
 
 
 def layer_losses(losses: list[float]) -> str:

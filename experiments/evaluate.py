@@ -111,28 +111,44 @@ def judge(config: EvaluateConfig) -> Judged:
     )
 
 
-def by_class(judged: Judged) -> dict[str, float]:
-    """Accuracy on the images of each class, in percent."""
+def by_class(judged: Judged) -> dict[str, float | None]:
+    """Accuracy on the images of each class, in percent; None for a class that has none."""
     named = zip(judged.task.spec.class_names, judged.result.confusion)
     return {
-        name: 100 * float(row[label]) / max(int(row.sum()), 1)
+        name: 100 * float(row[label]) / int(row.sum()) if row.sum() else None
         for label, (name, row) in enumerate(named)
     }
 
 
-def evaluate(config: EvaluateConfig) -> int:
-    """Evaluate a checkpoint and say how it did; returns the exit status."""
+def _draw(config: EvaluateConfig, judged: Judged) -> str | None:
+    """Draw the confusion matrix into the run's folder; None where that cannot be written."""
     from experiments import plots
 
-    folder = pathlib.Path(config.workdir)
+    trained = judged.trained
+    # Other images or views are another picture.
+    parts = ["confusion", str(judged.step)]
+    parts += [] if config.views == "none" else [config.views]
+    parts += [] if config.eval_examples is None else [f"first{config.eval_examples}"]
+    picture = pathlib.Path(config.workdir) / f"{'-'.join(parts)}.png"
+    title = f"{trained.dataset}, {trained.model}, {trained.rule}, step {judged.step}"
+    try:
+        plots.draw_confusion(judged.result.confusion, judged.task.spec.class_names, title, picture)
+    except OSError as error:
+        print(
+            f"note: {picture} cannot be written ({error.strerror or error}); no picture is drawn",
+            file=sys.stderr,
+        )
+        return None
+    return str(picture)
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Evaluate a checkpoint and say how it did; returns the exit status."""
     judged = judge(config)
-    trained, task, step, result = judged.trained, judged.task, judged.step, judged.result
-    picture = folder / f"confusion-{step}.png"
-    title = f"{trained.dataset}, {trained.model}, {trained.rule}, step {step}"
-    plots.draw_confusion(result.confusion, task.spec.class_names, title, picture)
+    trained, result = judged.trained, judged.result
     report = {
-        "workdir": str(folder),
-        "step": step,
+        "workdir": str(pathlib.Path(config.workdir)),
+        "step": judged.step,
         "epoch": judged.epoch,
         "dataset": trained.dataset,
         "model": trained.model,
@@ -144,7 +160,7 @@ def evaluate(config: EvaluateConfig) -> int:
         "top5": result.top5,
         "accuracy_by_class": by_class(judged),
         "confusion": result.confusion.tolist(),
-        "picture": str(picture),
+        "picture": _draw(config, judged),
     }
     print(json.dumps(report, indent=2) if config.json else _text(report))
     return 0
@@ -159,9 +175,13 @@ def _text(report: dict[str, Any]) -> str:
         f"{report['step']} (epoch {report['epoch']}), {report['examples']} test images",
         f"loss {report['loss']:.4f}  Acc@1 {report['accuracy']:.2f} %{top5}{views}",
         "accuracy by class:",
-        *(f"  {name:<{width}}  {acc:6.2f} %" for name, acc in report["accuracy_by_class"].items()),
-        f"confusion matrix: {report['picture']}",
+        *(
+            f"  {name:<{width}}  " + ("     -" if accuracy is None else f"{accuracy:6.2f} %")
+            for name, accuracy in report["accuracy_by_class"].items()
+        ),
     ]
+    if report["picture"] is not None:
+        lines.append(f"confusion matrix: {report['picture']}")
     return "\n".join(lines)
 
 

@@ -270,3 +270,11 @@ def test_the_command_measures_says_and_draws(tmp_path, capsys):
     assert f"cosine with bp's gradient:  L1 {record['alignment'][0]:.3f}" in printed
     assert "L3 -" in printed
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # A finished run has been measured, or has not.
+    assert train.train_and_evaluate(config) == 0
+    assert "nothing to do" not in capsys.readouterr().err
+    more = dataclasses.replace(config, measure="heads,probes", test_views="flip", profile=2)
+    assert train.train_and_evaluate(more) == 0
+    said = capsys.readouterr()
+    assert "nothing to do for --measure probes, --test-views flip, --profile 2;" in said.err
+    assert "no steps were traced" not in said.out

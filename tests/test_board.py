@@ -233,7 +233,7 @@ def test_what_is_not_given_is_as_the_board_has_it_and_another_recipe_is_refused(
     with pytest.raises(UserError, match="--patience 2 from a file"):
         content.recipe_of("digits", f"--config {tmp_path / 'options.toml'}")
     (tmp_path / "options.toml").write_text("dataset = 'digits'")
-    with pytest.raises(UserError, match="--dataset digits from a file, and the board is of cifar10"):
+    with pytest.raises(UserError, match=r"--dataset digits from a file, .* of cifar10"):
         content.recipe_of("cifar10", f"--config {tmp_path / 'options.toml'}")
     with pytest.raises(UserError, match="into 4 parts"):
         board(

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from experiments import (
     evaluate,
     import_lls_dnn,
     paper,
+    plots,
     prepare_data,
     run_config,
     setup,
@@ -434,6 +436,28 @@ def test_evaluate_takes_best_last_and_steps(reference, capsys):
     assert (reference / "confusion-12.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="no checkpoint of step 7; there are"):
         evaluate.evaluate(evaluate.EvaluateConfig(str(reference), checkpoint="7"))
+
+
+def test_evaluate_answers_where_classes_have_no_image_and_no_picture_can_be_written(
+    reference, capsys, monkeypatch
+):
+    def read_only(confusion, names, title, path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(plots, "draw_confusion", read_only)
+    config = evaluate.EvaluateConfig(str(reference), eval_examples=3, views="flip", json=True)
+    assert evaluate.evaluate(config) == 0
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert report["picture"] is None
+    # Other images and views have a picture of their own.
+    assert re.search(r"note: .*confusion-\d+-flip-first3.png cannot be written", said.err)
+    rows = zip(report["accuracy_by_class"].values(), report["confusion"])
+    assert all((accuracy is None) == (sum(row) == 0) for accuracy, row in rows)
+    assert evaluate.evaluate(dataclasses.replace(config, json=False)) == 0
+    assert capsys.readouterr().out.count("  -\n") == 10 - np.count_nonzero(
+        np.sum(report["confusion"], axis=1)
+    )
 
 
 def test_compare_writes_table_and_picture(reference, tmp_path, capsys):

@@ -62,7 +62,7 @@ def recipe_of(dataset: str, options: str) -> TrainConfig:
     try:
         arguments = shlex.split(options)
     except ValueError as error:
-        raise UserError(f"--options {options!r} cannot be read: {error}; mend its quotes.") from error
+        raise UserError(f"--options {options!r} has {error}; mend its quotes.") from error
     given = {argument.split("=")[0] for argument in arguments}
     if own := sorted(given & set(map(option, _OWN))):
         raise UserError(

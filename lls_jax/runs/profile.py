@@ -48,7 +48,8 @@ class Profile(Callback):
         if event.folder is None:
             raise ValueError("a trace is written into the run's folder; give `workdir`.")
         self._folder = event.folder / FOLDER
-        self._is_over = not processes.is_first()
+        # Of a finished run there is no step to trace.
+        self._is_over = not processes.is_first() or event.epochs_done >= event.epochs
         self._step, self._steps_per_epoch = event.step, event.steps_per_epoch
         only_one = event.epochs - event.epochs_done < 2
         self._first_epoch = event.epochs_done + (1 if only_one else 2)
