@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 from simple_parsing import ArgumentParser, SimpleHelpFormatter
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
-from experiments import abort_message, determinism, option_files, run_config, startup
+from experiments import abort_message, determinism, option_files, output, run_config, startup
 from experiments.config import TrainConfig
 from experiments.presets import default_config
 from lls_jax.errors import UserError
@@ -22,6 +22,8 @@ from pallas_kernels.errors import KernelUnavailableError
 Config = TypeVar("Config")
 
 _BAD_INPUT = 2
+# What a shell says of a command that SIGPIPE has ended.
+_NOBODY_READS = 141
 
 
 class _Parser(ArgumentParser):
@@ -89,12 +91,18 @@ def run(command: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit)
     """
     # Orbax notes there what its options imply.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    output.print_anything()
     try:
         status = command()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and output.is_gone():
+            # The reader has what it wanted.
+            output.drop()
+            leave(_NOBODY_READS)
         message = _user_message(error)
         if message is None or os.environ.get("LLS_JAX_TRACEBACK"):
             traceback.print_exc()

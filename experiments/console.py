@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import panels, plots
+from experiments import output, panels, plots
 from experiments.config import TrainConfig
 from experiments.own_sources import KeepSources
 from experiments.setup import Run
@@ -31,9 +31,15 @@ _MEASURED = {
 
 
 def say(*values: str, **options: Any) -> None:
-    """Print; of several processes one speaks for all."""
-    if processes.is_first():
+    """Print; of several processes one speaks for all. A run goes on where nobody reads it."""
+    if not processes.is_first():
+        return
+    try:
         print(*values, **options)
+    except BrokenPipeError:
+        if not output.is_gone():
+            raise
+        output.drop()
 
 
 def callbacks(config: TrainConfig, run: Run) -> list[Callback]:
