@@ -11,7 +11,8 @@ import json
 from simple_parsing import field, flag
 
 from experiments.command_line import parse, run
-from experiments.config import TrainConfig, check_reaches
+from experiments.config import TrainConfig
+from experiments.config_checks import check_reaches
 from lls_jax.errors import UserError
 
 _RULES = (

@@ -14,7 +14,7 @@ from simple_parsing import field
 
 from experiments import startup
 from experiments.command_line import parse, run
-from experiments.config import check_reaches
+from experiments.config_checks import check_reaches, check_seeds
 from experiments.config_choices import KERNELS, PRECISIONS, option
 
 # Whose rules may be measured with several reaches.
@@ -58,7 +58,7 @@ class BenchmarkConfig:
     """Of --suite training, epochs and pipeline: blocks that a local loss teaches, its own and those
     below it, like 1 2; each rule with local losses is measured with each."""
     remat: int | None = None
-    """Of --suite training, epochs and pipeline: as of a training run."""
+    """Of --suite training, epochs and pipeline: as of a training run; of local rules."""
     slice: int | None = None
     """Of --suite training, epochs and pipeline: as of a training run; of reaches of 2 or more."""
     against: str | None = None
@@ -105,6 +105,7 @@ class BenchmarkConfig:
                     f"{option(name)} is {unknown[0]!r}; expected one of {', '.join(known)}."
                 )
         check_reaches(self.reach)
+        check_seeds("--seed", [self.seed])
         if self.reach != [1] and self.suite not in _REACHING:
             raise ValueError(
                 f"--reach is of --suite {', '.join(_REACHING)}, not {self.suite}; leave it out."
@@ -140,7 +141,12 @@ class BenchmarkConfig:
 
 def benchmark(config: BenchmarkConfig) -> int:
     """Measure, print a table, write JSON and Markdown; returns the exit status."""
-    return importlib.import_module(f"experiments.suites.{config.suite}").run(config)
+    # Imported late: JAX takes longer to start than `--help` may take to answer.
+    from experiments.setup import as_user_error
+
+    suite = importlib.import_module(f"experiments.suites.{config.suite}")
+    with as_user_error():
+        return suite.run(config)
 
 
 if __name__ == "__main__":

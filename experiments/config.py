@@ -202,9 +202,3 @@ def _sizes(name: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{name} is {text!r}; expected numbers, like 2,2.") from None
-
-
-def check_reaches(reaches: list[int]) -> None:
-    """Raise ValueError unless there are reaches to compare, each a number of blocks."""
-    if not reaches or min(reaches) < 1:
-        raise ValueError(f"--reach is {reaches}; expected one or more, each at least 1.")

@@ -24,7 +24,7 @@ from experiments.config_choices import (
 
 _LEAST: dict[int, tuple[str, ...]] = {
     0: (
-        *("warmup_epochs", "checkpoint_every", "remat", "slice", "process_id", "seed"),
+        *("warmup_epochs", "checkpoint_every", "remat", "slice", "process_id"),
         "weight_decay",
     ),
     1: (
@@ -33,6 +33,8 @@ _LEAST: dict[int, tuple[str, ...]] = {
         *("data_parallel", "num_processes", "profile"),
     ),
 }
+# Larger ones repeat smaller ones: jax.random.key takes 32 bits.
+SEEDS = 2**32
 _POSITIVE = ("learning_rate", "width", "other_learning_rate")
 _CHOICES: dict[str, Sequence[str]] = {
     "schedule": SCHEDULES,
@@ -60,12 +62,38 @@ def check_values(values: Mapping[str, Any]) -> None:
     _check_execution(given)
 
 
+def check_seeds(name: str, seeds: Sequence[int]) -> None:
+    """Raise ValueError unless there are seeds, each of which draws numbers of its own.
+
+    Args:
+        name: of the option.
+        seeds: its values.
+    """
+    if not seeds:
+        raise ValueError(f"{name} is empty; expected one or more.")
+    if wrong := [seed for seed in seeds if not 0 <= seed < SEEDS]:
+        raise ValueError(f"{name} is {wrong[0]}; it must be at least 0, and less than {SEEDS}.")
+
+
+def check_checkpoint(wanted: str) -> None:
+    """Raise ValueError unless this names a checkpoint of a run."""
+    if wanted not in ("best", "last") and not wanted.isdecimal():
+        raise ValueError(f"--checkpoint is {wanted!r}; expected best, last or a step.")
+
+
+def check_reaches(reaches: Sequence[int]) -> None:
+    """Raise ValueError unless there are reaches to compare, each a number of blocks."""
+    if not reaches or min(reaches) < 1:
+        raise ValueError(f"--reach is {reaches}; expected one or more, each at least 1.")
+
+
 def _check_ranges(values: Mapping[str, Any]) -> None:
     for smallest, names in _LEAST.items():
         for name in names:
             value = values[name]
             if value is not None and value < smallest:
                 raise ValueError(f"{option(name)} is {value}; it must be at least {smallest}.")
+    check_seeds("--seed", [values["seed"]])
     for name in _POSITIVE:
         value = values[name]
         if value is not None and not 0 < value < float("inf"):

@@ -10,6 +10,7 @@ from simple_parsing import flag
 
 from experiments.command_line import parse, run
 from experiments.config import TrainConfig
+from experiments.config_checks import check_checkpoint
 from experiments.config_choices import VIEWS
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming option and value, for what cannot be."""
-        if self.checkpoint not in ("best", "last") and not self.checkpoint.isdecimal():
-            raise ValueError(f"--checkpoint is {self.checkpoint!r}; expected best, last or a step.")
+        check_checkpoint(self.checkpoint)
         if self.views not in VIEWS:
             raise ValueError(f"--views is {self.views!r}; expected one of {', '.join(VIEWS)}.")
         for name in ("eval_batch_size", "eval_examples"):

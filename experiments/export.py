@@ -8,6 +8,7 @@ from typing import Any
 from simple_parsing import field
 
 from experiments.command_line import parse, run
+from experiments.config_checks import check_checkpoint
 from lls_jax.errors import UserError
 
 FORMATS = {"safetensors": "model.safetensors", "torch": "model.pt"}
@@ -33,9 +34,8 @@ class ExportConfig:
         """Raise ValueError, naming option and value, for what cannot be."""
         if self.format not in FORMATS:
             raise ValueError(f"--format is {self.format!r}; expected {' or '.join(FORMATS)}.")
-        wanted = self.checkpoint
-        if wanted not in (None, "best", "last") and not wanted.isdecimal():
-            raise ValueError(f"--checkpoint is {wanted!r}; expected best, last or a step.")
+        if self.checkpoint is not None:
+            check_checkpoint(self.checkpoint)
 
 
 def _check_finished(folder: pathlib.Path, trained: Any) -> None:

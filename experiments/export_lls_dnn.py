@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 from experiments.command_line import parse, run
+from experiments.config_checks import check_checkpoint
 from lls_jax.errors import UserError
 
 
@@ -17,6 +18,10 @@ class ExportConfig:
     """File to write."""
     checkpoint: str = "best"
     """best, last, or a step."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming option and value, for what cannot be."""
+        check_checkpoint(self.checkpoint)
 
 
 def export_lls_dnn(config: ExportConfig) -> int:

@@ -16,6 +16,7 @@ from simple_parsing import field, flag
 from experiments import startup
 from experiments.command_line import parse, run
 from experiments.config import TrainConfig
+from experiments.config_checks import check_seeds
 from lls_jax.errors import UserError
 
 RULES = (
@@ -117,8 +118,7 @@ class PaperConfig:
             raise ValueError(f"--table is {self.table}; expected one of {', '.join(TABLES)}.")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"--epochs is {self.epochs}; it must be at least 1.")
-        if not self.seeds or min(self.seeds) < 0:
-            raise ValueError(f"--seeds is {self.seeds}; expected one or more, each at least 0.")
+        check_seeds("--seeds", self.seeds)
 
 
 def train_config(config: PaperConfig, entry: Entry, seed: int) -> TrainConfig:

@@ -141,7 +141,8 @@ def find(kind: str, name: str) -> OwnPart:
     ['learning_rate', 'momentum']
     """
     module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
+    # A module of a package that is not named, like .mine, is none.
+    if not module_name or not function_name or module_name.startswith("."):
         raise ValueError(f"{kind} {name!r} is not of the form package.module:function.")
     try:
         imported = importlib.import_module(module_name)

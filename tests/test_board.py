@@ -18,6 +18,7 @@ from experiments.board.command import board
 from experiments.board.config import BoardConfig
 from experiments.board.rows import Row, train_config
 from experiments.config import TrainConfig
+from experiments.suites import training as suites_training
 from lls_jax import training
 from lls_jax.errors import DivergedError, UserError
 from lls_jax.runs import folder as folders
@@ -181,7 +182,11 @@ def test_a_seed_is_the_same_weights_for_every_row_and_a_baseline_its_own_step(mo
     row = Row("small_conv", "bp_accumulated", 1, "epochs", 1)
     assert outcome._with_step(row, run).execution.train_step == made.get
     assert outcome._with_step(dataclasses.replace(row, rule="bp"), run) is run
-    assert train_config(TrainConfig(), row).rule == "bp"
+    own = train_config(TrainConfig(remat=8), row)
+    # What saves a local rule's memory is of no use to bp.
+    assert (own.rule, own.remat, suites_training.remat_of("bp", 8)) == ("bp", None, None)
+    assert train_config(TrainConfig(remat=8), dataclasses.replace(row, rule="lls")).remat == 8
+    assert suites_training.remat_of("lls", 8) == 8
 
 
 def test_the_paired_test_is_the_one_of_the_books():

@@ -27,6 +27,7 @@ from experiments import (
     compare,
     console,
     evaluate,
+    export_lls_dnn,
     import_lls_dnn,
     paper,
     plots,
@@ -36,6 +37,8 @@ from experiments import (
     startup,
     train,
 )
+from experiments.board.command import board
+from experiments.board.config import BoardConfig
 from experiments.config import TrainConfig
 from experiments.config_choices import AVERAGING, OPTIMIZERS
 from experiments.suites import training as suites_training
@@ -722,6 +725,16 @@ def run_paper():
     command_line.run(lambda: paper.paper(config))
 
 
+def run_board():
+    config = command_line.parse(BoardConfig, "board", "")
+    command_line.run(lambda: board(config))
+
+
+def run_export():
+    config = command_line.parse(export_lls_dnn.ExportConfig, "export_lls_dnn", "")
+    command_line.run(lambda: export_lls_dnn.export_lls_dnn(config))
+
+
 def run_prepare():
     config = command_line.parse(prepare_data.PrepareConfig, "prepare_data", "")
     command_line.run(lambda: prepare_data.prepare_data(config))
@@ -770,6 +783,21 @@ def run_import():
         (run_digits, "--reach 2 --slice 4 --remat 2", ["--slice 4 does not go with --remat 2"]),
         (run_digits, "--reach 2 --slice 4 --data-parallel 2", ["not go with --data-parallel"]),
         (run_digits, "--remat -1", ["--remat is -1", "at least 0"]),
+        (run_digits, "--remat 8 --rule bp", ["--remat 8 is of no use to --rule bp"]),
+        (run_digits, "--seed 4294967296", ["--seed is 4294967296", "less than 4294967296"]),
+        (run_paper, "--table 2 --workdir x --seeds 4294967297", ["--seeds is 4294967297"]),
+        (run_board, "--workdir x --seeds 0 4294967297", ["--seeds is 4294967297"]),
+        (run_board, "--workdir {tmp} --epochs 1 --options='", ["No closing quotation", "quotes"]),
+        (run_benchmark, "--seed 9223372036854775808", ["--seed is 9223372036854775808"]),
+        (run_benchmark, "--rules foo --turns 1 --out {tmp}", ["unknown rule 'foo'"]),
+        (
+            run_benchmark,
+            "--rules lls --reach 2 --slice 1 --remat 1 --out {tmp}",
+            ["--slice 1 does not go with --remat 1"],
+        ),
+        (run_export, "--workdir x --checkpoint foo", ["'foo'", "best, last or a step"]),
+        (run_digits, "--model .:b", ["model '.:b'", "package.module:function"]),
+        (run_digits, "--model ..x:b", ["model '..x:b'", "package.module:function"]),
         (run_digits, "--stages 2,3", ["--stages is given without --pipeline"]),
         (run_digits, "--pipeline 1 --stages 4", ["together 5 units"]),
         (run_digits, "--groups 2,x", ["'2,x'", "like 2,2"]),
@@ -885,6 +913,35 @@ def test_the_command_itself_runs_from_a_shell(tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("epoch 1/1") == 1
     assert ended.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("speak", "status"),
+    [
+        # A command that answers has nothing more to do; a run goes on.
+        ("print('größe ±', flush=True)", 141),
+        ("print('größe ±')", 141),
+        ("console.say('größe ±', flush=True); console.say('more', flush=True)", 0),
+    ],
+)
+def test_a_command_speaks_to_any_terminal_and_to_nobody(tmp_path, speak, status):
+    script = (
+        "from experiments import command_line, console\n"
+        f"def command():\n    {speak}\n    return 0\n"
+        "command_line.run(command)\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    start = functools.partial(
+        subprocess.run, [sys.executable, "-c", script], stderr=subprocess.PIPE, env=environment
+    )
+    read = start(stdout=subprocess.PIPE)
+    assert (read.returncode, read.stderr) == (0, b"")
+    assert read.stdout.startswith(b"gr??e ?")
+    reader, writer = os.pipe()
+    os.close(reader)
+    unread = start(stdout=writer)
+    os.close(writer)
+    assert (unread.returncode, unread.stderr) == (status, b"")
 
 
 @pytest.mark.parametrize("batch_size", [7, 40, 100])

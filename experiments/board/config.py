@@ -4,7 +4,7 @@ import dataclasses
 
 from simple_parsing import field, flag
 
-from experiments.config import check_reaches
+from experiments.config_checks import check_reaches, check_seeds
 
 # bp as a user would save its memory; they are no rules, and a board has rows of them.
 CHECKPOINTED, ACCUMULATED = "bp_checkpointed", "bp_accumulated"
@@ -56,8 +56,8 @@ class BoardConfig:
         """Raise ValueError, naming option and value, for what cannot be."""
         if self.reach:
             check_reaches(self.reach)
-        if self.seeds and min(self.seeds) < 0:
-            raise ValueError(f"--seeds is {self.seeds}; each must be at least 0.")
+        if self.seeds:
+            check_seeds("--seeds", self.seeds)
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"--epochs is {self.epochs}; it must be at least 1.")
         if self.seconds is not None and not 0 < self.seconds < float("inf"):

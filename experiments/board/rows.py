@@ -100,6 +100,9 @@ def train_config(recipe: TrainConfig, row: Row, **changes: Any) -> TrainConfig:
         row: which line of the board it belongs to.
         **changes: fields of the config.
     """
+    if row.trained_rule in BASELINES:
+        # Of use to local rules alone, whose memory it saves.
+        changes = {"remat": None, **changes}
     return dataclasses.replace(
         recipe, model=row.model, rule=row.trained_rule, reach=row.reach, **changes
     )

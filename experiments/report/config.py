@@ -4,6 +4,8 @@ import dataclasses
 
 from simple_parsing import field, flag
 
+from experiments.config_checks import check_checkpoint
+
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
@@ -22,5 +24,4 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming option and value, for what cannot be."""
-        if self.checkpoint not in ("best", "last") and not self.checkpoint.isdecimal():
-            raise ValueError(f"--checkpoint is {self.checkpoint!r}; expected best, last or a step.")
+        check_checkpoint(self.checkpoint)

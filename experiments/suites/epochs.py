@@ -15,7 +15,7 @@ from typing import Any
 from experiments import train
 from experiments.config import TrainConfig
 from experiments.suites import report
-from experiments.suites.training import kernels_of, with_reaches
+from experiments.suites.training import kernels_of, remat_of, with_reaches
 
 _COLUMNS = {
     "model": "model",
@@ -80,7 +80,7 @@ def run(config: Any) -> int:
                         batch_size=batch_size,
                         precision=precision,
                         kernels=kernels_of(rule, config.kernels),
-                        remat=config.remat,
+                        remat=remat_of(rule, config.remat),
                         slice=config.slice if reach > 1 else None,
                         seed=config.seed,
                         data_dir=config.data_dir,

@@ -67,6 +67,11 @@ def kernels_of(rule: str, kernels: str) -> str:
     return kernels if "implementation" in rules.options_of(rule) else "auto"
 
 
+def remat_of(rule: str, remat: int | None) -> int | None:
+    """What a rule computes again, where that is asked of all: nothing without local losses."""
+    return None if rule in BASELINES else remat
+
+
 def with_reaches(names: Sequence[str], reaches: Sequence[int]) -> list[tuple[str, int]]:
     """``(rule, reach)``: each rule with each reach, those without local losses once."""
     return [
@@ -232,7 +237,7 @@ def race(
             "batch_size": config.batch_size,
             "precision": config.precision,
             "kernels": config.kernels,
-            "remat": (bytes_above(config.remat) or 0) // 2**20,
+            "remat": None if config.rule in BASELINES else config.remat or 0,
             "slice": config.slice or 0,
             "images_per_second": config.batch_size / step,
             "step_ms": 1e3 * step,
@@ -284,7 +289,7 @@ def run(config: Any) -> int:
                 batch_size=batch_size,
                 precision=precision,
                 kernels=kernels_of(rule, config.kernels),
-                remat=config.remat,
+                remat=remat_of(rule, config.remat),
                 slice=config.slice if reach > 1 else None,
                 optimizer=optimizer,
             )
