@@ -5,13 +5,20 @@ any other: evaluate it, or train on with the experiment of its data set and the 
 """
 
 import dataclasses
+import functools
 import pathlib
+import shlex
+from typing import TYPE_CHECKING
 
 from simple_parsing import field
 
 from experiments.command_line import parse, run
-from experiments.config import TrainConfig
+from experiments.presets import default_config
 from lls_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.setup import Task
+    from lls_jax.training import Optimizer, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +34,37 @@ class ImportConfig:
     rule: str = "lls_mxm"
     """Its learning rule."""
     dataset: str = "cifar10"
-    """Its data set, for the number of classes."""
+    """Its data set."""
     basis_rows: int | None = None
     """Rows of the basis of lls_mxm_reduced [default: the model's published number]."""
     waveform: str | None = None
     """Of the periodic basis: square or cosine [default: the rule's own, square]."""
     data_dir: str | None = None
     """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an unknown data set."""
+        default_config(self.dataset)
+
+
+def _check_shapes(state: "TrainState", task: "Task", tx: "Optimizer") -> None:
+    """Raise ValueError where a run of this network on these images has arrays of other shapes."""
+    import jax
+
+    from experiments.setup import example_image
+    from lls_jax import training
+
+    image = example_image(task.spec)
+    create = functools.partial(training.create_train_state, task.model, task.rule, tx)
+    expected = jax.eval_shape(create, jax.random.key(0), image).params
+    shapes = dict(jax.tree_util.tree_leaves_with_path(expected))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        if leaf.shape != shapes[path].shape:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} has shape {leaf.shape}, and model "
+                f"{task.model.name!r} on data set {task.spec.name!r} has {shapes[path].shape}; "
+                "give the --dataset and --model that it was trained with."
+            )
 
 
 def import_lls_dnn(config: ImportConfig) -> int:
@@ -52,8 +83,9 @@ def import_lls_dnn(config: ImportConfig) -> int:
     folder = pathlib.Path(config.out)
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds a run already; give another --out.")
-    trained = TrainConfig(
-        dataset=config.dataset,
+    # What the command of its data set has where nothing is given.
+    trained = dataclasses.replace(
+        default_config(config.dataset),
         model=config.model,
         rule=config.rule,
         basis_rows=config.basis_rows,
@@ -67,10 +99,10 @@ def import_lls_dnn(config: ImportConfig) -> int:
     if not isinstance(state_dict, dict):
         raise UserError(f"{config.checkpoint} holds a {type(content).__name__}; expected a dict.")
     arrays = {name: value for name, value in state_dict.items() if isinstance(value, np.ndarray)}
+    tx = make(trained, steps_per_epoch=1000)
     try:
-        state = interop.from_lls_dnn(
-            task.model, task.rule, make(trained, steps_per_epoch=1000), arrays
-        )
+        state = interop.from_lls_dnn(task.model, task.rule, tx, arrays)
+        _check_shapes(state, task, tx)
     except ValueError as error:
         raise UserError(f"{config.checkpoint}: {error}") from error
     settings = ConfigSettings(trained)
@@ -83,7 +115,7 @@ def import_lls_dnn(config: ImportConfig) -> int:
     after = f", saved after epoch {epoch + 1}" if isinstance(epoch, int) else ""
     print(
         f"{len(arrays)} arrays of {config.checkpoint}{after}; evaluate with:\n"
-        f"  python -m experiments.evaluate --workdir {folder}"
+        f"  python -m experiments.evaluate --workdir {shlex.quote(str(folder))}"
     )
     return 0
 

@@ -358,7 +358,8 @@ def test_no_network_is_reported_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     with pytest.raises(DatasetError) as caught:
         prepare.prepare(get_spec("cifar10"), tmp_path, progress=False)
-    for part in ("Name or service", "experiments.prepare_data cifar10", "experiments.digits"):
+    command = f"experiments.prepare_data cifar10 --data-dir {tmp_path} --archive PATH`"
+    for part in ("Name or service", command, "experiments.digits"):
         assert part in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -373,7 +374,7 @@ def test_a_replaced_download_is_refused(tmp_path, monkeypatch):
 
 
 def test_missing_and_damaged_sets_are_reported(tmp_path):
-    with pytest.raises(DatasetError, match=r"prepare_data cifar10.*experiments\.digits"):
+    with pytest.raises(DatasetError, match=rf"cifar10 --data-dir {tmp_path}` .*experiments\.digits"):
         storage.load(CIFAR, "train", tmp_path)
     write_cifar_binary(tmp_path / "archive", random_splits(CIFAR))
     target = prepare.prepare(CIFAR, tmp_path, tmp_path / "archive", progress=False)
@@ -381,7 +382,7 @@ def test_missing_and_damaged_sets_are_reported(tmp_path):
         storage.load(CIFAR, "train", tmp_path, limit=51)
     for file in target.glob("*train*"):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DatasetError, match=r"cannot be read.*prepare_data cifar10"):
+    with pytest.raises(DatasetError, match=rf"cannot be read.*cifar10 --data-dir {tmp_path}`"):
         storage.load(CIFAR, "train", tmp_path)
 
 

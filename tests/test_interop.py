@@ -1,5 +1,6 @@
 """State dicts and checkpoint files of the authors' PyTorch code, in both directions."""
 
+import dataclasses
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import evaluate, export_lls_dnn, import_lls_dnn, run_config, train
+from experiments import command_line, evaluate, export_lls_dnn, import_lls_dnn, run_config, train
 from experiments.config import TrainConfig
 from lls_jax import interop, models, rules, training
 from lls_jax.errors import TorchFileError, UserError
@@ -322,13 +323,19 @@ def test_a_run_goes_out_comes_back_and_trains_on(tmp_path, capsys):
         == 0
     )
     config = import_lls_dnn.ImportConfig(
-        str(file), out=str(tmp_path / "back"), rule="lls_m_random", dataset="digits"
+        str(file), out=str(tmp_path / "came back"), rule="lls_m_random", dataset="digits"
     )
     capsys.readouterr()
     assert import_lls_dnn.import_lls_dnn(config) == 0
-    assert "saved after epoch 1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "saved after epoch 1" in printed and f"--workdir '{tmp_path / 'came back'}'" in printed
+    # The command of its data set goes on with it.
+    back = run_config.read_config(tmp_path / "came back")
+    assert back == command_line.parse_training(
+        "digits", "", ["--rule", "lls_m_random", "--workdir", str(tmp_path / "came back")]
+    )
     losses = []
-    for name in ("run", "back"):
+    for name in ("run", "came back"):
         capsys.readouterr()
         evaluate.evaluate(
             evaluate.EvaluateConfig(str(tmp_path / name), eval_examples=40, json=True)
@@ -342,6 +349,10 @@ def test_a_run_goes_out_comes_back_and_trains_on(tmp_path, capsys):
     )
     with pytest.raises(UserError, match=r"conv_block1\.feedback is unexpected"):
         import_lls_dnn.import_lls_dnn(wrong)
+    # Images of other channels, of another side, and other classes.
+    wrong = dataclasses.replace(wrong, rule="lls_m_random", dataset="cifar10")
+    with pytest.raises(UserError, match=r"has shape .*data set 'cifar10' has .*--dataset and"):
+        import_lls_dnn.import_lls_dnn(wrong)
     assert not (tmp_path / "other" / "config.json").exists()
-    recorded = run_config.read_config(tmp_path / "back")
+    recorded = run_config.read_config(tmp_path / "came back")
     assert recorded.rule == "lls_m_random"

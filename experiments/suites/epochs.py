@@ -4,8 +4,8 @@ They are what the training commands do, data, checkpoints and all. Compilation i
 only: the time after compilation counts that epoch as the median of the others.
 """
 
+import dataclasses
 import itertools
-import json
 import pathlib
 import statistics
 import tempfile
@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments import train
 from experiments.config import TrainConfig
+from experiments.presets import default_config
 from experiments.suites import report
 from experiments.suites.training import kernels_of, remat_of, with_reaches
 
@@ -39,12 +40,12 @@ def measure(config: TrainConfig) -> report.Row:
         config: of at least two epochs, with a new `workdir`.
     """
     began = time.perf_counter()
-    if status := train.train_and_evaluate(config):
-        # Stopped by a signal: the run has said so.
-        raise SystemExit(status)
+    # Without what a command says at its end: the folder is about to go.
+    trained = train.train(config)
+    if trained.signal:
+        raise SystemExit(128 + trained.signal)
     command_seconds = time.perf_counter() - began
-    lines = (pathlib.Path(config.run_folder()) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = trained.result.records
     epochs = [record["seconds"] for record in records]
     return {
         "model": config.model,
@@ -71,8 +72,8 @@ def run(config: Any) -> int:
         ):
             own = [
                 measure(
-                    TrainConfig(
-                        dataset=config.dataset,
+                    dataclasses.replace(
+                        default_config(config.dataset),
                         model=model,
                         rule=rule,
                         reach=reach,

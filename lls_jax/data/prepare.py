@@ -82,7 +82,7 @@ def prepare(
         lock = stack.enter_context((aside / _LOCK).open("w"))
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        source = archive or _download(spec, aside / "download", progress)
+        source = archive or _download(spec, data_dir, aside / "download", progress)
         if spec.layout in MAPPED_LAYOUTS:
             spec = _write_photographs(spec, aside, source, skip_corrupt, progress)
         else:
@@ -106,39 +106,43 @@ def _remove_abandoned(data_dir: pathlib.Path, spec: DatasetSpec) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _download(spec: DatasetSpec, folder: pathlib.Path, progress: bool) -> pathlib.Path:
+def _download(
+    spec: DatasetSpec, data_dir: pathlib.Path, folder: pathlib.Path, progress: bool
+) -> pathlib.Path:
     folder.mkdir()
     for file in spec.downloads:
-        _fetch(file, folder / file.url.rsplit("/", 1)[1], spec, progress)
+        target = folder / file.url.rsplit("/", 1)[1]
+        try:
+            _fetch(file, target, progress)
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            raise DatasetError(
+                f"data set {spec.name!r} is not prepared and {file.url} cannot be reached "
+                f"({reason}); fetch it elsewhere and run "
+                f"`{spec.prepare_command(data_dir, '--archive', 'PATH')}`, or run the embedded "
+                "set: `python -m experiments.digits`."
+            ) from error
     only_file = len(spec.downloads) == 1
     return next(folder.iterdir()) if only_file else folder
 
 
-def _fetch(file: Download, target: pathlib.Path, spec: DatasetSpec, progress: bool) -> None:
+def _fetch(file: Download, target: pathlib.Path, progress: bool) -> None:
     digest = hashlib.sha256()
-    try:
-        with (
-            urllib.request.urlopen(file.url, timeout=_CONNECT_SECONDS) as response,
-            target.open("wb") as out,
-            tqdm.tqdm(
-                desc=target.name,
-                total=int(response.headers.get("Content-Length") or 0) or None,
-                unit="B",
-                unit_scale=True,
-                disable=None if progress else True,  # None: on a terminal only
-            ) as bar,
-        ):
-            while chunk := response.read(2**16):
-                out.write(chunk)
-                digest.update(chunk)
-                bar.update(len(chunk))
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", error)
-        raise DatasetError(
-            f"data set {spec.name!r} is not prepared and {file.url} cannot be reached ({reason}); "
-            f"fetch it elsewhere and run `python -m experiments.prepare_data {spec.name} "
-            "--archive PATH`, or run the embedded set: `python -m experiments.digits`."
-        ) from error
+    with (
+        urllib.request.urlopen(file.url, timeout=_CONNECT_SECONDS) as response,
+        target.open("wb") as out,
+        tqdm.tqdm(
+            desc=target.name,
+            total=int(response.headers.get("Content-Length") or 0) or None,
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,  # None: on a terminal only
+        ) as bar,
+    ):
+        while chunk := response.read(2**16):
+            out.write(chunk)
+            digest.update(chunk)
+            bar.update(len(chunk))
     if digest.hexdigest() != file.sha256:
         raise DatasetError(
             f"{file.url} has SHA-256 {digest.hexdigest()}; expected {file.sha256}. The download is "

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import pathlib
+import shlex
 from typing import Any, Literal
 
 
@@ -67,6 +69,19 @@ class DatasetSpec:
     def is_resolved(self) -> bool:
         """Whether sizes and classes are known before the set is prepared."""
         return self.train_size > 0
+
+    def prepare_command(self, data_dir: pathlib.Path, *more: str) -> str:
+        """The command that prepares it.
+
+        Args:
+            data_dir: folder of prepared sets.
+            *more: further arguments.
+
+        >>> get_spec("mnist").prepare_command(pathlib.Path("my data"), "--archive", "PATH")
+        "python -m experiments.prepare_data mnist --data-dir 'my data' --archive PATH"
+        """
+        command = ["python", "-m", "experiments.prepare_data", self.name]
+        return shlex.join([*command, "--data-dir", str(data_dir), *more])
 
 
 _DIGITS = tuple(str(digit) for digit in range(10))

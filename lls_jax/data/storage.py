@@ -132,7 +132,7 @@ def _not_prepared(spec: DatasetSpec, data_dir: pathlib.Path) -> DatasetError:
     )
     return DatasetError(
         f"data set {spec.name!r} is not in {data_dir}; prepare it with "
-        f"`python -m experiments.prepare_data {spec.name}` ({how}), or run the embedded set: "
+        f"`{spec.prepare_command(data_dir)}` ({how}), or run the embedded set: "
         "`python -m experiments.digits`."
     )
 
@@ -142,7 +142,8 @@ def _unreadable(spec: DatasetSpec, folder: pathlib.Path, error: Exception) -> Da
     return DatasetError(
         f"{folder} cannot be read ({type(error).__name__}: {first_line}); it must be a complete "
         "set in ArrayRecord format. Remove that folder and run "
-        f"`python -m experiments.prepare_data {spec.name}`."
+        # NAME/VERSION in the folder of all sets.
+        f"`{spec.prepare_command(folder.parents[1])}`."
     )
 
 
