@@ -35,15 +35,15 @@ class CompareConfig:
 
 
 def _row(name: str, folder: pathlib.Path, records: list[dict[str, Any]]) -> dict[str, Any]:
-    import json
     import statistics
 
     from experiments.run_config import read_config
+    from lls_jax.runs import folder as folders
     from lls_jax.runs.callbacks import selection_accuracy
 
     config = read_config(folder)
     best = max(records, key=lambda record: (selection_accuracy(record), record["epoch"]))
-    environment = json.loads((folder / "environment.json").read_text())
+    environments = folders.read_environment(folder)
     return {
         "run": name,
         "dataset": config.dataset,
@@ -56,11 +56,13 @@ def _row(name: str, folder: pathlib.Path, records: list[dict[str, Any]]) -> dict
         "layer_loss": records[-1]["layer_loss"],
         "seconds": records[-1]["total_seconds"],
         "images_per_second": statistics.median(record["images_per_second"] for record in records),
-        "device": environment[-1]["device"],
+        "device": environments[-1].get("device") if environments else None,
     }
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 

@@ -1,7 +1,6 @@
 """The model card of an exported run: what was trained, how, how good it is, and how to use it."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -136,10 +135,10 @@ def _classifier(card: Card) -> str:
 
 
 def _versions(folder: pathlib.Path) -> str:
-    path = folder / "environment.json"
-    if not path.exists():
+    environments = folders.read_environment(folder)
+    if not environments:
         return "not recorded"
-    newest = json.loads(path.read_text())[-1]
+    newest = environments[-1]
     packages = newest.pop("packages", {})
     named = {"python": newest.get("python"), **packages, "device": newest.get("device")}
     return ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)

@@ -201,7 +201,13 @@ def make_run(config: TrainConfig) -> Run:
     with as_user_error():
         opened = data_sets.open_data(config)
     task = make_task(config, opened.spec)
-    _check_batch_size(config, task.spec.train_size - (config.validation_examples or 0))
+    held_out = config.validation_examples or 0
+    if held_out >= task.spec.train_size:
+        raise UserError(
+            f"--validation-examples is {held_out}, but data set {config.dataset!r} has only "
+            f"{task.spec.train_size} training images; hold fewer of them out."
+        )
+    _check_batch_size(config, task.spec.train_size - held_out)
     train, test = data_sets.load_splits(config, opened)
     with as_user_error():
         train, validation = data_sets.held_out(config, train)

@@ -135,7 +135,7 @@ def _say_stopped(config: TrainConfig, trained: Trained) -> int:
 
 def _say_done(config: TrainConfig, result: FitResult) -> None:
     last = result.records[-1]
-    best = result.records[(result.best_epoch or last["epoch"]) - 1]
+    best = next(r for r in result.records if r["epoch"] == (result.best_epoch or last["epoch"]))
     by = "validation" if config.validation_examples else "test"
     early = last["epoch"] < config.epochs
     why = f" (no better one for {config.patience}, of {config.epochs})" if early else ""

@@ -819,6 +819,7 @@ def run_import():
         (run_digits, "--learning-rate nan", ["--learning-rate is nan", "positive"]),
         (run_digits, "--batch-size 1438", ["--batch-size is 1438", "1437", "smaller"]),
         (run_digits, "--train-examples 5000", ["5000", "1437"]),
+        (run_digits, "--validation-examples 1438", ["--validation-examples is 1438", "1437"]),
         (run_digits, "--temperature 0", ["temperature", "0.0", "positive"]),
         (run_digits, "--workdir pyproject.toml/run", ["pyproject.toml/run", "--workdir"]),
         (

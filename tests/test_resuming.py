@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import pathlib
+import re
 import shlex
 import shutil
 
@@ -12,9 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import command_line, evaluate, import_lls_dnn, run_config, train
+from experiments import (
+    command_line,
+    compare,
+    evaluate,
+    export,
+    import_lls_dnn,
+    run_config,
+    train,
+)
 from experiments.config import TrainConfig
 from experiments.presets import PRESETS
+from experiments.report.command import report
+from experiments.report.config import ReportConfig
 from lls_jax.errors import DamagedError, DatasetError, StructureError, UserError
 from lls_jax.rules import LLS
 from lls_jax.runs import checkpoints
@@ -177,6 +188,41 @@ def test_records_are_not_dropped_for_want_of_checkpoints(run):
     (run / "metrics.jsonl").write_text(lines[0])
     assert train.train_and_evaluate(tiny(run)) == 0
     assert [record["epoch"] for record in folders.read_metrics(run)] == [1, 2]
+
+
+def test_records_that_do_not_reach_the_checkpoint_stop_it(run, tmp_path):
+    written = (run / "metrics.jsonl").read_text()
+    for text, message in (
+        ("", "the records of 0 epochs, and the checkpoint to go on from has 2"),
+        (written.splitlines()[1], "the records of 1 epochs"),
+        ("{}\n" + written, "has '{}' in line 1, which is no record of an epoch"),
+    ):
+        (run / "metrics.jsonl").write_text(text)
+        before = content(run)
+        with pytest.raises(UserError, match=re.escape(message)):
+            train.train_and_evaluate(tiny(run))
+        assert content(run) == before
+
+
+def test_who_has_lost_its_config_is_no_other_run(run):
+    (run / "config.json").unlink()
+    before = content(run)
+    with pytest.raises(UserError, match="--rule lls_mxm there, bp here"):
+        train.train_and_evaluate(tiny(run, rule="bp"))
+    assert content(run) == before
+    assert train.train_and_evaluate(tiny(run)) == 0
+    assert run_config.read_config(run).rule == "lls_mxm"
+
+
+def test_what_ran_where_may_be_lost(run, tmp_path):
+    compared = compare.CompareConfig([str(run)], out=str(tmp_path / "out"))
+    for damage in (lambda path: path.write_text(""), lambda path: path.unlink()):
+        damage(run / "environment.json")
+        assert compare.compare(compared) == 0
+        assert json.loads((tmp_path / "out" / "comparison.json").read_text())[0]["device"] is None
+        assert report(ReportConfig(str(run), evaluate=False)) == 0
+        assert export.export(export.ExportConfig(str(run))) == 0
+        assert "not recorded" in (run / "export" / "MODEL_CARD.md").read_text()
 
 
 # --- The command that goes on --------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """From a run's folder to its page."""
 
 import dataclasses
-import json
 import pathlib
 
 from experiments import setup
@@ -24,7 +23,6 @@ def report(config: ReportConfig) -> int:
     records = folders.read_metrics(folder)
     if not records:
         raise UserError(f"run {folder} has no finished epoch yet; train it first.")
-    environment = folder / "environment.json"
     content = [
         sections.head(trained, records),
         sections.curves(records),
@@ -32,7 +30,7 @@ def report(config: ReportConfig) -> int:
         sections.confusion(_judged(config)),
         sections.timing(records),
         sections.options(trained),
-        sections.versions(json.loads(environment.read_text()) if environment.is_file() else []),
+        sections.versions(folders.read_environment(folder)),
     ]
     path = pathlib.Path(config.out) if config.out else folder / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from lls_jax.runs import checks, epoch_sums, kernels
 from lls_jax.runs import folder as folders
 from lls_jax.runs import source as sources
 from lls_jax.runs.loop import train as train_run
+from lls_jax.runs.resuming import check_lost_settings
 from lls_jax.runs.run import Compiled, FitResult, Run
 from lls_jax.runs.views import check_views
 from lls_jax.steps.loop import make_loop, make_statistics_loop
@@ -254,6 +255,7 @@ def fit(
             stack.enter_context(folders.claim(folder))
         processes.wait_for_all("the folder is claimed")
         folders.check_settings(folder, settings)
+        check_lost_settings(folder, settings)
         if processes.is_first():
             folders.write_settings(folder, settings)
             folders.write_environment(folder)

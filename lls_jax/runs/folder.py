@@ -218,16 +218,21 @@ def environment() -> Record:
     }
 
 
+def read_environment(folder: pathlib.Path) -> list[Record]:
+    """The environments of a run's starts, oldest first; none where that cannot be read."""
+    try:
+        entries = json.loads((folder / "environment.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return []
+    return [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
+
+
 def write_environment(folder: pathlib.Path) -> None:
     """Note the environment of this start, after those of earlier ones."""
     entry = environment()
-    path = folder / "environment.json"
-    try:
-        entries = json.loads(path.read_text()) if path.exists() else []
-    except ValueError:
-        entries = []
+    entries = read_environment(folder)
     if not entries or entries[-1] != entry:
-        write_atomically(path, to_json([*entries, entry]))
+        write_atomically(folder / "environment.json", to_json([*entries, entry]))
 
 
 def _version(package: str) -> str | None:
@@ -238,16 +243,26 @@ def _version(package: str) -> str | None:
 
 
 def read_metrics(folder: pathlib.Path) -> list[Record]:
-    """The records of a run, one an epoch; a last line cut short by a kill is left out."""
+    """The records of a run, one an epoch; a last line cut short by a kill is left out.
+
+    Raises:
+        UserError: a line is no record of an epoch.
+    """
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or "epoch" not in record:
+            raise UserError(
+                f"{path} has {line[:40]!r} in line {number}, which is no record of an epoch; bring "
+                "the file back as it was."
+            )
+        records.append(record)
     return records
 
 
@@ -261,5 +276,5 @@ def keep_metrics(folder: pathlib.Path, records: list[Record]) -> None:
     """Keep these records of a run, and drop the others, which it is about to repeat."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     path = folder / "metrics.jsonl"
-    if path.exists() and path.read_text() != text:
+    if path.exists() and path.read_text(errors="replace") != text:
         write_atomically(path, text)

@@ -1,5 +1,6 @@
 """Where a run is: at its start, in a checkpoint, or on the way; and whether it can go on."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -136,7 +137,8 @@ def records_until(folder: pathlib.Path, epochs_done: int, resumed: bool) -> list
         resumed: whether there is a checkpoint, and it is not the run's start.
 
     Raises:
-        UserError: the run has more records than one that was killed before its first checkpoint.
+        UserError: the run has more records than one that was killed before its first checkpoint,
+            or fewer than its checkpoint has epochs.
     """
     records = folders.read_metrics(folder)
     if not resumed and len(records) > 1:
@@ -144,7 +146,34 @@ def records_until(folder: pathlib.Path, epochs_done: int, resumed: bool) -> list
             f"{folder} has the records of {len(records)} epochs, but no checkpoint to go on from; "
             "bring one back, or give another --workdir to train anew."
         )
-    return [record for record in records if record["epoch"] <= epochs_done]
+    kept = [record for record in records if record["epoch"] <= epochs_done]
+    if [record["epoch"] for record in kept] != list(range(1, epochs_done + 1)):
+        raise UserError(
+            f"{folder / 'metrics.jsonl'} has the records of {len(kept)} epochs, and the checkpoint "
+            f"to go on from has {epochs_done}; bring the file back as it was, or give another "
+            "--workdir to train anew."
+        )
+    return kept
+
+
+def check_lost_settings(folder: pathlib.Path, settings: folders.Settings) -> None:
+    """Check settings against those of a run's checkpoints, where its config.json is lost.
+
+    Args:
+        folder: of the run.
+        settings: of this start.
+
+    Raises:
+        UserError: it holds another run.
+    """
+    path = folders.checkpoints(folder)
+    if folders.read_settings(folder) is not None or not path.is_dir():
+        return
+    with checkpoints.open_checkpoints(path, read_only=True) as manager:
+        for step in reversed(checkpoints.list_steps(manager)):
+            with contextlib.suppress(DamagedError):
+                settings.check(folder, checkpoints.read_meta(manager, step)["config"])
+                return
 
 
 def to_checkpoint(
