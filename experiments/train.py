@@ -87,13 +87,14 @@ def train(
                 processes.initialize(config.coordinator, config.num_processes, config.process_id)
             )
             stack.enter_context(processes.peer_loss_as_error())
-        stack.enter_context(signals.noted())
         settings = run_config.ConfigSettings(config)
         # Before anything is downloaded for it.
         folders.check_settings(folder, settings)
         if config.deterministic:
             determinism.check(folder, jax.default_backend())
+        # A download may be interrupted: nothing of the run is there to be saved.
         run = adapt(setup.make_run(config))
+        stack.enter_context(signals.noted())
         result = fit(
             run.task.model,
             run.task.rule,

@@ -215,6 +215,17 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
     assert_same_run(tmp_path, reference)
 
 
+def test_a_signal_while_images_are_loaded_interrupts(tmp_path, monkeypatch, capsys):
+    def interrupted(config):
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(setup.data_sets, "open_data", interrupted)
+    status, error = command(monkeypatch, capsys, run_digits, "--workdir", str(tmp_path / "run"))
+    assert (status, error) == (130, "interrupted\n")
+    assert not (tmp_path / "run").exists()
+
+
 # Each makes the process kill itself somewhere; none of it lets anything clean up.
 KILLS = {
     "inside an epoch": """
