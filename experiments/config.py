@@ -155,7 +155,8 @@ class TrainConfig:
     """Trace N training steps, after those that compile, into the run's folder, for Perfetto or
     TensorBoard [default: none]."""
     workdir: str | None = None
-    """Folder of this run; the same command resumes it [default: runs/DATASET-MODEL-RULE-sSEED]."""
+    """Folder of this run; the same command resumes it [default:
+    runs/DATASET-MODEL-RULE-sSEED, and -reachN, -OPTIMIZER where they are others]."""
     checkpoint_every: int = 0
     """Steps between checkpoints inside an epoch, and each epoch's end; 0: ends of epochs only,
     those within 20 seconds of a checkpoint left out."""
@@ -176,6 +177,9 @@ class TrainConfig:
     def run_folder(self) -> str:
         """The folder of this run."""
         name = f"{self.dataset}-{self.model}-{self.rule}-s{self.seed}"
+        # Options that one tries out beside the default; runs of both have room.
+        name += f"-reach{self.reach}" if self.reach > 1 else ""
+        name += f"-{self.optimizer}" if self.optimizer != TrainConfig.optimizer else ""
         return self.workdir or "runs/" + name.replace(":", ".").replace(",", "+").replace("/", ".")
 
     def measures(self) -> tuple[str, ...]:

@@ -114,8 +114,6 @@ def _try_next(config: TrainConfig, folder: pathlib.Path, others: list[_Sibling])
         return []
     # In a folder of its own, beside this one.
     beside = folder.parent / pathlib.Path(new.run_folder()).name
-    if new.reach > 1:
-        beside = beside.with_name(f"{beside.name}-reach{new.reach}")
     if (beside / "config.json").exists() and not _may_go_on(beside, new):
         return []
     if str(beside) != new.run_folder():

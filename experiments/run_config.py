@@ -63,6 +63,11 @@ def _parse(path: pathlib.Path, values: dict[str, Any]) -> tuple[TrainConfig, int
         UserError: it cannot be read.
     """
     values = dict(values)
+    if "made_by" in values:
+        raise UserError(
+            f"{path} is a run of {values['made_by']}, whose model and rule the commands do not "
+            "know; restore it in Python by lls_jax.evaluation.restore."
+        )
     try:
         written = values.pop("format", 1)
         if written > FORMAT:

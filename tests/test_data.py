@@ -374,7 +374,7 @@ def test_a_replaced_download_is_refused(tmp_path, monkeypatch):
 
 
 def test_missing_and_damaged_sets_are_reported(tmp_path):
-    with pytest.raises(DatasetError, match=rf"cifar10 --data-dir {tmp_path}` .*experiments\.digits"):
+    with pytest.raises(DatasetError, match=rf"--data-dir {tmp_path}` .*experiments\.digits"):
         storage.load(CIFAR, "train", tmp_path)
     write_cifar_binary(tmp_path / "archive", random_splits(CIFAR))
     target = prepare.prepare(CIFAR, tmp_path, tmp_path / "archive", progress=False)

@@ -82,7 +82,11 @@ def test_every_command_of_the_page_is_a_run(page):
     assert parse(train.resume_command(mine)) == mine
     assert mine.run_folder() == "runs/mine"
     folder = dataclasses.replace(mine, workdir=None).run_folder()
-    assert folder == "runs/mydata.load-mynet.make-myrule.NearestCentre-s0"
+    assert folder == "runs/mydata.load-mynet.make-myrule.NearestCentre-s0-myopt.make"
+    other = TrainConfig(dataset="digits", rule="lls", seed=3, reach=2)
+    assert other.run_folder() == "runs/digits-small_conv-lls-s3-reach2"
+    # Each command of the page has room for its run.
+    assert len({config.run_folder() for config in configs.values()}) == len(configs)
 
 
 def test_a_run_of_ones_own_parts_is_resumed_evaluated_and_compared(page, capsys):

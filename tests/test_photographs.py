@@ -249,7 +249,7 @@ def test_wrong_folders_are_reported(spoil, message, tmp_path):
 
 
 def test_what_is_not_prepared_or_not_packed_is_reported(tmp_path):
-    with pytest.raises(DatasetError, match=r"prepare_data image_folder --data-dir .*` \(--archive P"):
+    with pytest.raises(DatasetError, match=r"image_folder --data-dir .*` \(--archive PATH\)"):
         storage.resolve(get_spec("image_folder"), tmp_path)
     with pytest.raises(DatasetError, match="cannot be downloaded by itself"):
         prepare.prepare(get_spec("tiny_imagenet"), tmp_path)

@@ -84,6 +84,9 @@ def test_a_runs_page_stands_by_itself_and_says_what_its_records_say(tmp_path, ca
     assert rows["jax"][1] == jax.__version__
 
     out = tmp_path / "pages" / "other.html"
+    with pytest.raises(UserError, match="no checkpoint of step 7; there are"):
+        report(ReportConfig(str(run), out=str(out), checkpoint="7"))
+    assert not out.exists()
     (run / "checkpoints").rename(run / "gone")
     assert report(ReportConfig(str(run), out=str(out))) == 0
     assert "It could not be evaluated" in Page(out.read_text()).text
@@ -102,6 +105,8 @@ def test_a_runs_page_stands_by_itself_and_says_what_its_records_say(tmp_path, ca
     page = Page(out.read_text())
     assert "2 epochs of 9; stopped early" in page.text
     assert {row[0]: row for row in page.rows}["L1"][0] == "L1"
+    with pytest.raises(UserError, match=r"is a folder; give a file, like .*report\.html"):
+        report(ReportConfig(str(run), out=str(tmp_path)))
     with pytest.raises(UserError, match="holds no run"):
         report(ReportConfig(str(tmp_path)))
     with pytest.raises(ValueError, match="--checkpoint is 'first'"):

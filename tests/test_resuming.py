@@ -214,6 +214,12 @@ def test_who_has_lost_its_config_is_no_other_run(run):
     assert run_config.read_config(run).rule == "lls_mxm"
 
 
+def test_a_folder_of_fit_says_who_reads_it(run):
+    (run / "config.json").write_text('{"format": 1, "made_by": "lls_jax.fit", "model": "Network"}')
+    with pytest.raises(UserError, match=r"run of lls_jax\.fit, .* lls_jax\.evaluation\.restore"):
+        run_config.read_config(run)
+
+
 def test_what_ran_where_may_be_lost(run, tmp_path):
     compared = compare.CompareConfig([str(run)], out=str(tmp_path / "out"))
     for damage in (lambda path: path.write_text(""), lambda path: path.unlink()):

@@ -20,6 +20,9 @@ def report(config: ReportConfig) -> int:
     trained = read_config(folder)
     if config.data_dir is not None:
         trained = dataclasses.replace(trained, data_dir=config.data_dir)
+    path = pathlib.Path(config.out) if config.out else folder / "report.html"
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; give a file, like {path / 'report.html'}.")
     records = folders.read_metrics(folder)
     if not records:
         raise UserError(f"run {folder} has no finished epoch yet; train it first.")
@@ -32,7 +35,6 @@ def report(config: ReportConfig) -> int:
         sections.options(trained),
         sections.versions(folders.read_environment(folder)),
     ]
-    path = pathlib.Path(config.out) if config.out else folder / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     folders.write_atomically(path, html.document(sections.title(trained), "".join(content)))
     print(f"written: {path}")
@@ -46,6 +48,9 @@ def _judged(config: ReportConfig) -> Judged | str:
     try:
         return judge(EvaluateConfig(config.run, config.checkpoint, data_dir=config.data_dir))
     except (UserError, OSError) as error:
+        kept = folders.checkpoints(pathlib.Path(config.run))
+        if config.checkpoint.isdecimal() and not (kept / config.checkpoint).is_dir():
+            raise
         return f"It could not be evaluated: {error}"
 
 
