@@ -172,16 +172,9 @@ def _check_execution(given: Any) -> None:
             f"--remat {given.remat} does not go with {sharing}, whose batches are cut already; use "
             "one of them."
         )
-    if given.slice and (given.reach == 1 or given.remat or shares_batches):
+    if given.slice and (given.remat or shares_batches):
         beside = f"--remat {given.remat}" if given.remat else sharing
-        raise ValueError(
-            f"--slice {given.slice} "
-            + (
-                "needs a --reach of 2 or more."
-                if given.reach == 1
-                else f"does not go with {beside}; leave one of them out."
-            )
-        )
+        raise ValueError(f"--slice {given.slice} does not go with {beside}; leave one of them out.")
     if given.pipeline and shares_batches:
         raise ValueError(f"--pipeline and {sharing} do not go together; choose one.")
     if given.deterministic and given.coordinator:

@@ -1,5 +1,6 @@
 """Where and how a config's steps are executed."""
 
+import sys
 from typing import Any
 
 import jax
@@ -13,8 +14,13 @@ from lls_jax.rules import Rule
 
 
 def bytes_above(mebibytes: int | None) -> int | None:
-    """What --remat and --slice mean: bytes from which on it is done; None for never."""
+    """What --remat means: bytes from which on it is done; None for never."""
     return (mebibytes or 0) * 2**20 or None
+
+
+def slice_above(mebibytes: int | None) -> int | None:
+    """What --slice means: bytes from which on it is done; None for what the device is best at."""
+    return None if mebibytes is None else mebibytes * 2**20 or sys.maxsize
 
 
 def pipeline_options(config: TrainConfig) -> dict[str, Any]:
@@ -22,7 +28,7 @@ def pipeline_options(config: TrainConfig) -> dict[str, Any]:
     return {
         "remat_above": bytes_above(config.remat),
         "reach": config.reach,
-        "slice_above": bytes_above(config.slice),
+        "slice_above": slice_above(config.slice),
     }
 
 

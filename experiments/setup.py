@@ -90,11 +90,12 @@ def check_task(config: TrainConfig) -> None:
     with as_user_error():
         spec = data_sets.sketch(config)
         rule = _make_task(config, spec).rule
-        if config.remat and not rules.has_local_losses(rule):
-            raise ValueError(
-                f"--remat {config.remat} is of no use to --rule {config.rule}, which has no local "
-                "losses; leave it out."
-            )
+        for option, value in (("remat", config.remat), ("slice", config.slice)):
+            if value and not rules.has_local_losses(rule):
+                raise ValueError(
+                    f"--{option} {value} is of no use to --rule {config.rule}, which has no local "
+                    "losses; leave it out."
+                )
         batches.make_augment(spec, config.augmentation)
         optimizers.make(config, steps_per_epoch=1)
 

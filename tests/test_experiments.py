@@ -793,7 +793,7 @@ def run_import():
         (run_digits, "--measure norm", ["--measure has 'norm'", "alignment, norms, probes, heads"]),
         (run_digits, "--measure-every 2", ["--measure-every 2 is given without --measure"]),
         (run_digits, "--measure norms --measure-every 0", ["--measure-every is 0", "at least 1"]),
-        (run_digits, "--slice 4", ["--slice 4 needs a --reach of 2 or more"]),
+        (run_digits, "--slice 4 --rule bp", ["--slice 4 is of no use to --rule bp"]),
         (run_digits, "--reach 2 --slice 4 --remat 2", ["--slice 4 does not go with --remat 2"]),
         (run_digits, "--reach 2 --slice 4 --data-parallel 2", ["not go with --data-parallel"]),
         (run_digits, "--remat -1", ["--remat is -1", "at least 0"]),

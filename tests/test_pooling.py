@@ -50,15 +50,26 @@ def test_adaptive_means_and_their_gradient(size, dtype):
     )  # fmt: skip
 
 
-def test_maxima_in_strides_are_those_in_halves():
-    """With the same gradient, where two are equal too; odd last rows are dropped."""
-    x = jnp.asarray(RNG.integers(0, 3, (2, 7, 5, 4)), jnp.float32)
-    dy = jnp.asarray(RNG.normal(size=(2, 3, 2, 4)), jnp.float32)
-    expected = np.asarray(x)[:, :6, :4].reshape(2, 3, 2, 2, 2, 4).max((2, 4))
-    results = [jax.vjp(form, x) for form in (pooling._max_pool_in_strides, pooling.max_pool)]
-    for y, pullback in results:
-        np.testing.assert_array_equal(y, expected)
-        np.testing.assert_allclose(pullback(dy)[0], results[1][1](dy)[0], atol=1e-6)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_maxima_and_equal_shares_of_their_gradient(dtype):
+    """In both forms; two, three and four are equal somewhere, and an odd last row is dropped."""
+    x = jnp.asarray(RNG.integers(0, 3, (4, 7, 5, 8)), dtype)
+    dy = jnp.asarray(RNG.normal(size=(4, 3, 2, 8)), dtype)
+    windows = np.asarray(x, np.float64)[:, :6, :4].reshape(4, 3, 2, 2, 2, 8)
+    expected = windows.max((2, 4), keepdims=True)
+    equal = windows == expected
+    share = np.asarray(dy, np.float64)[:, :, None, :, None] / equal.sum((2, 4), keepdims=True)
+    d_expected = np.zeros(x.shape)
+    d_expected[:, :6, :4] = np.where(equal, share, 0.0).reshape(4, 6, 4, 8)
+    y, pullback = jax.vjp(pooling.max_pool, x)
+    unit = float(jnp.finfo(dtype).eps)
+    np.testing.assert_array_equal(y, expected[:, :, 0, :, 0])
+    np.testing.assert_array_equal(pooling._max_pool_in_strides(x), y)
+    (dx,) = pullback(dy)
+    assert dx.dtype == dtype
+    np.testing.assert_allclose(np.asarray(dx, np.float64), d_expected, rtol=2 * unit)
+    d_strides = pooling._gradient_in_strides(x, dy)
+    np.testing.assert_allclose(np.asarray(d_strides, np.float64), d_expected, rtol=2 * unit)
 
 
 # What XLA computes while it reads or writes an array, and need not have as an array of its own.

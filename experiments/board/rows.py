@@ -102,7 +102,7 @@ def train_config(recipe: TrainConfig, row: Row, **changes: Any) -> TrainConfig:
     """
     if row.trained_rule in BASELINES:
         # Of use to local rules alone, whose memory it saves.
-        changes = {"remat": None, **changes}
+        changes = {"remat": None, "slice": None, **changes}
     return dataclasses.replace(
         recipe, model=row.model, rule=row.trained_rule, reach=row.reach, **changes
     )

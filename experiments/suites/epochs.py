@@ -16,7 +16,7 @@ from experiments import train
 from experiments.config import TrainConfig
 from experiments.presets import default_config
 from experiments.suites import report
-from experiments.suites.training import kernels_of, remat_of, with_reaches
+from experiments.suites.training import kernels_of, local_only, with_reaches
 
 _COLUMNS = {
     "model": "model",
@@ -81,8 +81,8 @@ def run(config: Any) -> int:
                         batch_size=batch_size,
                         precision=precision,
                         kernels=kernels_of(rule, config.kernels),
-                        remat=remat_of(rule, config.remat),
-                        slice=config.slice if reach > 1 else None,
+                        remat=local_only(rule, config.remat),
+                        slice=local_only(rule, config.slice),
                         seed=config.seed,
                         data_dir=config.data_dir,
                         progress=False,

@@ -117,7 +117,7 @@ def run(config: Any) -> int:
                         reach=reach,
                         batch_size=batch_size,
                         remat=config.remat,
-                        slice=config.slice if reach > 1 else None,
+                        slice=config.slice,
                     ),
                 )
     text = f"{report.device_line()}, {len(devices)} devices\n\n" + report.markdown(_COLUMNS, rows)

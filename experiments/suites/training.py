@@ -29,7 +29,7 @@ import numpy as np
 from experiments import optimizers
 from experiments.config import TrainConfig
 from experiments.config_choices import BASELINES
-from experiments.execution import bytes_above
+from experiments.execution import bytes_above, slice_above
 from experiments.setup import Task, example_image, make_task
 from experiments.suites import against_torch, report
 from experiments.suites.entrants import BASELINE_STEPS, Entrant, with_baselines
@@ -67,9 +67,9 @@ def kernels_of(rule: str, kernels: str) -> str:
     return kernels if "implementation" in rules.options_of(rule) else "auto"
 
 
-def remat_of(rule: str, remat: int | None) -> int | None:
-    """What a rule computes again, where that is asked of all: nothing without local losses."""
-    return None if rule in BASELINES else remat
+def local_only(rule: str, mebibytes: int | None) -> int | None:
+    """--remat or --slice for a rule, where that is asked of all: None without local losses."""
+    return None if rule in BASELINES else mebibytes
 
 
 def with_reaches(names: Sequence[str], reaches: Sequence[int]) -> list[tuple[str, int]]:
@@ -128,7 +128,7 @@ class Contestant:
                 tx,
                 reach=config.reach,
                 remat_above=bytes_above(config.remat),
-                slice_above=bytes_above(config.slice),
+                slice_above=slice_above(config.slice),
             )
         else:
             self._step = BASELINE_STEPS[entrant.baseline](task.model, tx)
@@ -238,7 +238,7 @@ def race(
             "precision": config.precision,
             "kernels": config.kernels,
             "remat": None if config.rule in BASELINES else config.remat or 0,
-            "slice": config.slice or 0,
+            "slice": None if config.rule in BASELINES else config.slice,
             "images_per_second": config.batch_size / step,
             "step_ms": 1e3 * step,
             "compile_seconds": contestant.compile_seconds,
@@ -289,8 +289,8 @@ def run(config: Any) -> int:
                 batch_size=batch_size,
                 precision=precision,
                 kernels=kernels_of(rule, config.kernels),
-                remat=remat_of(rule, config.remat),
-                slice=config.slice if reach > 1 else None,
+                remat=local_only(rule, config.remat),
+                slice=local_only(rule, config.slice),
                 optimizer=optimizer,
             )
             group += with_baselines(entrant) if rule == "bp" else [Entrant(entrant)]

@@ -15,12 +15,15 @@ from lls_jax.platforms import by_platform
 from pallas_kernels.local_loss.pooling import bins_of
 
 
+@jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-    """2x2 maxima at stride 2, ``[batch, height, width, channels]``; an odd last row is dropped."""
+    """2x2 maxima at stride 2, ``[batch, height, width, channels]``; an odd last row is dropped.
+
+    Of a gradient, elements that are the maximum together get equal shares.
+    """
     return by_platform(x, cpu=_max_pool_in_halves, elsewhere=_max_pool_in_strides)
 
 
-@jax.custom_vjp
 def _max_pool_in_halves(x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     rows, columns = height // 2, width // 2
@@ -30,39 +33,67 @@ def _max_pool_in_halves(x: jax.Array) -> jax.Array:
     return jnp.maximum(pairs[..., :channels], pairs[..., channels:])
 
 
-def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _max_pool_in_halves(x), x
-
-
-def _max_pool_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    """To each window's maximum; equal ones share. (Automatic differentiation pads and adds the
-    gradients of halves.)"""
-    batch, height, width, channels = x.shape
-    rows, columns = dy.shape[1:3]
-    windows = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels)
-    y = _max_pool_in_halves(x)
-    equal = [windows[:, :, i, :, j] == y for i, j in itertools.product(range(2), range(2))]
-    equals = functools.reduce(jnp.add, [one.astype(dy.dtype) for one in equal])
-    # The barrier keeps XLA from finding the maxima again for each of the four.
-    y, dy = jax.lax.optimization_barrier((y, dy / jnp.maximum(equals, 1)))
-    y, dy = (one[:, :, None, :, None, :] for one in (y, dy))
-    dx = jnp.where(windows == y, dy, jnp.zeros_like(dy)).reshape(
-        batch, 2 * rows, 2 * columns, channels
-    )
-    left = (height - 2 * rows, width - 2 * columns)
-    return (jnp.pad(dx, ((0, 0), (0, left[0]), (0, left[1]), (0, 0))) if any(left) else dx,)
-
-
-_max_pool_in_halves.defvjp(_max_pool_forward, _max_pool_backward)
+def _quarters(x: jax.Array) -> list[jax.Array]:
+    """The four elements of every window, ``[batch, height / 2, width / 2, channels]`` each."""
+    _, height, width, _ = x.shape
+    every = functools.partial(jax.lax.slice_in_dim, stride=2)
+    return [
+        every(every(x, i, height // 2 * 2, axis=1), j, width // 2 * 2, axis=2)
+        for i, j in itertools.product(range(2), range(2))
+    ]
 
 
 def _max_pool_in_strides(x: jax.Array) -> jax.Array:
-    """The same maxima in the same order, so that ties share a gradient in the same way."""
-    _, height, width, _ = x.shape
-    rows, columns = height // 2, width // 2
-    every = functools.partial(jax.lax.slice_in_dim, stride=2)
-    pairs = jnp.maximum(every(x, 0, 2 * rows, axis=1), every(x, 1, 2 * rows, axis=1))
-    return jnp.maximum(every(pairs, 0, 2 * columns, axis=2), every(pairs, 1, 2 * columns, axis=2))
+    return functools.reduce(jnp.maximum, _quarters(x))
+
+
+def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return max_pool(x), x
+
+
+def _max_pool_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    return (by_platform(x, dy, cpu=_gradient_in_windows, elsewhere=_gradient_in_strides),)
+
+
+def _share(y: jax.Array, quarters: list[jax.Array], dy: jax.Array) -> jax.Array:
+    equals = functools.reduce(jnp.add, [(own == y).astype(dy.dtype) for own in quarters])
+    return dy / jnp.maximum(equals, 1)
+
+
+# Automatic differentiation pads and adds the gradients of halves. Milliseconds on two cores of an
+# AMD EPYC, 128 images of 32x32 pixels and 32 channels, jax 0.10.2 / 0.12.0.1: 6.0 / 5.6, so 3.1 /
+# 2.8; with a sum over all elements behind it 23 / 20, so 5.1 / 3.8.
+def _gradient_in_windows(x: jax.Array, dy: jax.Array) -> jax.Array:
+    batch, height, width, channels = x.shape
+    rows, columns = dy.shape[1:3]
+    windows = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels)
+    places = itertools.product(range(2), range(2))
+    y = _max_pool_in_halves(x)
+    share = _share(y, [windows[:, :, i, :, j] for i, j in places], dy)
+    # The barrier keeps XLA from finding the maxima again for each of four elements.
+    y, share = (one[:, :, None, :, None] for one in jax.lax.optimization_barrier((y, share)))
+    dx = jnp.where(windows == y, share, jnp.zeros_like(share))
+    dx = dx.reshape(batch, 2 * rows, 2 * columns, channels)
+    left = (height - 2 * rows, width - 2 * columns)
+    return jnp.pad(dx, ((0, 0), (0, left[0]), (0, left[1]), (0, 0))) if any(left) else dx
+
+
+def _gradient_in_strides(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """:func:`_gradient_in_windows` without splitting an axis."""
+    quarters, zero = _quarters(x), jnp.zeros((), dy.dtype)
+    y = functools.reduce(jnp.maximum, quarters)
+    share = _share(y, quarters, dy)
+    parts = []
+    for place, own in zip(itertools.product(range(2), range(2)), quarters):
+        # A pixel between two, and what is left at the end.
+        sizes = zip(place, x.shape[1:], y.shape[1:])
+        sides = [(at, size - 2 * count + 1 - at, 1) for at, size, count in sizes]
+        part = jnp.where(own == y, share, zero)
+        parts.append(jax.lax.pad(part, zero, [(0, 0, 0), *sides, (0, 0, 0)]))
+    return functools.reduce(jnp.add, parts)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def spread_bins(windows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
