@@ -155,6 +155,13 @@ def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bo
 #    32,   8x8, 256 to 512    46 /  68      -         39 /  33    42 /  36    24 /  23
 #    32,   4x4, 512 to 512    30 /  33      -         21 /  20    18 /  20    32 /  26
 #
+# Since then Winograd's slices are walked by a loop, in a near cache; so its gradient is ahead
+# from 16 channels on (another such machine; rows in slices, Winograd):
+#
+#   128, 32x32,  16 to  16                           22 /  21      -         10 /  20
+#   128, 32x32,  32 to  32                           50 /  36      -         16 /  18
+#   128, 16x16,  32 to  64                           21 /  16      -          9 /  11
+#
 # (PyTorch 2.14 gets through 3x3 convolutions at 100 to 120 GFLOP/s on such cores; 82 ms of the
 # third line are 235.)
 _FEW_CHANNELS = 4
@@ -162,61 +169,59 @@ _WINOGRAD_FROM = 16
 _SMALL_MAP = 16
 
 
-def _convolve(x: jax.Array, kernel: jax.Array, stride: int, compact: bool) -> jax.Array:
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     channels, features = kernel.shape[2:]
     small = x.shape[1] * x.shape[2] <= _SMALL_MAP
     if channels <= _FEW_CHANNELS and stride == 1:
         return _by_packed_rows(x, kernel)
     if channels <= _FEW_CHANNELS or (small and channels >= _WINOGRAD_FROM):
         return _by_matmul(x, kernel, stride)
-    if stride == 1 and min(channels, features) >= _WINOGRAD_FROM and not compact:
+    if stride == 1 and min(channels, features) >= _WINOGRAD_FROM:
         return winograd.convolve(x, kernel)
     return _by_convolution(x, kernel, stride, 1)
 
 
-def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int, compact: bool) -> jax.Array:
+def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
     channels = x.shape[-1]
     if channels <= _FEW_CHANNELS and stride == 1:
         return _gradient_by_packed_rows(x, dy)
     if channels < _WINOGRAD_FROM:
         return _gradient_by_products(x, dy, stride, a_row=True)
-    if stride == 1 and dy.shape[1] * dy.shape[2] > _SMALL_MAP and not compact:
+    if stride == 1 and dy.shape[1] * dy.shape[2] > _SMALL_MAP:
         return winograd.weight_gradient(x, dy)
     return _gradient_by_products(x, dy, stride, a_row=False)
 
 
 def _input_gradient(
-    kernel: jax.Array, dy: jax.Array, stride: int, compact: bool, shape: tuple[int, ...]
+    kernel: jax.Array, dy: jax.Array, stride: int, shape: tuple[int, ...]
 ) -> jax.Array:
     if stride == 1:
         # A convolution of the output's gradient with the kernel turned about.
-        return _convolve(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), 1, compact)
+        return _convolve(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), 1)
     x = jax.ShapeDtypeStruct(shape, dy.dtype)
     transpose = jax.linear_transpose(lambda x: _by_convolution(x, kernel, stride, 1), x)
     return transpose(dy)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int, compact: bool) -> jax.Array:
-    return _convolve(x, kernel, stride, compact)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return _convolve(x, kernel, stride)
 
 
-def _convolve_forward(x: jax.Array, kernel: jax.Array, stride: int, compact: bool) -> tuple:
-    return _convolve(x, kernel, stride, compact), (x, kernel)
+def _convolve_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple:
+    return _convolve(x, kernel, stride), (x, kernel)
 
 
-def _convolve_backward(stride: int, compact: bool, residuals: tuple, dy: jax.Array) -> tuple:
+def _convolve_backward(stride: int, residuals: tuple, dy: jax.Array) -> tuple:
     x, kernel = residuals
-    dx = _input_gradient(kernel, dy, stride, compact, x.shape)
-    return dx, _weight_gradient(x, dy, stride, compact).astype(kernel.dtype)
+    dx = _input_gradient(kernel, dy, stride, x.shape)
+    return dx, _weight_gradient(x, dy, stride).astype(kernel.dtype)
 
 
 _convolve_on_cpu.defvjp(_convolve_forward, _convolve_backward)
 
 
-def convolve_3x3(
-    x: jax.Array, kernel: jax.Array, stride: int = 1, *, compact: bool = False
-) -> jax.Array:
+def convolve_3x3(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """A 3x3 convolution, zero-padded by one pixel on every side.
 
     Differentiable in reverse.
@@ -225,15 +230,13 @@ def convolve_3x3(
         x: ``[batch, height, width, channels]``.
         kernel: ``[3, 3, channels, features]``, in the dtype of `x`.
         stride: pixels from one output to the next.
-        compact: whether to use forms of few operations only: for a program that holds many
-            convolutions, and would take long to compile.
 
     Returns:
         ``[batch, ceil(height / stride), ceil(width / stride), features]``.
     """
     return by_platform(
         *(x, kernel),
-        cpu=functools.partial(_convolve_on_cpu, stride=stride, compact=compact),
+        cpu=functools.partial(_convolve_on_cpu, stride=stride),
         elsewhere=functools.partial(_by_convolution, stride=stride, padding=1),
     )
 
