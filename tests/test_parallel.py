@@ -443,8 +443,8 @@ def test_sums_of_gradients_need_not_be_awaited(in_order):
     inside = r"/jvp\(ConvBlock[^/]*\)/conv/"
     product = rf'op_name="[^"(]*\([^"(]*\){inside}[^"(]*dot_general"'
     # The first gradient comes as one product for four outputs of a row, the second in a piece for
-    # each row of the kernel; maps as small as those above are convolved by one product.
-    for piece, output in (((54, 4 * 32), (5, 4, 4, 64)), ((3, 32, 64), (5, 2, 2, 128))):
+    # each tap of the kernel; maps as small as those above are convolved by one product.
+    for piece, output in (((54, 4 * 32), (5, 4, 4, 64)), ((32, 64), (5, 2, 2, 128))):
         summed = made(("all-reduce", "all-reduce-start"), "", piece)
         assert summed
         above = made(("dot", "fusion", "custom-call", "call"), product, output)
