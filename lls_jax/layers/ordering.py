@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lls_jax.platforms import by_platform
+
 
 def _is_float(leaf: jax.Array) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
@@ -43,10 +45,11 @@ def wait_for(token: jax.Array, tree: Any) -> Any:
 
 
 def written_out(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """``function(*arrays)``, an array of floats that no compiler fuses into what reads it.
+    """``function(*arrays)``, an array of floats that no CPU's compiler fuses into what reads it.
 
     For what is slow to find element by element and read more than once. (XLA's CPU backend looks
-    through an optimisation barrier when it fuses, up to jaxlib 0.10, but not through a branch.)
+    through an optimisation barrier when it fuses, up to jaxlib 0.10, but not through a branch,
+    for which a GPU would have to ask its host.)
 
     Args:
         function: pure.
@@ -57,7 +60,10 @@ def written_out(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.A
     def lost(*arrays: jax.Array) -> jax.Array:
         return jnp.full(shape.shape, jnp.nan, shape.dtype)
 
-    return jax.lax.cond(jnp.isnan(token_of(arrays)), lost, function, *arrays)
+    def chosen(*arrays: jax.Array) -> jax.Array:
+        return jax.lax.cond(jnp.isnan(token_of(arrays)), lost, function, *arrays)
+
+    return by_platform(*arrays, cpu=chosen, elsewhere=function)
 
 
 def slice_after(token: jax.Array, x: jax.Array, start: int, size: int, axis: int = 0) -> jax.Array:

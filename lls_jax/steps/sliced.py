@@ -194,10 +194,8 @@ _convolve_normalize_pool.defvjp(_forward, _backward)
 
 
 def _arrays(plan: Plan, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
-    return x.astype(plan.dtype), params["conv"]["kernel"], *(params["norm"][k] for k in _NORM)
-
-
-_NORM = ("scale", "bias")
+    norm = params["norm"]
+    return x.astype(plan.dtype), params["conv"]["kernel"], norm["scale"], norm["bias"]
 
 
 def _new_statistics(params: Any, batch_stats: Any, mean: jax.Array, variance: jax.Array) -> Any:
