@@ -184,9 +184,9 @@ def test_a_seed_is_the_same_weights_for_every_row_and_a_baseline_its_own_step(mo
     assert outcome._with_step(dataclasses.replace(row, rule="bp"), run) is run
     own = train_config(TrainConfig(remat=8), row)
     # What saves a local rule's memory is of no use to bp.
-    assert (own.rule, own.remat, suites_training.remat_of("bp", 8)) == ("bp", None, None)
+    assert (own.rule, own.remat, suites_training.local_only("bp", 8)) == ("bp", None, None)
     assert train_config(TrainConfig(remat=8), dataclasses.replace(row, rule="lls")).remat == 8
-    assert suites_training.remat_of("lls", 8) == 8
+    assert suites_training.local_only("lls", 8) == 8
 
 
 def test_the_paired_test_is_the_one_of_the_books():
