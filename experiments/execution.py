@@ -18,9 +18,12 @@ def bytes_above(mebibytes: int | None) -> int | None:
     return (mebibytes or 0) * 2**20 or None
 
 
-def slice_above(mebibytes: int | None) -> int | None:
+def slice_above(config: TrainConfig) -> int | None:
     """What --slice means: bytes from which on it is done; None for what the device is best at."""
-    return None if mebibytes is None else mebibytes * 2**20 or sys.maxsize
+    # With --remat only 0 is allowed beside it, which it overrules.
+    if config.slice is None or config.remat:
+        return None
+    return config.slice * 2**20 or sys.maxsize
 
 
 def pipeline_options(config: TrainConfig) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def pipeline_options(config: TrainConfig) -> dict[str, Any]:
     return {
         "remat_above": bytes_above(config.remat),
         "reach": config.reach,
-        "slice_above": slice_above(config.slice),
+        "slice_above": slice_above(config),
     }
 
 

@@ -115,7 +115,7 @@ def train(
             checkpoint_every=config.checkpoint_every,
             reach=config.reach,
             remat_above=execution.bytes_above(config.remat),
-            slice_above=execution.slice_above(config.slice),
+            slice_above=execution.slice_above(config),
             execution=run.execution,
             steps_a_launch=setup.STEPS_A_LAUNCH[config.loop],
             settings=settings,

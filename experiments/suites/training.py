@@ -128,7 +128,7 @@ class Contestant:
                 tx,
                 reach=config.reach,
                 remat_above=bytes_above(config.remat),
-                slice_above=slice_above(config.slice),
+                slice_above=slice_above(config),
             )
         else:
             self._step = BASELINE_STEPS[entrant.baseline](task.model, tx)

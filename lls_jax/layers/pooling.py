@@ -19,7 +19,8 @@ from pallas_kernels.local_loss.pooling import bins_of
 def max_pool(x: jax.Array) -> jax.Array:
     """2x2 maxima at stride 2, ``[batch, height, width, channels]``; an odd last row is dropped.
 
-    Of a gradient, elements that are the maximum together get equal shares.
+    Of a gradient, elements that are the maximum together get equal shares. Differentiable in
+    reverse.
     """
     return by_platform(x, cpu=_max_pool_in_halves, elsewhere=_max_pool_in_strides)
 

@@ -1,8 +1,9 @@
 """A batch walked in slices by a loop, so that what is in between stays small, in a near cache.
 
-A slice takes every n-th example: where the batch is sharded over devices, each device cuts its own
-rows, and nothing travels. The loop is compiled once, whatever the number of slices. (XLA's CPU
-backend runs convolutions in loops without its threads, but products and sums with them.)
+A slice takes every n-th example: where the batch is sharded over devices that divide a slice, each
+device cuts its own rows; only what is summed travels, once a slice. The loop is compiled once,
+whatever the number of slices. (XLA's CPU backend runs convolutions in loops without its threads,
+but products and sums with them.)
 """
 
 from collections.abc import Callable
@@ -17,13 +18,15 @@ from lls_jax.layers.ordering import token_of
 def choose_count(batch: int, count: int) -> int:
     """How many slices: `count` or more, up to twice as many, that the batch divides into.
 
-    Where there is no such number, `count`, and the last examples are a slice of their own.
+    Where there is no such number, one for which the examples that are left over, a slice of their
+    own, are fewer than a slice.
 
-    >>> choose_count(128, 6), choose_count(128, 0), choose_count(7, 3), choose_count(3, 9)
-    (8, 1, 3, 3)
+    >>> choose_count(128, 6), choose_count(128, 0), choose_count(7, 3), choose_count(127, 43)
+    (8, 1, 3, 63)
     """
     count = max(1, min(batch, count))
-    return next((n for n in range(count, 2 * count + 1) if batch % n == 0), count)
+    fewest_left = batch // (batch // count)
+    return next((n for n in range(count, 2 * count + 1) if batch % n == 0), fewest_left)
 
 
 def _bodies(arrays: Any, count: int) -> Any:
@@ -53,12 +56,15 @@ def _apply(function: Callable[..., Any], bodies: Any, i: jax.Array) -> Any:
     return jax.lax.optimization_barrier(function(*_slice(bodies, i)))
 
 
-def _lost(arrays: Any) -> jax.Array:
-    """False, which no compiler knows before the arrays.
+def _zeros_after(arrays: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros that no compiler knows before the arrays; they are none (NaN) if the arrays are.
 
     What a loop starts from is made when the loop is due, and takes no memory before.
     """
-    return jnp.isnan(token_of(arrays))
+    lost = jnp.isnan(token_of(arrays))
+    other = jnp.nan if jnp.issubdtype(dtype, jnp.floating) else 0
+    start = jnp.where(lost, jnp.asarray(other, dtype), jnp.zeros((), dtype))
+    return jnp.full(shape, start, dtype)
 
 
 def sum_slices(function: Callable[..., Any], arrays: tuple[Any, ...], count: int) -> Any:
@@ -77,8 +83,7 @@ def sum_slices(function: Callable[..., Any], arrays: tuple[Any, ...], count: int
         return jax.tree.map(jnp.add, total, _apply(function, bodies, i))
 
     shapes = jax.eval_shape(function, *_slice(bodies, 0))
-    lost = _lost(arrays)
-    zeros = jax.tree.map(lambda own: jnp.full(own.shape, lost, own.dtype), shapes)
+    zeros = jax.tree.map(lambda own: _zeros_after(arrays, own.shape, own.dtype), shapes)
     total = jax.lax.fori_loop(0, count, add_slice, zeros)
     return total if rests is None else jax.tree.map(jnp.add, total, function(*rests))
 
@@ -105,9 +110,9 @@ def map_slices(
         )
 
     shapes = jax.eval_shape(function, *_slice(bodies, 0))
-    lost = _lost((arrays, after))
     wholes = jax.tree.map(
-        lambda own: jnp.full((own.shape[0], count, *own.shape[1:]), lost, own.dtype), shapes
+        lambda own: _zeros_after((arrays, after), (own.shape[0], count, *own.shape[1:]), own.dtype),
+        shapes,
     )
     wholes = jax.lax.fori_loop(0, count, put_slice, wholes)
     wholes = jax.tree.map(lambda whole: whole.reshape(-1, *whole.shape[2:]), wholes)

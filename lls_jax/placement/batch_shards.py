@@ -68,7 +68,10 @@ def data_parallel(
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     in_order = platforms.choices(devices[0].platform).ordered_collectives
-    train_step = make_train_step(model, rule, tx, reach=reach, in_order=in_order)
+    # Whole: the sums over slices would be sums over devices, each.
+    train_step = make_train_step(
+        model, rule, tx, reach=reach, in_order=in_order, slice_above=sys.maxsize
+    )
 
     def place(tree: Any) -> Any:
         return processes.replicate(tree, everywhere)

@@ -48,9 +48,9 @@ def make_train_step(
             Local rules only.
         slice_above: bytes; the gradients of a convolution whose output takes more, and what they
             come from, are computed in slices of the batch. The output itself is kept, and nothing
-            is convolved twice (:mod:`lls_jax.steps.sliced`). None for 2 MiB on CPUs, in eight
-            slices at most, which are no slower, and for never elsewhere. Without `remat_above`.
-            Local rules only.
+            is convolved twice (:mod:`lls_jax.steps.sliced`). None for 2 MiB on CPUs, in about
+            eight slices at most, which are no slower, and for never elsewhere. Not of what
+            `remat_above` computes again. Local rules only.
         in_order: whether a local block waits for the gradient of the block below, so that its
             memory is free. Without, sums of gradients over devices may go on meanwhile.
         donate: whether the step takes the memory of the state that it is given, which is of no use

@@ -83,7 +83,7 @@ def plan_block(
         x: its input; only shape and dtype count.
         remat_above: bytes above which the convolution's output is not kept; None keeps every one.
         slice_above: bytes above which, of an output that is kept, what follows is in slices; None
-            for :data:`SLICE_BYTES` on CPUs, in :data:`MOST_SLICES` at most, and for never
+            for :data:`SLICE_BYTES` on CPUs, in about :data:`MOST_SLICES` at most, and for never
             elsewhere.
     """
     module = spec.module
@@ -93,16 +93,21 @@ def plan_block(
     batch, *sides, _ = x.shape
     height, width = (-(-side // module.stride) for side in sides)
     shape = (batch, height, width, module.features)
-    asked = remat_above if slice_above is None else slice_above
-    slices = count_slices(shape, module.dtype, SLICE_BYTES if asked is None else asked)
-    if asked is None:
+    slices, keeps_output = 1, False
+    if remat_above is not None:
+        slices = count_slices(shape, module.dtype, remat_above)
+    if slices == 1:
+        above, keeps_output = SLICE_BYTES if slice_above is None else slice_above, True
+        slices = count_slices(shape, module.dtype, above)
+    by_default = keeps_output and slice_above is None
+    if by_default:
         slices = choose_count(batch, min(slices, MOST_SLICES))
     if rule.sees != "latents" or not can_pool(shape, spec.pool_size) or slices == 1:
         return None
     return Plan(
         slices,
-        asked is None,
-        remat_above is None,
+        by_default,
+        keeps_output,
         module.stride,
         module.dtype,
         spec.pool_size,
