@@ -138,3 +138,27 @@ def test_a_gpu_has_no_transposed_and_no_widened_activation(rule_name):
     ]
     assert not merged
     assert not [name for name, kinds in by_name.items() if "f32" in kinds and name not in FUSED]
+
+
+@pytest.mark.parametrize("reach", [1, 2])
+def test_a_gpu_walks_no_slices_and_asks_its_host_nothing(reach):
+    """Where a CPU would, of a first output of 16 MiB: no loop, no branch but by the platform."""
+    model = models.make("small_conv", num_classes=10)
+    rule, tx = rules.make("lls_mxm", num_classes=10), optax.sgd(0.1)
+    image = jnp.zeros((1, 32, 32, 3))
+    state = jax.eval_shape(
+        lambda key: training.create_train_state(model, rule, tx, key, image), jax.random.key(0)
+    )
+    examples = {
+        "image": jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.float32),
+        "label": jax.ShapeDtypeStruct((128,), jnp.int32),
+    }
+    step = training.make_train_step(model, rule, tx, reach=reach)
+    program = lower(step, state, examples).as_text()
+    assert "stablehlo.while" not in program
+    branches = list(re.finditer(r'"stablehlo.case"\((%\w+)\)', program))
+    assert branches
+    for branch in branches:
+        made = program.rindex(f"{branch[1]} = ", 0, branch.start())
+        # By the platform: of a constant, or of what such a branch has made of it.
+        assert re.compile(r'%\w+ = "?stablehlo.(constant|case)\b').match(program, made)

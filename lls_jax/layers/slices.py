@@ -74,6 +74,9 @@ def sum_slices(function: Callable[..., Any], arrays: tuple[Any, ...], count: int
         function: of a slice of each array; gives a tree of floats.
         arrays: trees of arrays ``[batch, ...]``.
         count: slices; the batch need not divide into them.
+
+    Returns:
+        In the shapes and dtypes that `function` gives.
     """
     if count == 1:
         return function(*arrays)
@@ -98,6 +101,9 @@ def map_slices(
         arrays: trees of arrays ``[batch, ...]``.
         count: slices; the batch need not divide into them.
         after: arrays that `function` closes over, if these may be known later than `arrays`.
+
+    Returns:
+        A tree of arrays ``[batch, ...]``, in the order of the batch.
     """
     if count == 1:
         return function(*arrays)

@@ -47,9 +47,15 @@ class Plan(NamedTuple):
     pool_size: int
     downsample: Callable[[jax.Array], jax.Array]
 
-    def walk(self, walk: Callable[..., Any], function: Callable[..., Any], *arrays: Any) -> Any:
-        """One of :mod:`lls_jax.layers.slices`' two ways, where slices are called for."""
-        cut = functools.partial(walk, function, count=self.slices)
+    def run(self, loop: Callable[..., Any], function: Callable[..., Any], *arrays: Any) -> Any:
+        """``function(*arrays)`` by a loop over slices, where these are called for.
+
+        Args:
+            loop: :func:`lls_jax.layers.slices.sum_slices` or :func:`~.map_slices`.
+            function: what they take.
+            *arrays: trees of arrays ``[batch, ...]``.
+        """
+        cut = functools.partial(loop, function, count=self.slices)
         if not self.only_on_cpu:
             return cut(arrays)
         return by_platform(arrays, cpu=cut, elsewhere=lambda arrays: function(*arrays))
@@ -93,23 +99,22 @@ def plan_block(
     batch, *sides, _ = x.shape
     height, width = (-(-side // module.stride) for side in sides)
     shape = (batch, height, width, module.features)
-    slices, keeps_output = 1, False
-    if remat_above is not None:
-        slices = count_slices(shape, module.dtype, remat_above)
-    if slices == 1:
-        above, keeps_output = SLICE_BYTES if slice_above is None else slice_above, True
-        slices = count_slices(shape, module.dtype, above)
-    by_default = keeps_output and slice_above is None
-    if by_default:
-        slices = choose_count(batch, min(slices, MOST_SLICES))
+    again = 1 if remat_above is None else count_slices(shape, module.dtype, remat_above)
+    if again > 1:
+        slices = again
+    elif slice_above is not None:
+        slices = count_slices(shape, module.dtype, slice_above)
+    else:
+        slices = min(count_slices(shape, module.dtype, SLICE_BYTES), MOST_SLICES)
+        slices = choose_count(batch, slices)
     if rule.sees != "latents" or not can_pool(shape, spec.pool_size) or slices == 1:
         return None
     return Plan(
         slices,
-        by_default,
-        keeps_output,
-        module.stride,
-        module.dtype,
-        spec.pool_size,
-        spec.downsample,
+        only_on_cpu=again == 1 and slice_above is None,
+        keeps_output=again == 1,
+        stride=module.stride,
+        dtype=module.dtype,
+        pool_size=spec.pool_size,
+        downsample=spec.downsample,
     )

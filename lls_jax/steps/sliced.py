@@ -1,8 +1,9 @@
 """A convolution block whose gradients are taken in slices of the batch: less memory.
 
-Plainly, a gradient of the convolution's output is an array as large as that output, and so is what
-its parts come from. In slices no array is, but the output itself: what follows it, and all
-gradients, are of one slice at a time, in a near cache. No convolution is computed twice.
+Plainly, a gradient of the convolution's output is an array as large as that output, and so are
+the activation and what its gradient is made of. Here the output itself is the only such array: what
+follows it, and all gradients toward it, are of one slice at a time, in a near cache. No convolution
+is computed twice.
 
 Or the output is not kept either: time for memory. Then the batch goes through the convolution once
 for BatchNorm's statistics, which are those of the whole batch; once for what the next block takes,
@@ -97,7 +98,7 @@ def _forward(
 ) -> tuple[Any, Residuals]:
     kept = _convolve(plan, x, kernel) if plan.keeps_output else None
     if kept is None:
-        total, square = plan.walk(sum_slices, lambda x: _moments(_convolve(plan, x, kernel)), x)
+        total, square = plan.run(sum_slices, lambda x: _moments(_convolve(plan, x, kernel)), x)
     else:
         total, square = _moments(kept)
     count = x.shape[0] * _elements(plan, x)
@@ -111,9 +112,9 @@ def _forward(
         return plan.downsample(apply_statistics(y, *statistics)), *sums
 
     if kept is None:
-        downsampled, *sums = plan.walk(map_slices, lambda x: follow(_convolve(plan, x, kernel)), x)
+        downsampled, *sums = plan.run(map_slices, lambda x: follow(_convolve(plan, x, kernel)), x)
     else:
-        downsampled, *sums = plan.walk(map_slices, follow, kept)
+        downsampled, *sums = plan.run(map_slices, follow, kept)
     pooled = pool_from_sums(sums, statistics, _elements(plan, x) // plan.pool_size**2)
     return (downsampled, pooled, mean, variance), Residuals(x, kernel, kept, statistics, sums)
 
@@ -131,7 +132,8 @@ def _pull(
     Args:
         plan: the slices.
         residuals: of :func:`_forward`.
-        cotangents: of what is downsampled and of the pooled activation; None for zeros.
+        cotangents: of what is downsampled, in its shape, and of the pooled activation, float32
+            ``[batch, p, p, features]``; None for zeros.
         params: whether the former are asked for.
         input: whether the latter is.
     """
@@ -158,7 +160,7 @@ def _pull(
     total = window_gradient_sums(d_window, sums)
     if d_downsampled is not None:
         source = (x, None) if kept is None else (None, kept)
-        total = jax.tree.map(jnp.add, total, plan.walk(sum_slices, to_sums, *source, own))
+        total = jax.tree.map(jnp.add, total, plan.run(sum_slices, to_sums, *source, own))
     gradients = gradients_from_sums(total, statistics)
 
     def to_convolution(x: jax.Array, kept: jax.Array | None, own: Any) -> jax.Array:
@@ -178,10 +180,10 @@ def _pull(
 
     d_params = d_input = None
     if params:
-        d_kernel = plan.walk(sum_slices, to_kernel, x, kept, own)
+        d_kernel = plan.run(sum_slices, to_kernel, x, kept, own)
         d_params = d_kernel, *gradients
     if input:
-        d_input = plan.walk(map_slices, to_input, x, kept, own)
+        d_input = plan.run(map_slices, to_input, x, kept, own)
     return d_params, d_input
 
 
@@ -227,16 +229,12 @@ def run_block(
 ) -> tuple[tuple[jax.Array, jax.Array], Any, Callable[..., Any]]:
     """A :class:`lls_jax.blocks.ConvBlock` in training, for gradients from above and to below.
 
-    Args:
-        plan: from :func:`lls_jax.steps.slice_plan.plan_block`.
-        params: the block's.
-        batch_stats: the block's.
-        x: its input, ``[batch, height, width, channels]``.
+    Its arguments are those of :func:`apply_block`.
 
     Returns:
-        ``((downsampled, pooled), batch_stats, pull)``. ``pull(d_downsampled, d_pooled, params=...,
-        input=...)`` gives the gradients with respect to `params` and `x`, those that are asked for;
-        a cotangent may be None, for zeros.
+        ``((downsampled, pooled), batch_stats, pull)``, the arrays as of :func:`apply_block`.
+        ``pull(d_downsampled, d_pooled, params=..., input=...)`` gives the gradients with respect to
+        `params` and `x`, those that are asked for; a cotangent may be None, for zeros.
     """
     (downsampled, pooled, mean, variance), residuals = _forward(plan, *_arrays(plan, params, x))
     stats = _new_statistics(params, batch_stats, mean, variance)
