@@ -72,6 +72,19 @@ def test_maxima_and_equal_shares_of_their_gradient(dtype):
     np.testing.assert_allclose(np.asarray(d_strides, np.float64), d_expected, rtol=2 * unit)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_no_element_is_asked_to_equal_a_maximum(platform):
+    """XLA may find an activation twice, for the maxima and for what is compared with them, and
+    round it once otherwise: then no element is the maximum, and the gradient is lost."""
+    x, dy = jnp.zeros((2, 6, 6, 4)), jnp.zeros((2, 3, 3, 4))
+    gradient = jax.jit(lambda x, dy: jax.vjp(pooling.max_pool, x)[1](dy))
+    program = gradient.trace(x, dy).lower(lowering_platforms=(platform,)).as_text()
+    compared = [line for line in program.splitlines() if "stablehlo.compare" in line]
+    of_floats = [line for line in compared if "FLOAT" in line]
+    assert of_floats
+    assert not [line for line in of_floats if " EQ," in line]
+
+
 # What XLA computes while it reads or writes an array, and need not have as an array of its own.
 FUSED = {
     *("add", "subtract", "multiply", "divide", "maximum", "compare", "select", "convert", "abs"),

@@ -56,8 +56,17 @@ def _max_pool_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
     return (by_platform(x, dy, cpu=_gradient_in_windows, elsewhere=_gradient_in_strides),)
 
 
-def _share(y: jax.Array, quarters: list[jax.Array], dy: jax.Array) -> jax.Array:
-    equals = functools.reduce(jnp.add, [(own == y).astype(dy.dtype) for own in quarters])
+def _winners(quarters: list[jax.Array]) -> list[jax.Array]:
+    """Which elements of every window are its maximum, boolean.
+
+    Compared with each other and not with the maximum: where a compiler finds an activation twice,
+    rounded once here and twice there, no element equals the maximum.
+    """
+    return [functools.reduce(jnp.logical_and, [own >= one for one in quarters]) for own in quarters]
+
+
+def _share(winners: list[jax.Array], dy: jax.Array) -> jax.Array:
+    equals = functools.reduce(jnp.add, [own.astype(dy.dtype) for own in winners])
     return dy / jnp.maximum(equals, 1)
 
 
@@ -69,11 +78,17 @@ def _gradient_in_windows(x: jax.Array, dy: jax.Array) -> jax.Array:
     rows, columns = dy.shape[1:3]
     windows = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels)
     places = itertools.product(range(2), range(2))
-    y = _max_pool_in_halves(x)
-    share = _share(y, [windows[:, :, i, :, j] for i, j in places], dy)
-    # The barrier keeps XLA from finding the maxima again for each of four elements.
-    y, share = (one[:, :, None, :, None] for one in jax.lax.optimization_barrier((y, share)))
-    dx = jnp.where(windows == y, share, jnp.zeros_like(share))
+    winners = _winners([windows[:, :, i, :, j] for i, j in places])
+    # A bit for each of the four.
+    bits = [own.astype(jnp.uint8) << np.uint8(k) for k, own in enumerate(winners)]
+    code = functools.reduce(jnp.bitwise_or, bits)
+    # The barrier keeps XLA from finding the winners again for each of four elements.
+    code, share = (
+        one[:, :, None, :, None]
+        for one in jax.lax.optimization_barrier((code, _share(winners, dy)))
+    )
+    bit = np.array([[1, 2], [4, 8]], np.uint8).reshape(1, 1, 2, 1, 2, 1)
+    dx = jnp.where((code & bit) != 0, share, jnp.zeros_like(share))
     dx = dx.reshape(batch, 2 * rows, 2 * columns, channels)
     left = (height - 2 * rows, width - 2 * columns)
     return jnp.pad(dx, ((0, 0), (0, left[0]), (0, left[1]), (0, 0))) if any(left) else dx
@@ -81,15 +96,14 @@ def _gradient_in_windows(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 def _gradient_in_strides(x: jax.Array, dy: jax.Array) -> jax.Array:
     """:func:`_gradient_in_windows` without splitting an axis."""
-    quarters, zero = _quarters(x), jnp.zeros((), dy.dtype)
-    y = functools.reduce(jnp.maximum, quarters)
-    share = _share(y, quarters, dy)
+    winners, zero = _winners(_quarters(x)), jnp.zeros((), dy.dtype)
+    share = _share(winners, dy)
     parts = []
-    for place, own in zip(itertools.product(range(2), range(2)), quarters):
+    for place, own in zip(itertools.product(range(2), range(2)), winners):
         # A pixel between two, and what is left at the end.
-        sizes = zip(place, x.shape[1:], y.shape[1:])
+        sizes = zip(place, x.shape[1:], dy.shape[1:])
         sides = [(at, size - 2 * count + 1 - at, 1) for at, size, count in sizes]
-        part = jnp.where(own == y, share, zero)
+        part = jnp.where(own, share, zero)
         parts.append(jax.lax.pad(part, zero, [(0, 0, 0), *sides, (0, 0, 0)]))
     return functools.reduce(jnp.add, parts)
 
