@@ -216,13 +216,16 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
     assert_same_run(tmp_path, reference)
 
 
-def test_a_signal_while_images_are_loaded_interrupts(tmp_path, monkeypatch, capsys):
+def test_a_signal_while_images_are_loaded_interrupts(request, tmp_path, monkeypatch, capsys):
     def interrupted(config):
         os.kill(os.getpid(), signal.SIGINT)
         # Another thread may get it, and this one hear of it a moment later.
         time.sleep(20)
         pytest.fail("it went on")
 
+    # A shell starts what it puts into the background deaf to it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(setup.data_sets, "open_data", interrupted)
     status, error = command(monkeypatch, capsys, run_digits, "--workdir", str(tmp_path / "run"))
     assert (status, error) == (130, "interrupted\n")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lls_jax import training
-from lls_jax.layers.ordering import batch_slices, token_of, wait_for
+from lls_jax.layers.ordering import token_of, wait_for
 from lls_jax.models import Network
 from lls_jax.rules import Backpropagation
 from lls_jax.steps.backpropagation import backpropagation_step, update_whole
@@ -35,8 +35,9 @@ def _accumulating_step(
 
     grads: Any = jax.tree.map(jnp.zeros_like, state.params)
     batch_stats, losses, all_logits = state.batch_stats, [], []
-    for i, (start, size) in enumerate(batch_slices(count, parts)):
-        part = {name: array[start : start + size] for name, array in batch.items()}
+    size = count // parts
+    for i in range(parts):
+        part = {name: array[i * size : (i + 1) * size] for name, array in batch.items()}
         if i:
             # The part before has its gradient, and what it was taken from is free again.
             part["image"] = wait_for(token_of(grads), part["image"])

@@ -6,7 +6,6 @@ before XLA's CPU backend decides on an order (jaxlib 0.10).
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,13 +78,3 @@ def slice_after(token: jax.Array, x: jax.Array, start: int, size: int, axis: int
     # The barrier: else XLA fuses the token, sums and all, into each element of what is cut.
     first = jax.lax.optimization_barrier(start + jnp.isnan(token).astype(jnp.int32))
     return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
-
-
-def batch_slices(batch: int, count: int) -> list[tuple[int, int]]:
-    """Start and size of each slice of a batch; the sizes differ by one at most.
-
-    >>> batch_slices(8, 3)
-    [(0, 2), (2, 3), (5, 3)]
-    """
-    edges = [batch * i // count for i in range(count + 1)]
-    return [(start, stop - start) for start, stop in itertools.pairwise(edges)]
