@@ -162,6 +162,16 @@ def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bo
 #   128, 32x32,  32 to  32                           50 /  36      -         16 /  18
 #   128, 16x16,  32 to  64                           21 /  16      -          9 /  11
 #
+# On two AVX-512 cores, jax 0.12.0.1, memory in huge pages (experiments/startup.py): XLA, Winograd
+# forward; XLA, taps, Winograd for the gradient. It depends on the machine below 64 channels, and
+# where maps are small:
+#
+#   128, 32x32,  16 to  16    6, 10         8,  18, 13
+#   128, 16x16,  32 to  64   12, 14        12,  19, 11
+#   128,   8x8,  64 to 128    7,  6        10,  10,  6
+#    32, 32x32, 128 to 256  103, 62       570, 149, 80
+#    32,   4x4, 512 to 512   14,  9        30,  26, 15
+#
 # (PyTorch 2.14 gets through 3x3 convolutions at 100 to 120 GFLOP/s on such cores; 82 ms of the
 # third line are 235.)
 _FEW_CHANNELS = 4
