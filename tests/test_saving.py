@@ -105,6 +105,14 @@ def test_a_resumed_run_knows_the_best_of_before(tmp_path):
     assert steps(tmp_path) == [STEPS, 3 * STEPS, 4 * STEPS][1:]
 
 
+def test_the_best_of_an_earlier_start_stays_on_the_disk(tmp_path, monkeypatch):
+    """However many checkpoints come after it, in as many starts."""
+    monkeypatch.setattr(saving, "_SECONDS", 0)
+    for epochs in (3, 4, 6):
+        assert train.train_and_evaluate(tiny(tmp_path, epochs=epochs)) == 0
+    assert steps(tmp_path) == [3 * STEPS, 5 * STEPS, 6 * STEPS]
+
+
 def test_who_wants_checkpoints_inside_epochs_has_every_epochs_too(tmp_path, monkeypatch):
     written, save = [], checkpoints.save
 

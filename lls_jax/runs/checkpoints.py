@@ -15,14 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from lls_jax import processes
 from lls_jax.errors import DamagedError, StructureError
-
-# The newest ones kept; the one before the newest is there for when the newest is damaged.
-_KEEP_NEWEST = 2
-
+from lls_jax.runs.retention import NewestAndBest, most_accurate
 
 # How TensorStore begins its errors where what lies on the disk is not what it wrote there.
 _DAMAGE = re.compile("(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|INVALID_ARGUMENT|FAILED_PRECONDITION): ")
@@ -92,10 +88,6 @@ def _for_all(tree: Any) -> Any:
     return tree if jax.process_count() == 1 else processes.replicate(tree, processes.everywhere())
 
 
-def _metric(metrics: dict[str, Any]) -> float:
-    return metrics["accuracy"]
-
-
 @contextmanager
 def open_checkpoints(
     folder: pathlib.Path, *, read_only: bool = False
@@ -106,14 +98,7 @@ def open_checkpoints(
         folder: where the checkpoints lie, one folder a step.
         read_only: whether nothing may be written or removed.
     """
-    policy = checkpoint_managers.AnyPreservationPolicy(
-        [
-            checkpoint_managers.LatestN(_KEEP_NEWEST),
-            checkpoint_managers.BestN(
-                get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False
-            ),
-        ]
-    )
+    policy = NewestAndBest()
     options = ocp.CheckpointManagerOptions(
         create=not read_only,
         read_only=read_only,
@@ -124,6 +109,8 @@ def open_checkpoints(
     )
     manager = ocp.CheckpointManager(folder.absolute(), options=options)
     try:
+        if not read_only:
+            policy.earlier = _accuracies(manager)
         yield manager
     finally:
         manager.close()
@@ -316,15 +303,20 @@ def list_steps(manager: ocp.CheckpointManager) -> list[int]:
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:
     """The step of the most accurate checkpoint, the newest of equals; None without any."""
-    best: tuple[float, int] | None = None
+    return most_accurate(_accuracies(manager))
+
+
+def _accuracies(manager: ocp.CheckpointManager) -> dict[int, float]:
+    """Of each checkpoint that has one; a damaged one has none, and cannot be the best."""
+    found = {}
     for step in list_steps(manager):
         try:
             accuracy = read_meta(manager, step).get("accuracy")
         except DamagedError:
-            continue  # It cannot be the best one that can be had.
-        if accuracy is not None and (best is None or accuracy >= best[0]):
-            best = (accuracy, step)
-    return None if best is None else best[1]
+            continue
+        if accuracy is not None:
+            found[step] = accuracy
+    return found
 
 
 def set_aside(folder: pathlib.Path, step: int) -> pathlib.Path:
