@@ -1,6 +1,7 @@
 """The speed-run network: whitening, its blocks, Muon, alternating flips, views, its preset."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -15,6 +16,7 @@ from lls_jax import evaluation, fit, models, rules, training
 from lls_jax.accounting import account
 from lls_jax.data import Split, augment, batches, get_spec, streaming
 from lls_jax.data.order import epoch_order, epoch_permutation
+from lls_jax.layers.gelu import gelu
 from lls_jax.layers.whitening import whitening_filters
 from lls_jax.optimizers import NamedRate, muon, muon_for_kernels, schedule_free_adamw
 from lls_jax.runs import folder as folders
@@ -100,6 +102,22 @@ def test_fit_takes_the_whitening_from_its_training_images_and_leaves_it(tmp_path
 
 
 # --- The network ---------------------------------------------------------------------------------
+
+
+def test_gelu_and_its_gradient_are_those_of_float64():
+    """Far below zero too, where 1 + erf has few digits left."""
+    x = np.concatenate([draw().normal(size=200) * 3, [-30.0, -5.5, -1e-3, 0.0, 1e-3, 5.5, 30.0]])
+    x = x.astype(np.float32).astype(np.float64)
+    below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x])
+    slope = below + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    pull = draw().normal(size=x.size)
+    y, vjp = jax.vjp(gelu, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(y, x * below, rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(vjp(jnp.asarray(pull, jnp.float32))[0], pull * slope, atol=1e-5)
+    half = jnp.asarray(x, jnp.bfloat16)
+    assert gelu(half).dtype == jnp.bfloat16
+    wide = gelu(half.astype(jnp.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(gelu(half), np.float32), np.asarray(wide, np.float32))
 
 
 def test_airbench_has_its_published_shapes():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.layers.convolution import convolve_3x3
+from lls_jax.layers.gelu import gelu
 from lls_jax.layers.initializers import fan_in_uniform
 from lls_jax.layers.pooling import max_pool
 
@@ -74,7 +75,7 @@ class ConvPair(nn.Module):
                 dtype=self.dtype,
                 name=f"norm_{index}",
             )
-            x = nn.gelu(normalize(x), approximate=False)
+            x = gelu(normalize(x))
         return x
 
 
@@ -112,7 +113,7 @@ class WhitenedConvPair(nn.Module):
             "VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        x = nn.gelu(x + bias.astype(self.dtype)[None, None, None, :], approximate=False)
+        x = gelu(x + bias.astype(self.dtype)[None, None, None, :])
         return ConvPair(self.features, self.dtype, name="pair")(x, train=train)
 
 
