@@ -1,6 +1,7 @@
 """One environment for every test, and for the processes that tests start."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -20,6 +21,12 @@ os.environ["TRITON_CACHE_DIR"] = os.path.join(_cache, "triton")
 # Tests compile much and compute little. The programs are the same; only machine code is made with
 # less care, in half the time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# XLA's older emitter makes the same programs in half the time; later lines no longer have it.
+EMITTERS = "--xla_cpu_use_fusion_emitters"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _flags = os.environ.get("XLA_FLAGS", "")
+    if EMITTERS not in _flags:
+        os.environ["XLA_FLAGS"] = f"{_flags} {EMITTERS}=false"
 # Silent upcasts and accidental broadcasts are errors; some users' programs ask for the same.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
