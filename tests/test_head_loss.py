@@ -124,6 +124,11 @@ def test_losses_and_gradients_equal_float64(implementation, name):
         # Of the size of what is added up, each rounded, and what the difference itself loses.
         size = float(np.linalg.norm(np.where(moves, grad, 0.0)) * np.linalg.norm(moves))
         lost = 2e-8 * (1 + np.abs(weights) @ np.abs(expected))
+        if index == 0:
+            # What an example's direction leaves of a gradient over its norm: of one latent nothing.
+            norms = np.linalg.norm(leaf, axis=1)
+            moved_by = np.linalg.norm(moves, axis=1) / np.where(norms, norms, 1)
+            lost += 2e-6 * np.abs(weights) @ moved_by
         assert abs(inner - difference) <= 2e-5 * size + lost, (name, index)
 
 
@@ -497,7 +502,8 @@ def run_head_on_poisoned_lanes(case):
     inputs = [
         rng.integers(0, CLASSES, v.aval.shape)
         if v.aval.dtype == jnp.int32
-        else np.abs(rng.normal(size=v.aval.shape))
+        # Small: where tanh is almost 1, how far it is from 1 is all rounding.
+        else 0.3 * np.abs(rng.normal(size=v.aval.shape))
         for v in program.jaxpr.invars
     ]
     arrays = [jnp.asarray(x, v.aval.dtype) for x, v in zip(inputs, program.jaxpr.invars)]
