@@ -60,7 +60,7 @@ class BenchmarkConfig:
     remat: int | None = None
     """Of --suite training, epochs and pipeline: as of a training run; of local rules."""
     slice: int | None = None
-    """Of --suite training, epochs and pipeline: as of a training run; of reaches of 2 or more."""
+    """Of --suite training, epochs and pipeline: as of a training run; of local rules."""
     against: str | None = None
     """Of --suite training: torch, a plain PyTorch loop of the same network and rule, which takes
     turns with the library; both then train with adamw."""
