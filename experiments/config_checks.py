@@ -131,6 +131,11 @@ def _check_training(given: Any) -> None:
             f"--other-learning-rate {given.other_learning_rate} is of no use to --optimizer "
             f"{given.optimizer}; leave it out."
         )
+    if not given.momentum and given.optimizer in AVERAGING:
+        raise ValueError(
+            f"--momentum is {given.momentum}, by which --optimizer {given.optimizer} divides; it "
+            "must be positive."
+        )
     if given.warmup_epochs and given.schedule == "plateau":
         raise ValueError(
             f"--warmup-epochs {given.warmup_epochs} does not go with --schedule plateau; use "

@@ -126,5 +126,11 @@ def held_out(config: TrainConfig, train: Examples) -> tuple[Examples, Examples |
     if config.validation_examples is None:
         return train, None
     train, validation = hold_out(train, config.validation_examples)
-    count = config.train_examples or train.labels.shape[0]
+    left = train.labels.shape[0]
+    count = config.train_examples or left
+    if count > left:
+        raise ValueError(
+            f"--train-examples is {count}, and {left} are left beside the "
+            f"{config.validation_examples} of --validation-examples; give fewer."
+        )
     return first_examples(train, count), validation

@@ -53,6 +53,16 @@ class Card(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
+def describe_input(spec: DatasetSpec) -> str:
+    """A sentence on what an input is, in PyTorch's layout."""
+    *sides, channels = spec.input_shape
+    shape = (channels, *sides) if len(sides) == 2 else spec.input_shape
+    of_bytes = f"in [0, 1], less {[*spec.mean]}, over {[*spec.std]}, by channel"
+    is_plain = not any(spec.mean) and all(one == 1 for one in spec.std)
+    numbers = "as they were given" if is_plain else of_bytes
+    return f"An input is [batch, {', '.join(map(str, shape))}]: numbers {numbers}."
+
+
 def command_of(config: TrainConfig) -> str:
     """The command that repeats a run, wherever and on whatever it is trained."""
     default = default_config(config.dataset, config.preset)
@@ -215,9 +225,7 @@ def write_card(card: Card, path: pathlib.Path) -> None:
         f"{spec.name}, {spec.train_size or 'unknown'} training and {spec.test_size or 'unknown'} "
         f"test images, {len(spec.class_names)} classes in this order: "
         f"{', '.join(spec.class_names)}.",
-        f"An input is [batch, {spec.input_shape[-1]}, {spec.input_shape[0]}, "
-        f"{spec.input_shape[1]}]: pixels in [0, 1], less {[*spec.mean]}, over {[*spec.std]}, by "
-        "channel.",
+        describe_input(spec),
         "",
         "## In PyTorch",
         "",

@@ -38,7 +38,11 @@ def _parts(folder: pathlib.Path, config: TrainConfig) -> Iterator[_Part]:
     }
     for kind, some in names.items():
         for name in filter(own_parts.is_own, some):
-            part = own_parts.find(kind, name)
+            try:
+                part = own_parts.find(kind, name)
+            except ValueError:
+                # Whoever needs it says so: weights are evaluated without their optimizer.
+                continue
             if (source := part.source()) is not None:
                 yield _Part(part, source.path, folder / FOLDER / f"{source.module}.py")
 
@@ -51,9 +55,6 @@ def changed(folder: pathlib.Path, config: TrainConfig) -> list[str]:
     Args:
         folder: of the run.
         config: the run's.
-
-    Raises:
-        ValueError: a part cannot be found any more.
     """
     found: dict[tuple[pathlib.Path, pathlib.Path], list[str]] = {}
     for part, source, kept in _parts(folder, config):

@@ -1,6 +1,7 @@
 """From a config to data, model, rule and optimizer: what training and evaluation share."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -202,6 +203,7 @@ def make_run(config: TrainConfig) -> Run:
     with as_user_error():
         opened = data_sets.open_data(config)
     task = make_task(config, opened.spec)
+    _check_shapes(config, task)
     held_out = config.validation_examples or 0
     if held_out >= task.spec.train_size:
         raise UserError(
@@ -224,6 +226,21 @@ def make_run(config: TrainConfig) -> Run:
         test=test,
         many_steps=_many_steps(config, train),
     )
+
+
+def _check_shapes(config: TrainConfig, task: Task) -> None:
+    """Raise UserError for what the examples' shape does not allow."""
+    shape = task.spec.input_shape
+    for name, asked in (("augmentation", config.augmentation), ("test-views", config.test_views)):
+        if asked != "none" and len(shape) != 3:
+            raise UserError(
+                f"--{name} is {asked}, and the examples of {config.dataset!r} have shape "
+                f"{tuple(shape)}; only images [height, width, channels] have that. Give none."
+            )
+    with as_user_error():
+        # A rule may find a block too narrow for its classes.
+        draw = functools.partial(task.model.init, task.rule)
+        jax.eval_shape(draw, jax.random.key(0), example_image(task.spec))
 
 
 def _check_batch_size(config: TrainConfig, available: int) -> None:

@@ -853,6 +853,17 @@ def run_import():
         (run_digits, "--pipeline 1 --stages 4", ["together 5 units"]),
         (run_digits, "--groups 2,x", ["'2,x'", "like 2,2"]),
         (run_digits, "--groups 3", ["add up to 4, or to 5"]),
+        (
+            run_digits,
+            "--optimizer schedule_free_sgd --momentum 0",
+            ["--momentum is 0.0", "positive"],
+        ),
+        (run_digits, "--rule deeper_forward --width 0.2", ["no group for each of 10 classes"]),
+        (
+            run_digits,
+            "--train-examples 5000 --validation-examples 100",
+            ["--train-examples is 5000", "1337 are left"],
+        ),
         (run_digits, "--rule lls,bp", ["'bp' has no local loss"]),
         (run_digits, "--rule lls,lls_m", ["2 rules, one a block, for 4 blocks"]),
         (run_digits, "--rule no_such.module:rule", ["no_such.module", "cannot be imported"]),

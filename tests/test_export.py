@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from experiments import export, train
 from experiments.config import TrainConfig
+from experiments.model_card import describe_input
 from lls_jax import interop, models, rules, training
 from lls_jax.blocks import (
     ConvBlock,
@@ -19,6 +20,8 @@ from lls_jax.blocks import (
     ResidualBlock,
     ResidualStem,
 )
+from lls_jax.data import Split
+from lls_jax.data.arrays import describe
 from lls_jax.errors import UserError
 from lls_jax.interop import torch_files
 from lls_jax.models import BlockSpec, Network
@@ -96,6 +99,19 @@ def test_safetensors_have_pytorchs_names_and_layouts_and_come_back(tmp_path):
     for file, message in (("text", "is not a safetensors file"), ("none", "does not exist")):
         with pytest.raises(UserError, match=message):
             interop.load_safetensors(tmp_path / file, TINY, image)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "said"),
+    [
+        ((8, 6, 3), np.uint8, "[batch, 3, 8, 6]: numbers in [0, 1], less"),
+        ((6,), np.float32, "[batch, 6]: numbers as they were given."),
+        ((5, 4), np.float32, "[batch, 5, 4]: numbers as they were given."),
+    ],
+)
+def test_the_card_says_what_an_input_is(shape, dtype, said):
+    pixels = np.arange(2 * np.prod(shape)).reshape(2, *shape).astype(dtype)
+    assert said in describe_input(describe(Split(pixels, np.zeros(2, np.int32)), 2))
 
 
 def test_blocks_without_a_counterpart_come_back():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import tracemalloc
+import types
 import warnings
 
 import flax.linen as nn
@@ -19,6 +21,7 @@ from lls_jax.errors import CheckpointError, UserError
 from lls_jax.models import BlockSpec, Network
 from lls_jax.optimizers import schedule_free_adamw
 from lls_jax.runs.callbacks import Callback, EarlyStopping
+from lls_jax.runs.source import from_batches
 
 CLASSES = 3
 RULE = rules.LLS(num_classes=CLASSES, modulation="matrix")
@@ -120,6 +123,12 @@ def test_batches_may_come_from_a_function_or_an_endless_iterator():
     endless = fit(MODEL, RULE, TX, train=itertools.cycle(made), steps_per_epoch=4, epochs=2)
     assert_equal(whole.state, by_epoch.state)
     assert_equal(whole.state, endless.state)
+
+
+def test_of_several_processes_each_gives_its_rows_of_a_batch():
+    two_of_six = types.SimpleNamespace(num_devices=6, addressable_devices={"a", "b"})
+    source, images = from_batches(batches_of(blobs(30), 15), None, two_of_six)
+    assert (source.batch_size, images.shape) == (45, (15, 6))
 
 
 def test_the_best_epoch_is_chosen_by_the_validation_examples():
@@ -359,9 +368,12 @@ BYTES = np.zeros((9, 6), np.uint8)
         ({"batch_size": 2.5}, "`batch_size` is 2.5"),
         ({"eval_batch_size": 0}, "`eval_batch_size` is 0"),
         ({"checkpoint_every": -1}, "`checkpoint_every` is -1.* at least 0"),
-        ({"early_stopping": 0}, "`early_stopping` is 0"),
+        ({"early_stopping": 0, "test": blobs(9)}, "`early_stopping` is 0; it must be"),
+        ({"early_stopping": 2}, "`early_stopping` is 2, and there are neither"),
+        ({"seed": 2**32}, "`seed` is 4294967296; it must be at least 0, and less than"),
         ({"steps_per_epoch": 3}, "`steps_per_epoch` is 3, and the training examples are arrays"),
         ({"test_views": "flip"}, "`test_views` is 'flip', and there are neither"),
+        ({"test_views": "flip", "test": blobs(9)}, r"the examples have shape \(6,\); only images"),
         ({"test": (blobs(9)[0][:, :1], blobs(9)[1])}, r"`test` have shape \(1,\); expected \(6,\)"),
         ({"validation": (BYTES, blobs(9)[1])}, "`validation` have dtype uint8, .* float32; give"),
         ({"train": [{"image": BYTES, "label": blobs(9)[1]}]}, "a training batch have dtype uint8"),
@@ -404,6 +416,43 @@ def test_what_cannot_be_evaluated_is_named(change, message):
         evaluation.evaluate(
             *(model, state, (images, labels)), spec=spec, batch_size=change.get("batch_size", 9)
         )
+
+
+def test_only_images_have_views():
+    """Sequences would be read from their last channel to their first."""
+    state = training.create_train_state(MODEL, RULE, TX, jax.random.key(0), jnp.zeros((1, 6)))
+    with pytest.raises(ValueError, match=r"`views` is 'flip', and the examples have shape \(6,\)"):
+        evaluation.evaluate(MODEL, state, blobs(9), views="flip")
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "count", "message"),
+    [
+        # Of four steps an epoch.
+        (None, 15, "has 4 steps an epoch, and an epoch of these training examples has 1"),
+        (None, 45, "has 4 steps an epoch, and an epoch of these training examples has 3"),
+        (None, 120, "has 4 steps an epoch, and an epoch of these training examples has 8"),
+        (3, 30, "has step 3, and an epoch of these training examples has 2"),
+    ],
+)
+def test_a_run_goes_on_with_as_many_examples_as_it_began_with(tmp_path, stop_at, count, message):
+    """Else its epochs would be empty, or begin before their first batch."""
+    options = {"epochs": 2, "batch_size": 15, "workdir": tmp_path}
+    fit(MODEL, RULE, TX, train=blobs(60), callbacks=[Heard(stop_at)], **options)
+    options["epochs"] = 3
+    with pytest.raises(UserError, match=message):
+        fit(MODEL, RULE, TX, train=blobs(count), **options)
+    assert fit(MODEL, RULE, TX, train=blobs(60), **options).state.step == 12
+
+
+def test_bytes_are_described_without_a_copy_of_them_all():
+    images = np.zeros((4096, 16, 16, 3), np.uint8)
+    split = Split(images, np.zeros(4096, np.int32))
+    tracemalloc.start()
+    spec = describe(split, CLASSES)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert spec.std == (1.0,) * 3 and peak < images.nbytes
 
 
 def test_with_64_bit_numbers_a_run_stops_inside_an_epoch_and_goes_on(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import command_line, compare, evaluate, run_config, setup, train
+from experiments import command_line, compare, evaluate, own_sources, run_config, setup, train
 from experiments.config import TrainConfig
 from experiments.presets import PRESETS
 from lls_jax import models, own_parts
@@ -269,6 +269,12 @@ def test_the_nearer_stands_before_the_farther(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**values, "format": 1}))
     with pytest.raises(UserError, match="earlier version"):
         run_config.begin_from(tmp_path)
+
+
+def test_a_part_that_is_gone_is_no_change_of_a_source(tmp_path):
+    """Weights are evaluated and exported where their optimizer's module is not."""
+    config = TrainConfig(dataset="digits", optimizer="no_such_module:make")
+    assert own_sources.changed(tmp_path, config) == []
 
 
 def test_any_command_takes_any_data_set():

@@ -123,6 +123,17 @@ def pack(archive, target):
     return target
 
 
+def test_of_sixteen_bits_the_upper_eight_are_taken(tmp_path):
+    archive = class_folder(tmp_path / "pictures")
+    scan = archive / "train" / "owl" / "1.png"
+    Image.fromarray(np.full((14, 20), 0x40FF, np.uint16)).save(scan)
+    with Image.open(scan) as image:
+        assert image.mode == "I;16"
+    spec = prepared("image_folder", archive, tmp_path / "data", image_size=SIZE)
+    data = storage.load(spec, "train", tmp_path / "data")
+    assert [(image == 0x40).all() for image in data.images].count(True) == 1
+
+
 @pytest.mark.parametrize("ending", [".tgz", ".zip"])
 def test_only_images_come_out_of_an_archive(ending, tmp_path):
     archive = class_folder(tmp_path / "pack" / "pictures")

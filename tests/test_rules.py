@@ -442,6 +442,18 @@ def test_a_group_has_one_loss_and_one_gradient_through_its_blocks():
             model.grouped(sizes)
 
 
+def test_a_last_group_with_the_classifier_leaves_what_its_rule_keeps_fixed():
+    model, batch = models.make("small_conv", num_classes=CLASSES, width=0.25), make_batch()
+    grouped, rule, tx = model.grouped((2, 3)), make_rule("lls_random"), optax.adam(1e-2)
+    state = training.create_train_state(grouped, rule, tx, jax.random.key(0), batch["image"])
+    after, _ = training.make_train_step(grouped, rule, tx)(copy(state), batch)
+    old, new = state.params["block_1"], after.params["block_1"]
+    jax.tree.map(np.testing.assert_array_equal, old["rule"], new["rule"])
+    assert jax.tree.leaves(old["rule"])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), old["block"], new["block"])
+    assert any(jax.tree.leaves(moved))
+
+
 # --- A rule of one's own -------------------------------------------------------------------------
 
 

@@ -43,6 +43,30 @@ def to_split(name: str, arrays: Any) -> Split | DeviceSplit:
     return Split(images, labels.astype(np.int32))
 
 
+# Examples that are counted at once.
+_COUNTED = 512
+
+
+def _count_bytes(images: Any) -> np.ndarray:
+    """How often each channel has each byte, ``[channels, 256]``; never a second copy of them all.
+
+    Args:
+        images: uint8 ``[count, ..., channels]``, on the device or the host.
+    """
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, images.shape[0], _COUNTED):
+        some = np.asarray(images[start : start + _COUNTED]).reshape(-1, images.shape[-1])
+        counts += [np.bincount(channel, minlength=256) for channel in some.T]
+    return counts
+
+
+def _moments(counts: np.ndarray) -> tuple[float, float]:
+    """Mean and deviation of bytes from how often there is each."""
+    values, total = np.arange(256), counts.sum()
+    mean = float(counts @ values) / total
+    return mean, float(np.sqrt(counts @ np.square(values - mean) / total))
+
+
 def describe(split: Split | DeviceSplit, num_classes: int) -> DatasetSpec:
     """A description of images by themselves: mean and deviation of each channel, no windows.
 
@@ -53,10 +77,9 @@ def describe(split: Split | DeviceSplit, num_classes: int) -> DatasetSpec:
     channels = split.images.shape[-1]
     mean, std = (0.0,) * channels, (1.0,) * channels
     if split.images.dtype == np.uint8:
-        axes = tuple(range(split.images.ndim - 1))
-        pixels = np.asarray(split.images)
-        mean = tuple(float(v) / 255 for v in pixels.mean(axes, dtype=np.float64))
-        std = tuple(float(v) / 255 or 1.0 for v in pixels.std(axes, dtype=np.float64))
+        moments = [_moments(counts) for counts in _count_bytes(split.images)]
+        mean = tuple(mean / 255 for mean, _ in moments)
+        std = tuple(std / 255 or 1.0 for _, std in moments)
     return DatasetSpec(
         name="arrays",
         version="1.0.0",

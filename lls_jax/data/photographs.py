@@ -273,15 +273,29 @@ def examples(
     for path, label in zip(data.paths, data.labels):
         try:
             with Image.open(path) as image:
-                fitted = ImageOps.fit(
-                    image.convert("RGB"), (width, height), Image.Resampling.BILINEAR
-                )
+                fitted = ImageOps.fit(_in_bytes(image), (width, height), Image.Resampling.BILINEAR)
                 pixels = np.asarray(fitted)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             # What Pillow raises for files that are not what they seem.
             corrupt.append(path)
             continue
         yield pixels, int(label)
+
+
+def _in_bytes(image: Any) -> Any:
+    """A Pillow image in red, green and blue; of 16 bits the upper eight.
+
+    Raises:
+        ValueError: its pixels are numbers of which nobody knows the largest.
+    """
+    from PIL import Image
+
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode!r} have no range to be scaled from.")
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion cuts at 255: all of it white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def corrupt_message(corrupt: list[pathlib.Path]) -> str:

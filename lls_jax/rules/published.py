@@ -18,14 +18,16 @@ def hidden_dim(model: str, groups: tuple[int, ...] | None = None) -> int | tuple
         model: its name.
         groups: blocks a group, where consecutive blocks share a loss: that of the last counts.
 
-    >>> hidden_dim("small_conv"), hidden_dim("vgg8"), hidden_dim("small_conv", (2, 2))
+    >>> hidden_dim("small_conv"), hidden_dim("vgg8"), hidden_dim("small_conv", (2, 2, 1))
     ((512, 256, 512, 512), 2048, (256, 512))
+    >>> hidden_dim("small_conv", (2, 3))  # The classifier belongs to the last.
+    (256, 512)
     """
     widths = _HIDDEN.get(model)
     if widths is None or groups is None:
         return widths or _WIDEST
-    ends = itertools.accumulate(groups)
-    return tuple(widths[min(end, len(widths)) - 1] for end in ends if end <= len(widths)) or widths
+    ends = dict.fromkeys(min(end, len(widths)) for end in itertools.accumulate(groups))
+    return tuple(widths[end - 1] for end in ends)
 
 
 def basis_rows(model: str, num_classes: int) -> int:

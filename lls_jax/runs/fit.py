@@ -23,10 +23,13 @@ from lls_jax.runs import source as sources
 from lls_jax.runs.loop import train as train_run
 from lls_jax.runs.resuming import check_lost_settings
 from lls_jax.runs.run import Compiled, FitResult, Run
-from lls_jax.runs.views import check_views
+from lls_jax.runs.views import check_views, check_views_of
 from lls_jax.steps.loop import make_loop, make_statistics_loop
 from lls_jax.steps.reach_schedule import check_reach
 from lls_jax.training import Optimizer
+
+# Larger ones repeat smaller ones: jax.random.key takes 32 bits.
+_SEEDS = 2**32
 
 
 class _Warnings(listening.Callback):
@@ -144,11 +147,15 @@ def fit(
     held_out: int | None = None
     if isinstance(validation, int | np.integer):
         held_out, validation = checks.whole_number("validation", validation, 1), None
-    if test_views != "none" and test is None and validation is None and held_out is None:
-        raise ValueError(
-            f"`test_views` is {test_views!r}, and there are neither `test` nor `validation` "
-            "examples to evaluate: give some, or leave it out."
-        )
+    for name, wanted, is_asked in (
+        ("test_views", test_views, test_views != "none"),
+        ("early_stopping", early_stopping, early_stopping is not None),
+    ):
+        if is_asked and test is None and validation is None and held_out is None:
+            raise ValueError(
+                f"`{name}` is {wanted!r}, and there are neither `test` nor `validation` examples "
+                "to evaluate: give some, or leave it out."
+            )
     listeners = [*callbacks]
     if all(type(one).on_warning is listening.Callback.on_warning for one in listeners):
         # Nobody would hear of a damaged checkpoint.
@@ -157,6 +164,8 @@ def fit(
         patience = checks.whole_number("early_stopping", early_stopping, 1)
         listeners.append(listening.EarlyStopping(patience))
     sharding = None if execution is None else execution.sharding
+    if not 0 <= seed < _SEEDS:
+        raise ValueError(f"`seed` is {seed}; it must be at least 0, and less than {_SEEDS}.")
     model_key, data_key = jax.random.split(jax.random.key(seed))
     evaluation_sets: dict[str, Any] = {}
     dtypes: dict[str, Any] = {}
@@ -188,6 +197,7 @@ def fit(
         dtypes["train"] = example.dtype
         # Of floats, which are normalised already.
         own_spec = spec or describe(_on_host(example), model.num_classes)
+    check_views_of("test_views", test_views, own_spec.input_shape)
     model.check_image((source.batch_size, *example.shape[1:]))
     for name, given in (("validation", validation), ("test", test)):
         if given is not None:

@@ -75,6 +75,9 @@ class _Trainer:
             self.reached = resuming.resume(manager, folder, start, self._warn) or start
             resumed = self.reached is not start
             self.records = resuming.records_until(folder, self.reached.epochs_done, resumed)
+            if resumed:
+                length = run.source.steps_per_epoch
+                resuming.check_length(folder, self.reached, self.records, length)
             if processes.is_first():
                 folders.keep_metrics(folder, self.records)
             accuracies = map(callbacks.selection_accuracy, self.records)

@@ -156,6 +156,35 @@ def records_until(folder: pathlib.Path, epochs_done: int, resumed: bool) -> list
     return kept
 
 
+def check_length(
+    folder: pathlib.Path,
+    reached: CheckpointState,
+    records: list[dict[str, Any]],
+    steps_per_epoch: int,
+) -> None:
+    """Check that the epochs of a run were as long as they are now.
+
+    Args:
+        folder: of the run.
+        reached: where it is.
+        records: of its epochs.
+        steps_per_epoch: of this start.
+
+    Raises:
+        UserError: there are more or fewer training examples, or batches of another size.
+    """
+    step, ended = int(reached.state.step), records[-1]["step"] if records else 0
+    in_epoch = step - reached.epochs_done * steps_per_epoch
+    if ended == reached.epochs_done * steps_per_epoch and 0 <= in_epoch < steps_per_epoch:
+        return
+    before = f"{ended // reached.epochs_done} steps an epoch" if records else f"step {step}"
+    raise UserError(
+        f"{folder} has {before}, and an epoch of these training examples has {steps_per_epoch}: "
+        "they, or the size of their batches, have changed since; go on with those that the run "
+        "began with, or give another --workdir."
+    )
+
+
 def check_lost_settings(folder: pathlib.Path, settings: folders.Settings) -> None:
     """Check settings against those of a run's checkpoints, where its config.json is lost.
 

@@ -186,7 +186,8 @@ def from_batches(
             something that can be gone over once an epoch, like a list or a data loader; a function
             of the epoch's number, from 0, that gives such; or an iterator that does not end.
         steps_per_epoch: batches of an epoch; None for ``len(made)``.
-        sharding: that the batches are to have.
+        sharding: that the batches are to have; where it is of several processes, each gives its own
+            rows of every batch.
 
     Returns:
         The source, and the images of its first batch.
@@ -252,4 +253,6 @@ def from_batches(
     def for_statistics(count: int) -> Iterator[jax.Array]:
         return (placed(batch)["image"] for batch in some(count))
 
-    return Source(steps_per_epoch, images.shape[0], epoch, sample, for_statistics), images
+    here = 1 if sharding is None else sharding.num_devices // len(sharding.addressable_devices)
+    batch_size = here * images.shape[0]
+    return Source(steps_per_epoch, batch_size, epoch, sample, for_statistics), images

@@ -18,6 +18,8 @@ from lls_jax.steps.block import (
     apply_gradients,
     classifier_loss,
     local_update,
+    merge_params,
+    split_params,
 )
 from lls_jax.steps.slice_plan import plan_block
 from lls_jax.steps.state import (
@@ -103,6 +105,7 @@ def update_classifier(
 
 def update_last_group(
     model: Network,
+    rule: LocalRule,
     tx: tuple[optax.GradientTransformation, optax.GradientTransformation],
     states: tuple[BlockState, BlockState],
     x: jax.Array,
@@ -113,6 +116,7 @@ def update_last_group(
 
     Args:
         model: the network.
+        rule: the block's own, whose loss is left out.
         tx: the block's optimizer and the classifier's.
         states: the block's and the classifier's.
         x: the block's input.
@@ -146,9 +150,10 @@ def update_last_group(
         (own, classifier.params)
     )
     # Its rule's parameters, which no loss reaches, get gradients of 0.
-    grads_block = {**jax.tree.map(jnp.zeros_like, block.params), **grads[0]}
-    params, opt_state = apply_gradients(tx[0], block.opt_state, block.params, grads_block, loss)
-    new_block = BlockState(params, stats, opt_state)
+    trained, fixed = split_params(rule, block.params)
+    grads_block = {**jax.tree.map(jnp.zeros_like, trained), **grads[0]}
+    params, opt_state = apply_gradients(tx[0], block.opt_state, trained, grads_block, loss)
+    new_block = BlockState(merge_params(params, fixed), stats, opt_state)
     params, opt_state = apply_gradients(
         tx[1], classifier.opt_state, classifier.params, grads[1], loss
     )
@@ -226,13 +231,13 @@ def make_units(
 
         return Unit((CLASSIFIER,), update)
 
-    def last_group_unit(index: int, name: str) -> Unit:
+    def last_group_unit(index: int, name: str, own_rule: LocalRule) -> Unit:
         own_tx = optimizer_of(tx, name), optimizer_of(tx, CLASSIFIER)
 
         def update(states: Any, x: Any, labels: Any, key: Any, step: Any) -> Any:
             block_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
             states, loss, logits = update_last_group(
-                model, own_tx, states, x.astype(model.dtype), labels_of(labels), block_key
+                model, own_rule, own_tx, states, x.astype(model.dtype), labels_of(labels), block_key
             )
             return states, loss[None], logits
 
@@ -241,8 +246,10 @@ def make_units(
     rows = list(zip(model.block_names, model.specs, model.block_rules(rule)))
     alone = len(rows) - model.classifier_in_last_group
     units = [block_unit(index, *row) for index, row in enumerate(rows[:alone])]
-    last = last_group_unit(alone, rows[-1][0]) if alone < len(rows) else classifier_unit()
-    return [*units, last]
+    if alone == len(rows):
+        return [*units, classifier_unit()]
+    name, _, own_rule = rows[-1]
+    return [*units, last_group_unit(alone, name, own_rule)]
 
 
 def local_step(
