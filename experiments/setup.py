@@ -17,6 +17,7 @@ from lls_jax.data import batches
 from lls_jax.errors import UserError
 from lls_jax.models import Network
 from lls_jax.rules import published
+from lls_jax.runs.checks import check_of_images
 from lls_jax.steps.reach_schedule import check_reach
 from pallas_kernels import local_loss
 
@@ -230,14 +231,12 @@ def make_run(config: TrainConfig) -> Run:
 
 def _check_shapes(config: TrainConfig, task: Task) -> None:
     """Raise UserError for what the examples' shape does not allow."""
-    shape = task.spec.input_shape
-    for name, asked in (("augmentation", config.augmentation), ("test-views", config.test_views)):
-        if asked != "none" and len(shape) != 3:
-            raise UserError(
-                f"--{name} is {asked}, and the examples of {config.dataset!r} have shape "
-                f"{tuple(shape)}; only images [height, width, channels] have that. Give none."
-            )
     with as_user_error():
+        for name, asked in (
+            ("--augmentation", config.augmentation),
+            ("--test-views", config.test_views),
+        ):
+            check_of_images(name, asked, task.spec.input_shape)
         # A rule may find a block too narrow for its classes.
         draw = functools.partial(task.model.init, task.rule)
         jax.eval_shape(draw, jax.random.key(0), example_image(task.spec))

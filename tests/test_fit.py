@@ -373,7 +373,10 @@ BYTES = np.zeros((9, 6), np.uint8)
         ({"seed": 2**32}, "`seed` is 4294967296; it must be at least 0, and less than"),
         ({"steps_per_epoch": 3}, "`steps_per_epoch` is 3, and the training examples are arrays"),
         ({"test_views": "flip"}, "`test_views` is 'flip', and there are neither"),
-        ({"test_views": "flip", "test": blobs(9)}, r"the examples have shape \(6,\); only images"),
+        (
+            {"test_views": "flip", "test": blobs(9)},
+            r"the examples have shape \(6,\); it is for images",
+        ),
         ({"test": (blobs(9)[0][:, :1], blobs(9)[1])}, r"`test` have shape \(1,\); expected \(6,\)"),
         ({"validation": (BYTES, blobs(9)[1])}, "`validation` have dtype uint8, .* float32; give"),
         ({"train": [{"image": BYTES, "label": blobs(9)[1]}]}, "a training batch have dtype uint8"),

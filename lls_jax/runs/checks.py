@@ -55,6 +55,21 @@ def check_examples(name: str, examples: Any, spec: DatasetSpec, num_classes: int
         )
 
 
+def check_of_images(name: str, asked: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError, naming the argument, where what is asked for needs images.
+
+    Args:
+        name: of the argument.
+        asked: what it is; ``"none"`` asks for nothing.
+        shape: of an example.
+    """
+    if asked != "none" and len(shape) != 3:
+        raise ValueError(
+            f"`{name}` is {asked!r}, and the examples have shape {tuple(shape)}; it is for images "
+            "[height, width, channels] alone."
+        )
+
+
 def check_kinds(dtypes: dict[str, Any]) -> None:
     """Raise ValueError where some images are bytes and others floats, normalised already.
 

@@ -11,9 +11,9 @@ import optax
 from lls_jax.data import DatasetSpec, Split, batches
 from lls_jax.data.arrays import describe, to_split
 from lls_jax.models import Network
-from lls_jax.runs.checks import check_examples, whole_number
+from lls_jax.runs.checks import check_examples, check_of_images, whole_number
 from lls_jax.runs.source import Arrays
-from lls_jax.runs.views import check_views, check_views_of, mean_logits
+from lls_jax.runs.views import check_views, mean_logits
 from lls_jax.steps.averaging import is_schedule_free
 from lls_jax.training import TrainState
 
@@ -183,6 +183,6 @@ def evaluate(
             )
         spec = describe(split, model.num_classes)
     check_examples("examples", split, spec, model.num_classes)
-    check_views_of("views", views, spec.input_shape)
+    check_of_images("views", views, spec.input_shape)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return evaluate_weights(model, variables, spec, split, batch_size, views=views)

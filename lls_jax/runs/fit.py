@@ -23,7 +23,7 @@ from lls_jax.runs import source as sources
 from lls_jax.runs.loop import train as train_run
 from lls_jax.runs.resuming import check_lost_settings
 from lls_jax.runs.run import Compiled, FitResult, Run
-from lls_jax.runs.views import check_views, check_views_of
+from lls_jax.runs.views import check_views
 from lls_jax.steps.loop import make_loop, make_statistics_loop
 from lls_jax.steps.reach_schedule import check_reach
 from lls_jax.training import Optimizer
@@ -197,7 +197,7 @@ def fit(
         dtypes["train"] = example.dtype
         # Of floats, which are normalised already.
         own_spec = spec or describe(_on_host(example), model.num_classes)
-    check_views_of("test_views", test_views, own_spec.input_shape)
+    checks.check_of_images("test_views", test_views, own_spec.input_shape)
     model.check_image((source.batch_size, *example.shape[1:]))
     for name, given in (("validation", validation), ("test", test)):
         if given is not None:

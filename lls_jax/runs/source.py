@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lls_jax import processes
 from lls_jax.data import DatasetSpec, Split, batches
 from lls_jax.data.order import epoch_order
+from lls_jax.runs.checks import check_of_images
 
 Arrays = tuple[Any, Any] | Split | batches.DeviceSplit
 Batch = dict[str, jax.Array]
@@ -131,11 +132,7 @@ def from_arrays(
             f"`batch_size` is {batch_size}, but there are only {size} training examples; use a "
             "smaller one."
         )
-    if augmentation != "none" and split.images.ndim != 4:
-        raise ValueError(
-            f"`augmentation` is {augmentation!r}, and the training examples have shape "
-            f"{split.images.shape[1:]}; only images [height, width, channels] can be augmented."
-        )
+    check_of_images("augmentation", augmentation, split.images.shape[1:])
     steps = size // batch_size
     read = batches.make_reader(spec, augmentation, batch_size, sharding)
 
@@ -253,6 +250,6 @@ def from_batches(
     def for_statistics(count: int) -> Iterator[jax.Array]:
         return (placed(batch)["image"] for batch in some(count))
 
-    here = 1 if sharding is None else sharding.num_devices // len(sharding.addressable_devices)
-    batch_size = here * images.shape[0]
+    parts = 1 if sharding is None else sharding.num_devices // len(sharding.addressable_devices)
+    batch_size = parts * images.shape[0]
     return Source(steps_per_epoch, batch_size, epoch, sample, for_statistics), images

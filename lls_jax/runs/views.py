@@ -16,21 +16,6 @@ def check_views(name: str, views: str) -> None:
         raise ValueError(f"`{name}` is {views!r}; expected one of {', '.join(VIEWS)}.")
 
 
-def check_views_of(name: str, views: str, shape: tuple[int, ...]) -> None:
-    """Raise ValueError, naming the argument, for views of what are no images.
-
-    Args:
-        name: of the argument.
-        views: known ones.
-        shape: of an example.
-    """
-    if views != "none" and len(shape) != 3:
-        raise ValueError(
-            f"`{name}` is {views!r}, and the examples have shape {tuple(shape)}; only images "
-            "[height, width, channels] have views."
-        )
-
-
 def mean_logits(
     classify: Callable[[jax.Array], jax.Array], images: jax.Array, views: str
 ) -> jax.Array:

@@ -13,8 +13,8 @@ from lls_jax.steps.block import BlockState, split_params
 
 # What runs once need not be fast: the same bits after a third to half of the time to compile.
 _ONCE = {"xla_backend_optimization_level": 1}
-# Who asks JAX for less than that keeps it.
-_LESS = "jax_disable_most_optimizations"
+# JAX's own option for less than that, which stands before it.
+_COMPILE_LEAST = "jax_disable_most_optimizations"
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -99,8 +99,8 @@ def create_train_state(
     key = _typed_key(key)
     # One program: each array's zeros, copies and draws would be compiled by themselves. Inside
     # another program JAX takes no options.
-    keeps = isinstance(key, jax.core.Tracer) or jax.config.read(_LESS)
-    options = None if keeps else _ONCE
+    takes_none = isinstance(key, jax.core.Tracer) or jax.config.read(_COMPILE_LEAST)
+    options = None if takes_none else _ONCE
     return jax.jit(draw, compiler_options=options)(key, image)
 
 
