@@ -46,6 +46,16 @@ class _HelpFormatter(SimpleHelpFormatter):
         super().start_section("settings" if heading and heading.endswith("['config']") else heading)
 
 
+def _at_home(argument: str) -> str:
+    """With a folder under ``~``, which a shell leaves as it is behind ``=``, and in a file.
+
+    >>> _at_home("--data-dir=~/data") == "--data-dir=" + os.path.expanduser("~/data")
+    True
+    """
+    start = argument.find("=~") + 1 if argument.startswith("--") else 0
+    return argument[:start] + os.path.expanduser(argument[start:])
+
+
 def parse(
     kind: type[Config],
     prog: str,
@@ -74,8 +84,9 @@ def parse(
     )
     parser.add_arguments(kind, dest="config", default=default)  # type: ignore[type-var]
     add_more(parser)
+    typed = sys.argv[1:] if arguments is None else arguments
     try:
-        return parser.parse_args(arguments).config
+        return parser.parse_args([*map(_at_home, typed)]).config
     except ValueError as error:
         parser.error(str(error))
 
@@ -168,7 +179,7 @@ def parse_training(
         arguments: the command line; None for ``sys.argv``.
     """
     prog = dataset or "run"
-    typed = sys.argv[1:] if arguments is None else arguments
+    typed = [*map(_at_home, sys.argv[1:] if arguments is None else arguments)]
     finder = _Parser(prog=f"python -m experiments.{prog}", add_help=False, allow_abbrev=False)
     _add_elsewhere(finder)
     finder.add_argument("--preset")

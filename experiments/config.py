@@ -47,11 +47,12 @@ class TrainConfig:
     """Step size of the optimizer."""
     optimizer: str = "schedule_free_adamw"
     """schedule_free_adamw: the published one; optax_schedule_free_adamw, whose average weighs the
-    first steps like all others; schedule_free_sgd, adamw, adam, sgd (with --momentum), or muon:
+    first steps like all others; schedule_free_sgd, adamw, adam, sgd, or muon:
     Muon for the blocks' kernels, which keep their norm, and adamw for the rest; your own:
     package.module:function."""
     momentum: float = 0.9
-    """Momentum of sgd and muon, and the averaging weight b1 of the schedule-free optimizers."""
+    """Momentum of sgd and muon, b1 of adam and adamw, and the averaging weight b1 of the
+    schedule-free optimizers."""
     other_learning_rate: float | None = None
     """Of what is no kernel of a block, with --optimizer muon [default: 0.01]."""
     weight_decay: float = 0.0

@@ -45,8 +45,10 @@ def make(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformat
         "schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(
             rate, b1=config.momentum, weight_decay=decay
         ),
-        "adamw": lambda: optax.adamw(rate, weight_decay=decay),
-        "adam": lambda: optax.chain(optax.add_decayed_weights(decay), optax.adam(rate)),
+        "adamw": lambda: optax.adamw(rate, b1=config.momentum, weight_decay=decay),
+        "adam": lambda: optax.chain(
+            optax.add_decayed_weights(decay), optax.adam(rate, b1=config.momentum)
+        ),
         "muon": lambda: muon(
             config.learning_rate,
             config.momentum,

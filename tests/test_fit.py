@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import tracemalloc
 import types
 import warnings
@@ -443,9 +444,12 @@ def test_a_run_goes_on_with_as_many_examples_as_it_began_with(tmp_path, stop_at,
     options = {"epochs": 2, "batch_size": 15, "workdir": tmp_path}
     fit(MODEL, RULE, TX, train=blobs(60), callbacks=[Heard(stop_at)], **options)
     options["epochs"] = 3
+    before = (tmp_path / "config.json").read_text()
     with pytest.raises(UserError, match=message):
         fit(MODEL, RULE, TX, train=blobs(count), **options)
+    assert (tmp_path / "config.json").read_text() == before
     assert fit(MODEL, RULE, TX, train=blobs(60), **options).state.step == 12
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(before) | {"epochs": 3}
 
 
 def test_bytes_are_described_without_a_copy_of_them_all():

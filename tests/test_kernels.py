@@ -310,6 +310,10 @@ def test_a_choice_is_kept_with_the_run_and_for_the_next_one(tmp_path, monkeypatc
     # Of a later version, which may know more.
     (folder / "kernels.json").write_text('{"implementation": "split", "colour": 3}')
     assert kernels.choose(one, folder, "gpu").origin == "remembered"
+    # A cache that cannot be written ends no run.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert kernels.choose(one, None, "gpu").origin == "measured"
     # Where there is nothing to choose.
     for rule in (rules.make("predsim", num_classes=10), one.rule.with_implementation("xla")):
         assert kernels.choose(one._replace(rule=rule), None, "gpu") is None

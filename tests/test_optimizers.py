@@ -49,6 +49,18 @@ def test_gradients_are_clipped_by_their_norm():
         np.testing.assert_allclose(updates, -grads / jnp.linalg.norm(grads) * norm, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_momentum_is_adams_b1(name):
+    tx = optimizers.make(TrainConfig(optimizer=name, momentum=0.6, learning_rate=0.5), 2)
+    params = jnp.zeros(())
+    # Optax's own mix dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = tx.update(jnp.ones(()), tx.init(params), params)
+        update, _ = tx.update(-jnp.ones(()), state, params)
+    # 1 and then -1: their mean square is 1, their mean -(1 - b1)^2 / (1 - b1^2).
+    np.testing.assert_allclose(update, 0.5 * (1 - 0.6) / (1 + 0.6), rtol=1e-5)
+
+
 def run(tx, initial, gradients):
     """The parameters, and their average, after every step."""
     update = jax.jit(tx.update)
@@ -111,6 +123,7 @@ def grads_and_params():
     [
         lambda tx: tx,
         lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+        lambda tx: optax.named_chain(("clip", optax.clip_by_global_norm(1.0)), ("own", tx)),
         lambda tx: optax.inject_hyperparams(
             lambda learning_rate: schedule_free_adamw(learning_rate)
         )(learning_rate=0.1),
@@ -119,7 +132,7 @@ def grads_and_params():
             {"one": tx, "other": schedule_free_adamw(0.1)}, {"a": "one", "b": "other"}
         ),
     ],
-    ids=["plain", "chain", "inject_hyperparams", "masked", "multi_transform"],
+    ids=["plain", "chain", "named_chain", "inject_hyperparams", "masked", "multi_transform"],
 )
 def test_its_average_is_found_at_any_depth(wrap, request):
     tx = wrap(schedule_free_adamw(0.1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -249,11 +250,15 @@ def test_a_mistake_is_one_clear_line(tmp_path, monkeypatch, capsys, arguments, p
 def test_the_nearer_stands_before_the_farther(tmp_path):
     """Data set's defaults < preset < file < command line; and of a run, run < file < line."""
     file = tmp_path / "options.toml"
-    file.write_text('preset = "airbench"\nepochs = 5\nmomentum = 1\n'.replace("= 1\n", "= 0\n"))
+    file.write_text('preset = "airbench"\nepochs = 5\nmomentum = 0\ndata-dir = "~/data"\n')
     config = command_line.parse_training(
         "digits", "", ["--config", str(file), "--epochs", "7", "--seed", "1"]
     )
     assert (config.epochs, config.momentum, config.model) == (7, 0.0, "airbench")
+    # No shell sees a file, or what stands behind `=`.
+    assert config.data_dir == os.path.expanduser("~/data")
+    typed = parse("python -m experiments.digits --workdir=~/run")
+    assert typed.workdir == os.path.expanduser("~/run")
     assert (config.batch_size, config.dataset, config.preset) == (2000, "digits", "airbench")
     other = dataclasses.replace(
         config, workdir="elsewhere", coordinator="here:1", num_processes=2, process_id=1

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import json
+import os
 import pathlib
 import pickle
 import shutil
@@ -250,6 +251,10 @@ def test_corrupt_files_are_named_counted_and_stop_it_unless_skipped(write, tmp_p
         (lambda root: (root / "val").rename(root / "elsewhere"), "lacks a folder `train` or `val`"),
         (lambda root: picture(root / "val/cow/1.jpg", (1, 1, 1)), "has class 'cow'"),
         (lambda root: [f.unlink() for f in root.glob("val/*/*")], "has no test images"),
+        (
+            lambda root: picture(root / os.fsdecode(b"train/caf\xe9/1.jpg"), (1, 1, 1)),
+            r"has class 'caf\\udce9', which is no UTF-8",
+        ),
     ],
 )
 def test_wrong_folders_are_reported(spoil, message, tmp_path):

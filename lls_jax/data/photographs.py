@@ -175,7 +175,14 @@ def _by_class(folder: pathlib.Path, names: tuple[str, ...]) -> Photographs:
 
 
 def _classes(folder: pathlib.Path) -> tuple[str, ...]:
-    return tuple(child.name for child in _visible(folder) if child.is_dir())
+    names = tuple(child.name for child in _visible(folder) if child.is_dir())
+    for name in names:
+        # What is no UTF-8 in a path, Python keeps as halves of pairs: no file takes them.
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise DatasetError(
+                f"{folder} has class {name!r}, which is no UTF-8; rename its folder."
+            )
+    return names
 
 
 def _find_classes(folder: pathlib.Path, path: pathlib.Path) -> Found:

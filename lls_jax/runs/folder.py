@@ -137,10 +137,6 @@ class Settings:
                 "ones to resume it, or another folder for a new run."
             )
 
-    def extend(self, stored: Record) -> Record:
-        """What config.json holds from now on: as before, but for the number of epochs."""
-        return {**stored, "epochs": max(stored["epochs"], self.values["epochs"])}
-
 
 def read_settings(folder: pathlib.Path) -> Record | None:
     """The values of a run's config.json; None where there is none.
@@ -182,11 +178,16 @@ def check_settings(folder: pathlib.Path, settings: Settings, *, must_exist: bool
 
 
 def write_settings(folder: pathlib.Path, settings: Settings) -> None:
-    """Write a new run's settings; of an old one's only the number of epochs may grow."""
+    """Write a new run's settings; those of an old one stay."""
+    if read_settings(folder) is None:
+        write_atomically(folder / "config.json", to_json(settings.values))
+
+
+def extend(folder: pathlib.Path, epochs: int) -> None:
+    """Write that a run goes on, to a larger number of epochs."""
     stored = read_settings(folder)
-    values = settings.values if stored is None else settings.extend(stored)
-    if values != stored:
-        write_atomically(folder / "config.json", to_json(values))
+    if stored is not None and stored["epochs"] < epochs:
+        write_atomically(folder / "config.json", to_json({**stored, "epochs": epochs}))
 
 
 def _commit() -> str | None:

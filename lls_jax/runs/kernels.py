@@ -1,5 +1,6 @@
 """Which form of the local losses a run takes: measured on its own steps, when it starts."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -108,7 +109,9 @@ def choose(
     assert taken is not None
     choice = dataclasses.replace(choice, implementation=taken)
     if processes.is_first():
-        _write(memory, {**_read(memory), key: dataclasses.asdict(choice)})
+        # Where nothing can be remembered, the next run measures again.
+        with contextlib.suppress(OSError):
+            _write(memory, {**_read(memory), key: dataclasses.asdict(choice)})
     return choice
 
 

@@ -79,6 +79,8 @@ class _Trainer:
                 length = run.source.steps_per_epoch
                 resuming.check_length(folder, self.reached, self.records, length)
             if processes.is_first():
+                # Only now: a start that is refused leaves all as it was.
+                folders.extend(folder, run.epochs)
                 folders.keep_metrics(folder, self.records)
             accuracies = map(callbacks.selection_accuracy, self.records)
             best = max((one for one in accuracies if one is not None), default=None)

@@ -54,8 +54,8 @@ def averaged_params(state: TrainState) -> dict[str, Any]:
     """
     if not is_schedule_free(state.opt_state):
         return state.params
-    if isinstance(state.opt_state, dict):
-        # One a block; bp has one in all.
+    if isinstance(state.opt_state, dict) and state.opt_state.keys() == state.params.keys():
+        # One a block; bp has one in all, which may be a dict too: of optax.named_chain.
         return _averages(state.opt_state, state.params)
     return _average(state.opt_state, state.params)
 
