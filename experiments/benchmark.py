@@ -19,6 +19,8 @@ from experiments.config_choices import KERNELS, PRECISIONS, option
 
 # Whose rules may be measured with several reaches.
 _REACHING = ("training", "epochs", "pipeline")
+# That measure in other precisions than float32.
+_PRECISE = ("training", "epochs")
 SUITES = ("training", "epochs", "kernels", "pipeline")
 AGAINST = ("torch",)
 # That the PyTorch loop has.
@@ -31,7 +33,7 @@ _DEFAULTS: dict[str, dict[str, list[Any]]] = {
     "kernels": {
         "models": ["small_conv", "vgg8", "mobilenet_v1"],
         "batch_sizes": [128, 1024],
-        "precisions": list(PRECISIONS),
+        "precisions": ["float32"],
     },
 }
 
@@ -50,7 +52,7 @@ class BenchmarkConfig:
     batch_sizes: list[int] = field(default_factory=list)
     """Images a step [default: 128; 64 128 with --suite epochs; 128 1024 with --suite kernels]."""
     precisions: list[str] = field(default_factory=list)
-    """float32, bfloat16 [default: float32; both with --suite kernels]."""
+    """Of --suite training and epochs: float32, bfloat16 [default: float32]."""
     kernels: str = "auto"
     """Of --suite training and epochs, what computes the local losses: auto, xla, split, pallas,
     triton."""
@@ -104,6 +106,10 @@ class BenchmarkConfig:
                 raise ValueError(
                     f"{option(name)} is {unknown[0]!r}; expected one of {', '.join(known)}."
                 )
+        if self.precisions != ["float32"] and self.suite not in _PRECISE:
+            raise ValueError(
+                f"--precisions is of --suite {', '.join(_PRECISE)}, not {self.suite}; leave it out."
+            )
         check_reaches(self.reach)
         check_seeds("--seed", [self.seed])
         if self.reach != [1] and self.suite not in _REACHING:

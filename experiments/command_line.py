@@ -203,8 +203,9 @@ def train_command(dataset: str | None, description: str) -> None:
         dataset: of :data:`experiments.presets.PRESETS`; None for whatever the command line names.
         description: what ``--help`` says first.
     """
-    config = parse_training(dataset, description)
+    # First: it may start the process again, and --config may name a pipe, which is read but once.
     startup.prepare()
+    config = parse_training(dataset, description)
 
     leave: Callable[[int], NoReturn] = sys.exit
     if config.coordinator is not None:

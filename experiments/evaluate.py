@@ -78,6 +78,7 @@ def judge(config: EvaluateConfig) -> Judged:
     from experiments import data_sets, own_sources
     from experiments.run_config import read_config
     from experiments.setup import as_user_error, example_image, make_task
+    from lls_jax.runs.checks import check_of_images
     from lls_jax.runs.evaluate import evaluate_weights
     from lls_jax.runs.restore import restore
 
@@ -92,6 +93,7 @@ def judge(config: EvaluateConfig) -> Judged:
     with as_user_error():
         data_sets.download(trained)
         opened = data_sets.open_data(trained)
+        check_of_images("--views", config.views, opened.spec.input_shape)
     task = make_task(trained, opened.spec)
     for changed in own_sources.changed(folder, trained):
         print(f"warning: {changed}", file=sys.stderr)

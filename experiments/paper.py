@@ -94,7 +94,8 @@ class PaperConfig:
     workdir: str
     """Folder of all runs, and of the table."""
     only: list[str] = field(default_factory=list)
-    """Run only experiments whose name has one of these in it, like cifar10 or vgg8-lls_m."""
+    """Run only experiments whose name has one of these as some of its parts, like cifar10 or
+    vgg8-lls_m."""
     epochs: int | None = None
     """Epochs of every run [default: the published 100 or 300]."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -261,7 +262,7 @@ def paper(config: PaperConfig) -> int:
     entries = [
         entry
         for entry in TABLES[config.table]()
-        if not config.only or any(part in entry.name for part in config.only)
+        if not config.only or any(f"-{part}-" in f"-{entry.name}-" for part in config.only)
     ]
     if not entries:
         names = ", ".join(entry.name for entry in TABLES[config.table]())

@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments.config import FORMAT, TrainConfig
 from experiments.config_choices import SPREADING, option
+from lls_jax import own_parts
 from lls_jax.errors import UserError
 from lls_jax.runs import folder as folders
 
@@ -53,7 +54,24 @@ def may_go_on(stored: TrainConfig, config: TrainConfig, name: str) -> bool:
         return True
     # A run can be extended.
     is_longer = name == "epochs" and config.epochs > stored.epochs
-    return is_longer and config.schedule not in SPREADING
+    return is_longer and spreads(config) is None
+
+
+def spreads(config: TrainConfig) -> str | None:
+    """The option by which updates depend on the number of epochs; None where they do not.
+
+    Raises:
+        UserError: the user's own optimizer is not to be found.
+    """
+    if config.schedule in SPREADING:
+        return f"--schedule {config.schedule}"
+    by_epochs = config.optimizer == "muon" and config.model == "airbench"
+    if own_parts.is_own(config.optimizer):
+        try:
+            by_epochs = bool(own_parts.find("optimizer", config.optimizer).takes(["epochs"]))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return f"--optimizer {config.optimizer}" if by_epochs else None
 
 
 def _parse(path: pathlib.Path, values: dict[str, Any]) -> tuple[TrainConfig, int]:
@@ -126,7 +144,7 @@ def check_same_run(folder: pathlib.Path, config: TrainConfig) -> None:
     if stored is None:
         return
     before, _ = _parse(folder, stored)
-    if config.schedule not in SPREADING:
+    if before.epochs != config.epochs and spreads(config) is None:
         config = dataclasses.replace(config, epochs=max(config.epochs, before.epochs))
     ConfigSettings(config).check(folder, stored)
 
@@ -155,8 +173,8 @@ class ConfigSettings(folders.Settings):
             if not may_go_on(before, config, field.name)
         ]
         if differing:
-            spread = before.epochs != config.epochs and config.schedule in SPREADING
-            because = f"; --schedule {config.schedule} depends on --epochs" if spread else ""
+            by = spreads(config) if before.epochs != config.epochs else None
+            because = f"; {by} depends on --epochs" if by else ""
             raise UserError(
                 f"{folder} holds a run with another config ({'; '.join(differing)}{because}); give "
                 "the same options to resume it, or another --workdir for a new run."

@@ -26,11 +26,13 @@ class Trained(NamedTuple):
         run: what was trained.
         result: how it ended.
         signal: number of the signal that stopped it; 0 for none.
+        late_signal: of one that came too late to stop it; it is to stop what comes after.
     """
 
     run: setup.Run
     result: FitResult
     signal: int
+    late_signal: int
 
 
 def train_and_evaluate(config: TrainConfig) -> int:
@@ -40,7 +42,8 @@ def train_and_evaluate(config: TrainConfig) -> int:
         config: the run.
 
     Returns:
-        Exit status: 0, or 130 / 143 after Ctrl-C / SIGTERM, with all saved.
+        Exit status: 0, or 130 / 143 after Ctrl-C / SIGTERM, with all saved: also where it came
+        after the last step, so that a batch ends there.
 
     Raises:
         As :func:`train`.
@@ -49,7 +52,7 @@ def train_and_evaluate(config: TrainConfig) -> int:
     if trained.signal:
         return _say_stopped(config, trained)
     _say_done(config, trained.result)
-    return 0
+    return 128 + trained.late_signal if trained.late_signal else 0
 
 
 def train_and_advise(config: TrainConfig) -> int:
@@ -121,7 +124,9 @@ def train(
             settings=settings,
             should_stop=lambda: signals.received or 0,
         )
-    return Trained(run, result, result.stopped if signals.is_signal(result.stopped) else 0)
+    if signals.is_signal(result.stopped):
+        return Trained(run, result, result.stopped, 0)
+    return Trained(run, result, 0, signals.received or 0)
 
 
 def _say_stopped(config: TrainConfig, trained: Trained) -> int:

@@ -115,11 +115,17 @@ def test_without_pytorch_one_line_says_what_to_install(tmp_path, monkeypatch):
         ({"against": "torch", "rules": ["dfa"]}, "--rules dfa does not go with --against torch"),
         ({"against": "torch", "precisions": ["bfloat16"]}, "--precisions bfloat16 does not go"),
         ({"torch_python": "python"}, "--torch-python is of --against torch"),
+        ({"suite": "pipeline", "precisions": ["bfloat16"]}, "--precisions is of --suite training"),
     ],
 )
 def test_no_race_of_what_cannot_be_raced(options, message):
     with pytest.raises(ValueError, match=message):
         benchmark.BenchmarkConfig(**options)
+
+
+def test_no_race_of_blocks_that_the_loop_lacks():
+    with pytest.raises(UserError, match="kind WhitenedConvPair, which model 'airbench' has"):
+        described(model="airbench")
 
 
 @pytest.mark.parametrize("model", ["small_conv", "vgg8", "mobilenet_v1"])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shlex
 import sys
 
 import jax
@@ -17,6 +18,7 @@ from experiments.board import content, costs, outcome, paired, speed, summary
 from experiments.board.command import board
 from experiments.board.config import BoardConfig
 from experiments.board.rows import Row, train_config
+from experiments.command_line import parse
 from experiments.config import TrainConfig
 from experiments.suites import training as suites_training
 from lls_jax import training
@@ -203,6 +205,10 @@ def test_the_paired_test_is_the_one_of_the_books():
             assert found.p == pytest.approx(1 - 2 / math.pi * math.atan(abs(t)))
     assert paired.compare({0: 71.0}, {0: 70.0, 1: 2.0})[1:] == (1, None, "n too small")
     assert paired.compare({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})[1:] == (2, None, "no spread")
+    # An image of 360 better with each seed, to the last bit but one.
+    right = np.array([354, 353, 349])
+    better, plain = (dict(enumerate(100 * count / 360)) for count in (right + 1, right))
+    assert paired.compare(better, plain)[1:] == (3, None, "no spread")
     assert paired.compare({0: 1.0}, {1: 1.0}) is None
     shown = summary._test(paired.compare({0: 71.0}, {0: 70.0})._asdict())
     assert shown == "+1.00 (n too small, n 1)"
@@ -222,9 +228,20 @@ def test_what_is_not_given_is_as_the_board_has_it_and_another_recipe_is_refused(
     longer = extend(made, seconds=60.0)
     assert [row.budget for row in longer.rows] == ["epochs"] * 3 + ["seconds"] * 3
     assert len(content.commands(longer, "x")) == 2
+    # Commands make these rows and no others, though they are no product.
+    ragged = extend(made, models=["vgg8"], rules=["lls"], reach=[1])
+    ragged = extend(ragged, models=["vgg8"], rules=["bp"])
+    again = None
+    for command in content.commands(ragged, str(tmp_path)):
+        arguments = shlex.split(command.removeprefix("python -m experiments.board"))
+        again = content.extend(parse(BoardConfig, "board", "", arguments), again)
+    assert set(again.rows) == set(ragged.rows) and len(ragged.rows) == 5
     for options, message in (
         ({"dataset": "digits"}, "a board of cifar10, not of digits"),
         ({"options": "--batch-size 32"}, "--batch-size 64 there, 32 here"),
+        # What changes no training, but the board's columns.
+        ({"options": "--batch-size 64 --remat 4"}, "--remat None there, 4 here"),
+        ({"options": "--batch-size 64 --test-views flip"}, "--test-views none there, flip here"),
         ({"options": "--seed=3"}, "--options has --seed"),
         ({"options": "--batch-size '64"}, "No closing quotation"),
         ({"dataset": "cifar11"}, "of cifar10, not of cifar11"),
@@ -249,6 +266,14 @@ def test_what_is_not_given_is_as_the_board_has_it_and_another_recipe_is_refused(
         )  # fmt: skip
     with pytest.raises(ValueError, match="--no-measure-speed"):
         config(tmp_path, seconds=1.0, measure_speed=False)
+
+
+def test_bp_is_given_no_options_of_local_losses():
+    recipe = content.recipe_of("digits", "--temperature 0.3 --kernels xla --remat 4")
+    for rule, expected in (("lls", (0.3, "xla", 4.0)), ("bp", (None, "auto", None))):
+        one = train_config(recipe, Row("small_conv", rule, 1, "epochs", 2))
+        assert (one.temperature, one.kernels, one.remat) == expected
+        setup.check_task(one)
 
 
 def test_a_board_keeps_the_options_of_a_file_that_changes(tmp_path):

@@ -24,10 +24,12 @@ import pytest
 from conftest import EMITTERS
 
 from experiments import (
+    batch,
     benchmark,
     command_line,
     compare,
     console,
+    data_sets,
     evaluate,
     export_lls_dnn,
     import_lls_dnn,
@@ -231,6 +233,28 @@ def test_a_signal_while_images_are_loaded_interrupts(request, tmp_path, monkeypa
     status, error = command(monkeypatch, capsys, run_digits, "--workdir", str(tmp_path / "run"))
     assert (status, error) == (130, "interrupted\n")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_after_the_last_step_ends_a_batch(tmp_path, capsys, monkeypatch):
+    append = folders.append_metrics
+
+    def signalled(folder, record):
+        append(folder, record)
+        if record["epoch"] == TINY.epochs:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(folders, "append_metrics", signalled)
+
+    def member(name):
+        config = tiny(tmp_path / name)
+        return batch.Member(
+            *(name, tmp_path / name, "digits", lambda: False),
+            lambda: train.train_and_evaluate(config),
+        )
+
+    assert batch.run_all(map(member, ("one", "two")), lambda: None) == 143
+    assert f"done: {TINY.epochs} epochs" in capsys.readouterr().out
+    assert (tmp_path / "one").exists() and not (tmp_path / "two").exists()
 
 
 # Each makes the process kill itself somewhere; none of it lets anything clean up.
@@ -482,6 +506,20 @@ def test_evaluate_takes_best_last_and_steps(reference, capsys):
         evaluate.evaluate(evaluate.EvaluateConfig(str(reference), checkpoint="7"))
 
 
+def test_evaluate_has_views_of_images_alone(reference, monkeypatch):
+    """Sequences would be read from their last channel to their first."""
+    open_data = data_sets.open_data
+
+    def of_sequences(config):
+        opened = open_data(config)
+        return opened._replace(spec=dataclasses.replace(opened.spec, image_shape=(6, 2)))
+
+    monkeypatch.setattr(data_sets, "open_data", of_sequences)
+    config = evaluate.EvaluateConfig(str(reference), views="flip")
+    with pytest.raises(UserError, match=r"`--views` is 'flip', and .* shape \(6, 2\)"):
+        evaluate.judge(config)
+
+
 def test_evaluate_answers_where_classes_have_no_image_and_no_picture_can_be_written(
     reference, capsys, monkeypatch
 ):
@@ -578,10 +616,18 @@ def test_benchmark_of_whole_runs_tells_seconds_and_accuracy(tmp_path, capsys):
     assert "evaluate with" not in printed
 
 
+def test_benchmark_of_kernels_has_layers_of_some_models(tmp_path):
+    config = benchmark.BenchmarkConfig(
+        suite="kernels", models=["small_conv", "vgg8b"], cpu=True, out=str(tmp_path)
+    )
+    with pytest.raises(UserError, match=r"no layers of model 'vgg8b'; .* small_conv, vgg8"):
+        benchmark.benchmark(config)
+
+
 def test_benchmark_of_kernels_names_what_it_measured(tmp_path, capsys, few_steps):
     config = benchmark.BenchmarkConfig(
         suite="kernels", rules=["lls"], models=["small_conv"], batch_sizes=[2],
-        precisions=["float32"], turns=1, cpu=True, out=str(tmp_path),
+        turns=1, cpu=True, out=str(tmp_path),
     )  # fmt: skip
     assert benchmark.benchmark(config) == 0
     report = json.loads((tmp_path / "benchmark.json").read_text())["results"]

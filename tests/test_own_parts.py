@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shlex
+import subprocess
 import sys
 
 import jax
@@ -245,6 +246,44 @@ def test_a_mistake_is_one_clear_line(tmp_path, monkeypatch, capsys, arguments, p
     for part in parts:
         assert part.format(tmp=tmp_path) in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_may_be_a_pipe():
+    """The process starts again, for its memory, and a pipe is read but once."""
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.digits", "--config", "/dev/stdin"],
+        **{"input": "bach-size = 3", "env": environment, "cwd": pathlib.Path(__file__).parents[1]},
+        **{"capture_output": True, "text": True, "check": False},
+    )
+    assert done.returncode == 2 and "'bach-size', which is no option" in done.stderr
+
+
+def test_a_longer_run_is_another_where_its_updates_depend_on_its_length(tmp_path, monkeypatch):
+    (tmp_path / "mytx.py").write_text(
+        "import optax\n"
+        "def plain(learning_rate): return optax.sgd(learning_rate)\n"
+        "def spread(learning_rate, epochs): return optax.sgd(learning_rate / epochs)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for options, by in (
+        ({}, None),
+        ({"schedule": "cosine"}, "--schedule cosine"),
+        ({"optimizer": "muon"}, None),
+        ({"optimizer": "muon", "model": "airbench"}, "--optimizer muon"),
+        ({"optimizer": "mytx:plain"}, None),
+        ({"optimizer": "mytx:spread"}, "--optimizer mytx:spread"),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        short = TrainConfig(epochs=2, workdir=str(folder), **options)
+        folders.write_settings(folder, run_config.ConfigSettings(short))
+        longer = run_config.ConfigSettings(dataclasses.replace(short, epochs=3))
+        if by is None:
+            longer.check(folder, folders.read_settings(folder))
+        else:
+            with pytest.raises(UserError, match=f"--epochs 2 there, 3 here; {by} depends on"):
+                longer.check(folder, folders.read_settings(folder))
 
 
 def test_the_nearer_stands_before_the_farther(tmp_path):

@@ -94,6 +94,8 @@ def test_a_folder_of_classes_is_imported(packed, tmp_path):
     # JPEG moves a flat colour by a little.
     assert (np.abs(red - 80 * data.labels) < 12).all()
     assert len(storage.load(spec, "test", tmp_path / "data", limit=4).labels) == 4
+    # No window of an image is all of it: there is none, and crops pad.
+    assert spec.crop is None and get_spec("image_folder").with_side(160).crop == 128
 
 
 def pack(archive, target):
@@ -243,6 +245,11 @@ def test_corrupt_files_are_named_counted_and_stop_it_unless_skipped(write, tmp_p
     spec = prepared("image_folder", archive, tmp_path / "data", image_size=SIZE, skip_corrupt=True)
     assert (spec.train_size, spec.test_size) == (18, 6)
     assert "left out: 2 image file(s)" in capsys.readouterr().err
+    # Where nothing else is left of a part, tfds has nothing to write.
+    for path in archive.glob("val/*/*"):
+        path.write_bytes(write)
+    with pytest.raises(DatasetError, match=r"8 image file\(s\).*, all of a part; nothing was kept"):
+        prepared("image_folder", archive, tmp_path / "data", image_size=SIZE, skip_corrupt=True)
 
 
 @pytest.mark.parametrize(

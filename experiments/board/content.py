@@ -21,6 +21,8 @@ _RULES = ("lls", "lls_mxm", "local_classifier", "bp", CHECKPOINTED, ACCUMULATED)
 _FORMAT = 1
 # Options of the training command that are the board's own, or would make budgets unequal.
 _OWN = ("rule", "reach", "seed", "epochs", "workdir", "dataset", "data_dir", "progress", "patience")
+# Those of them that change no training, but columns of the board.
+_SHOWN = ("remat", "slice", "test_views")
 
 Key = tuple[str, str, int]
 
@@ -179,7 +181,9 @@ def _check_same(config: BoardConfig, stored: Board) -> None:
     differing = [
         f"{option(name)} {getattr(theirs, name)} there, {getattr(ours, name)} here"
         for name in (field.name for field in dataclasses.fields(ours))
-        if name not in (*NOT_COMPARED, *_OWN) and getattr(ours, name) != getattr(theirs, name)
+        if (name not in NOT_COMPARED or name in _SHOWN)
+        and name not in _OWN
+        and getattr(ours, name) != getattr(theirs, name)
     ]
     if differing:
         raise UserError(
@@ -188,35 +192,39 @@ def _check_same(config: BoardConfig, stored: Board) -> None:
         )
 
 
+def _alike(board: Board) -> dict[tuple[Any, ...], tuple[list[str], list[str]]]:
+    """By budget and reaches, models and rules of which all pairs are rows of the board."""
+    reaches: dict[tuple[Any, ...], list[int]] = {}
+    for row in board.rows:
+        has_reach = row.trained_rule not in BASELINES
+        cell = row.budget, row.amount, has_reach, row.rule, row.model
+        reaches.setdefault(cell, []).append(row.reach)
+    models: dict[tuple[Any, ...], list[str]] = {}
+    for (*budget, has_reach, rule, model), own in reaches.items():
+        models.setdefault((*budget, tuple(own) if has_reach else None, rule), []).append(model)
+    grouped: dict[tuple[Any, ...], tuple[list[str], list[str]]] = {}
+    # Rules without a reach last: they go with others, whatever the reaches of those are.
+    for (*budget, own, rule), own_models in sorted(models.items(), key=lambda one: not one[0][2]):
+        key = (*budget, own, tuple(own_models))
+        if own is None:
+            key = next((k for k in grouped if k[:2] == key[:2] and k[3] == key[3]), key)
+        grouped.setdefault(key, (own_models, []))[1].append(rule)
+    return grouped
+
+
 def commands(board: Board, workdir: str) -> list[str]:
     """Commands that make the same board: one for all rules that have the same rows otherwise."""
-    grouped: dict[tuple[Any, ...], list[str]] = {}
-    for rule in dict.fromkeys(row.rule for row in board.rows):
-        own = [row for row in board.rows if row.rule == rule]
-        has_reach = own[0].trained_rule not in BASELINES
-        shape = (
-            tuple(dict.fromkeys(row.model for row in own)),
-            tuple(dict.fromkeys((row.budget, row.amount) for row in own)),
-            tuple(dict.fromkeys(row.reach for row in own)) if has_reach else None,
-        )
-        grouped.setdefault(shape, []).append(rule)
-    reaching = [shape for shape in grouped if shape[2] is not None]
-    merged: dict[tuple[Any, ...], list[str]] = {}
-    for shape, rules in grouped.items():
-        same = [other for other in reaching if other[:2] == shape[:2]]
-        merged.setdefault(same[0] if shape[2] is None and same else shape, []).extend(rules)
     # Not as typed: what they named may have changed.
     recipe = {k: v for k, v in changed_options(board.recipe).items() if k not in _OWN}
     options = shlex.join(to_arguments(recipe))
     lines = []
-    for (models, budgets, reaches), rules in merged.items():
-        for budget, amount in budgets:
-            arguments = ["python", "-m", "experiments.board", "--workdir", workdir]
-            arguments += ["--dataset", board.dataset, "--models", *models, "--rules", *rules]
-            if reaches:
-                arguments += ["--reach", *map(str, reaches)]
-            arguments += ["--seeds", *map(str, board.seeds), f"--{budget}", f"{amount:g}"]
-            if options:
-                arguments += [f"--options={options}"]
-            lines.append(shlex.join(arguments))
+    for (budget, amount, reaches, _), (models, rules) in _alike(board).items():
+        arguments = ["python", "-m", "experiments.board", "--workdir", workdir]
+        arguments += ["--dataset", board.dataset, "--models", *models, "--rules", *rules]
+        if reaches:
+            arguments += ["--reach", *map(str, reaches)]
+        arguments += ["--seeds", *map(str, board.seeds), f"--{budget}", f"{amount:g}"]
+        if options:
+            arguments += [f"--options={options}"]
+        lines.append(shlex.join(arguments))
     return lines

@@ -81,7 +81,7 @@ def train_run(config: TrainConfig, row: Row, steps: int | None) -> int:
     folders.write_atomically(
         pathlib.Path(config.run_folder()) / _FINAL, folders.to_json(outcome._asdict())
     )
-    return 0
+    return 128 + trained.late_signal if trained.late_signal else 0
 
 
 def _with_step(row: Row, run: setup.Run) -> setup.Run:

@@ -12,6 +12,12 @@ from experiments.config_choices import BASELINES
 # The rule that a row of another name trains with, and the way its step is made.
 _WAYS = {CHECKPOINTED: "checkpointed", ACCUMULATED: "accumulated"}
 
+# Options of use to rules with local losses alone.
+_OF_LOCAL_RULES = (
+    *("remat", "slice", "kernels", "auxiliary_depth", "basis_rows"),
+    *("waveform", "temperature", "label_smoothing"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -101,8 +107,8 @@ def train_config(recipe: TrainConfig, row: Row, **changes: Any) -> TrainConfig:
         **changes: fields of the config.
     """
     if row.trained_rule in BASELINES:
-        # Of use to local rules alone, whose memory it saves.
-        changes = {"remat": None, "slice": None, **changes}
+        plain = TrainConfig()
+        changes = {name: getattr(plain, name) for name in _OF_LOCAL_RULES} | changes
     return dataclasses.replace(
         recipe, model=row.model, rule=row.trained_rule, reach=row.reach, **changes
     )

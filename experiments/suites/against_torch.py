@@ -67,7 +67,7 @@ def describe(task: Task, config: TrainConfig, seed: int) -> dict[str, Any]:
         seed: of the random images and weights.
 
     Raises:
-        UserError: the PyTorch loop has no such rule.
+        UserError: the PyTorch loop has no such rule, or no such block.
     """
     rule = _describe_rule(task)
     blocks = []
@@ -84,6 +84,11 @@ def describe(task: Task, config: TrainConfig, seed: int) -> dict[str, Any]:
             latents = latent_dim(activation.shape[1:], spec.pool_size)
             basis = task.rule.projection({}, latents).tolist()
         module: Any = spec.module
+        if type(module) not in _KINDS:
+            raise UserError(
+                f"--against torch has no block of kind {type(module).__name__}, which model "
+                f"{task.model.name!r} has; leave that model out."
+            )
         blocks.append(
             {
                 "kind": _KINDS[type(module)],

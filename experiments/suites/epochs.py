@@ -42,8 +42,8 @@ def measure(config: TrainConfig) -> report.Row:
     began = time.perf_counter()
     # Without what a command says at its end: the folder is about to go.
     trained = train.train(config)
-    if trained.signal:
-        raise SystemExit(128 + trained.signal)
+    if number := trained.signal or trained.late_signal:
+        raise SystemExit(128 + number)
     command_seconds = time.perf_counter() - began
     records = trained.result.records
     epochs = [record["seconds"] for record in records]

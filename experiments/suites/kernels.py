@@ -81,8 +81,13 @@ def run(config: Any) -> int:
             "--suite kernels measures GPU kernels and this machine's device is a CPU; add --cpu to "
             "time the plain XLA operations here."
         )
+    if unknown := sorted(set(config.models) - set(LAYERS)):
+        raise UserError(
+            f"--suite kernels has no layers of model {unknown[0]!r}; expected some of "
+            f"{', '.join(LAYERS)}."
+        )
     began = time.perf_counter()
-    models = tuple(model for model in config.models if model in LAYERS) or tuple(LAYERS)
+    models = config.models
     names = list(_implementations())
     bandwidth = timing.copy_bandwidth()
     print(f"{report.device_line()}, copies {bandwidth / 1e9:.0f} GB/s", flush=True)

@@ -71,8 +71,7 @@ def prepare(
     if image_size is not None:
         if spec.layout not in MAPPED_LAYOUTS:
             raise DatasetError(f"the images of data set {spec.name!r} have one size already.")
-        crop = None if spec.crop is None else min(spec.crop, image_size)
-        spec = dataclasses.replace(spec, image_shape=(image_size, image_size, 3), crop=crop)
+        spec = spec.with_side(image_size)
     data_dir.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(data_dir, spec)
     aside = pathlib.Path(tempfile.mkdtemp(prefix=_aside_prefix(spec), dir=data_dir))
@@ -172,7 +171,16 @@ def _write_photographs(
         name: _Part(len(files.paths), photographs.examples(spec, files, corrupt))
         for name, files in found.splits.items()
     }
-    _write(spec, aside, parts, progress)
+    try:
+        _write(spec, aside, parts, progress)
+    except AssertionError as error:
+        # What tfds raises where a part has no example left.
+        if not corrupt:
+            raise
+        raise DatasetError(
+            photographs.corrupt_message(corrupt)
+            + ", all of a part; nothing was kept. Mend or replace them."
+        ) from error
     if corrupt and not skip_corrupt:
         raise DatasetError(
             photographs.corrupt_message(corrupt)

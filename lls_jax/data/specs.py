@@ -70,6 +70,11 @@ class DatasetSpec:
         """Whether sizes and classes are known before the set is prepared."""
         return self.train_size > 0
 
+    def with_side(self, side: int) -> "DatasetSpec":
+        """Of square images of this side; windows are cut where they are larger than a window."""
+        crop = None if self.crop is None or self.crop >= side else self.crop
+        return dataclasses.replace(self, image_shape=(side, side, self.image_shape[-1]), crop=crop)
+
     def prepare_command(self, data_dir: pathlib.Path, *more: str) -> str:
         """The command that prepares it.
 

@@ -111,12 +111,9 @@ def resolve(spec: DatasetSpec, data_dir: pathlib.Path) -> DatasetSpec:
 
     try:
         info = tfds.builder_from_directory(folder).info
-        shape = tuple(info.features["image"].shape)
         return dataclasses.replace(
-            spec,
+            spec.with_side(info.features["image"].shape[0]),
             class_names=tuple(info.features["label"].names),
-            image_shape=shape,
-            crop=None if spec.crop is None else min(spec.crop, shape[0]),
             train_size=info.splits["train"].num_examples,
             test_size=info.splits["test"].num_examples,
         )
