@@ -168,6 +168,19 @@ def gelu_64(scores, square, params, labels):
     return cross_entropy_64(hidden + erf(scores), labels)
 
 
+def powers(scores, square, params, label):
+    # Real powers of negative numbers, and what is left of erf where it is 1 to the last bit.
+    cosine = unit(scores, square)
+    tail = jnp.log(jax.lax.erfc(4.0 + cosine))
+    return params["weights"][label] * jnp.sum(cosine**2.0) + jnp.sum((3.0 * cosine) ** 3.0 + tail)
+
+
+def powers_64(scores, square, params, labels):
+    cosine = unit_64(scores, square)
+    tail = np.log(np.vectorize(math.erfc)(4.0 + cosine))
+    return params["weights"][labels] * (cosine**2).sum(1) + ((3.0 * cosine) ** 3 + tail).sum(1)
+
+
 def walked(scores, square, params, label):
     # Each matrix is too large for registers: with either side in the sum, and with rows picked.
     hidden = jnp.tanh(unit(scores, square) @ params["first"])
@@ -258,5 +271,6 @@ CASES = {
         20,
     ),
     "gelu": Case(gelu, gelu_64, {"gain": (CLASSES,)}),
+    "powers": Case(powers, powers_64, {"weights": (CLASSES,)}),
     "own_target": Case(own_target, own_target_64, {"weights": (CLASSES,)}),
 }

@@ -175,7 +175,7 @@ def test_every_block_is_probed_over_batches_as_over_one():
 
 
 def test_a_head_answers_what_its_largest_logit_says():
-    names = ("lls_mxm", "local_classifier", "predsim", "contrastive")
+    names = ("lls_mxm", "local_classifier", "predsim", "contrastive", "auglocal", "infopro")
     specs = [BlockSpec(ConvBlock(5), pool_size=2) for _ in names]
     specs[-1] = dataclasses.replace(specs[-1], average_pool=2, flatten=True)
     model = Network("heads", CLASSES, tuple(specs))
@@ -197,9 +197,9 @@ def test_a_head_answers_what_its_largest_logit_says():
     found = analysis.head_accuracies(model, rule, variables, halves)
     for accuracy, scores in zip(found, logits):
         assert accuracy == pytest.approx(100 * np.mean(np.argmax(scores, 1) == label))
-    # One that has a classifier in its loss, and one that compares examples.
-    assert 0 < found[2] < 100 and found[3] is None
-    assert analysis.head_accuracies(model, make_rule("bp"), variables, []) == [None] * 4
+    # One that has a classifier in its loss, and those that compare examples, or normalise by them.
+    assert 0 < found[2] < 100 and found[3:] == [None] * 3
+    assert analysis.head_accuracies(model, make_rule("bp"), variables, []) == [None] * 6
 
 
 def blobs(count, seed=0):

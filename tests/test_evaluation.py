@@ -123,6 +123,10 @@ def test_statistics_are_estimated_with_dropout():
     # Of each batch its own.
     one = evaluation.evaluation_state(model, state, [image])
     assert np.any(one.batch_stats["block_0"]["block"]["BatchNorm_0"]["mean"] != norm["mean"])
+    # Training goes on with what it had: a step takes the memory of the state that it is given.
+    batch = {"image": image, "label": jnp.zeros(len(image), jnp.int32)}
+    training.make_train_step(model, rule, tx)(state, batch)
+    assert int(one.step) == 0 and jax.random.key_data(one.key).shape
 
 
 @pytest.mark.parametrize("rule_name", ["dfa", "drtp", "bp", "lls"])

@@ -361,6 +361,11 @@ def test_an_nnx_block_is_updated_as_plain_arrays_are(tmp_path):
     same((ours[-1][1], arrays()), (activation, (params["block"], params["rule"])))
     np.testing.assert_array_equal(arrays()[1]["feedback"], before[1]["feedback"])
     assert block(x).shape == (6, 8)
+    # Optimizers that are told the loss, and those that are told no more than they ask for.
+    plain = optax.GradientTransformation(*optax.sgd(0.1))
+    for own in (optax.chain(plain, optax.contrib.reduce_on_plateau()), plain):
+        told = nnx.Optimizer(block, own, wrt=nnx.Param)
+        assert np.isfinite(local_nnx.update(block, told, x, labels)[0])
     state = nnx.to_pure_dict(nnx.state(block))
     same(saved_and_restored(tmp_path, state), state)
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lls_jax import models, rules, training
+from lls_jax import models, placement, rules, training
 from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock, apply_module
 from lls_jax.models import BlockSpec, Network
 
@@ -80,7 +80,7 @@ def loss_of(index, first, model, rule, state, batch, params):
         x, _ = apply_module(spec.module, own["block"], stats, x, train=True, rngs={"dropout": key})
         if i == index and not (joined and i == len(model.specs) - 1):
             return own_rule.loss(own.get("rule", {}), x, batch["label"], pool_size=spec.pool_size)
-        x = spec.transition(x, key)
+        x = spec.transition(x, key).astype(model.dtype)
     if first >= len(model.specs):
         x = jax.lax.stop_gradient(x)
     logits = model.classify(params["classifier"], x)
@@ -174,6 +174,23 @@ def test_gradients_in_slices_are_those_of_the_whole_batch(reach):
     assert not all(np.array_equal(a, b) for a, b in pairs), "nothing was sliced"
 
 
+@pytest.mark.parametrize(
+    ("own", "whole"), [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)]
+)
+def test_blocks_may_compute_in_another_dtype_than_their_network(own, whole):
+    specs = (BlockSpec(DenseBlock(8, own), pool_size=4),) * 3
+    model, rule = Network("dense", CLASSES, specs, whole), make_rule(*["lls"] * 3)
+    batch = make_batch()
+    batch["image"] = batch["image"].reshape(6, -1)
+    state = start(model, rule, batch)
+    new, _ = train(model, rule, batch, reach=2, state=state)
+    moved, expected = (
+        jax.tree.map(lambda a, b: np.asarray(a - b), state.params, params)
+        for params in (new.params, expected_params(model, rule, state, batch, 2))
+    )
+    assert_close(moved, expected, 5e-2)
+
+
 def test_a_reach_of_all_without_local_losses_is_backpropagation():
     model, batch = mixed(dropout=0.3), make_batch()
     silent = make_rule(*["silent"] * len(model.specs))
@@ -241,3 +258,12 @@ def test_slices_are_of_outputs_that_are_kept():
     rule = rules.make("lls", num_classes=CLASSES)
     with pytest.raises(ValueError, match="`slice_above` is 4 and `remat_above` is 8"):
         training.make_train_step(mixed(), rule, TX, slice_above=4, remat_above=8)
+    for name in ("slice_above", "remat_above"):
+        for make in (
+            lambda options: training.make_train_step(mixed(), rule, TX, **options),
+            lambda options: placement.pipeline(
+                mixed(), rule, TX, jax.devices()[:1], [6], **options
+            ),
+        ):
+            with pytest.raises(ValueError, match=f"`{name}` is 0; it must be a number of bytes"):
+                make({name: 0})

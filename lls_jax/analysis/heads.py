@@ -19,8 +19,8 @@ def head_losses(
     """The local loss of each example by itself, under each label that it might have.
 
     The class of the least one is what the block's head would answer: of a cross-entropy, the
-    largest logit. A rule that compares examples with each other, like ``contrastive``, has no such
-    answer: its losses are all the same, or not numbers.
+    largest logit. A rule that compares examples with each other has no such answer
+    (:attr:`lls_jax.rules.LocalRule.compares_examples`).
 
     Args:
         rule: a local rule.
@@ -51,11 +51,15 @@ def _answers(model: Network, rule: Rule, variables: Any, image: jax.Array) -> li
     for name, spec, own_rule in rows[: len(rows) - model.classifier_in_last_group]:
         own, stats = params[name], variables["batch_stats"][name]["block"]
         activation, _ = apply_module(spec.module, own["block"], stats, x, train=False)
-        losses = head_losses(
-            own_rule, own.get("rule", {}), activation, model.num_classes, spec.pool_size
-        )
-        is_none = ~(losses.max(1) > losses.min(1))
-        answers.append(jnp.where(is_none, -1, jnp.argmin(losses, 1)))
+        if own_rule.compares_examples:
+            answers.append(jnp.full(len(x), -1))
+        else:
+            losses = head_losses(
+                own_rule, own.get("rule", {}), activation, model.num_classes, spec.pool_size
+            )
+            # Of a user's own rule, which may not say so.
+            is_none = ~(losses.max(1) > losses.min(1))
+            answers.append(jnp.where(is_none, -1, jnp.argmin(losses, 1)))
         x = spec.transition(activation, None)
     return answers
 

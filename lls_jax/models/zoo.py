@@ -20,7 +20,8 @@ from lls_jax.blocks import (
     ScaledClassifier,
     WhitenedConvPair,
 )
-from lls_jax.models.network import BlockSpec, Network
+from lls_jax.models.block_spec import BlockSpec
+from lls_jax.models.network import Network
 from lls_jax.models.whitening import Whitening
 
 # From a published width to that of a wider or narrower network.
@@ -240,6 +241,11 @@ def make(
     if own_parts.is_own(name):
         return _make_own(name, num_classes, dropout, dtype, width, classifier_smoothing)
     design = _MODELS[name]
+    if dropout and design.scaled_classifier:
+        raise ValueError(
+            f"`dropout` is {dropout}, and no pooling for it to follow lies between the blocks of "
+            f"{name!r}; leave it out."
+        )
     specs = tuple(
         dataclasses.replace(spec, dropout=dropout)
         if spec.max_pool or spec.average_pool is not None

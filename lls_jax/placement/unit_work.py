@@ -14,6 +14,7 @@ from lls_jax.rules import Rule, Targets
 from lls_jax.steps.local import make_units
 from lls_jax.steps.reach import ReachingUnit, UnitRun, make_reaching_units
 from lls_jax.steps.reach_schedule import Move, brings_own_loss, check_reach, schedule
+from lls_jax.steps.slice_plan import check_bytes
 from lls_jax.training import BlockState, Optimizer
 
 States = dict[str, BlockState]
@@ -74,9 +75,11 @@ def make_pieces(
     Args are those of :func:`lls_jax.training.make_train_step`.
 
     Raises:
-        ValueError: `reach` is no number of blocks, or the rule has no local losses.
+        ValueError: `reach` is no number of blocks, or the rule has no local losses; or
+            `remat_above` or `slice_above` is below 1, or both are given.
     """
     check_reach(rule, reach)
+    check_bytes(remat_above, slice_above)
     units = make_units(model, rule, tx, remat_above, slice_above)
     names = [unit.names for unit in units]
     if reach == 1:

@@ -1,7 +1,7 @@
 """AugLocal: an auxiliary network a block, built like the blocks that come after it."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,8 @@ class AugLocal(LocalRule):
         Ma, Wu, Si, Tan, "Scaling Supervised Local Learning with Augmented Auxiliary Networks",
         ICLR 2024, https://arxiv.org/abs/2402.17318.
     """
+
+    compares_examples: ClassVar[bool] = True
 
     num_classes: int
     auxiliary_depth: int = 2

@@ -108,10 +108,13 @@ class LocalRule(Rule):
         needs_image: whether the loss is given the network's input too: its `labels` are then
             :class:`lls_jax.rules.LabeledImages`, which travel with the activation from block to
             block.
+        compares_examples: whether the loss of an example depends on the others of its batch, so
+            that it has none by itself.
     """
 
     sees: ClassVar[Literal["latents", "activation"]] = "activation"
     needs_image: ClassVar[bool] = False
+    compares_examples: ClassVar[bool] = False
 
     def loss(
         self, params: Params, seen: jax.Array, labels: Any, *, pool_size: int | None
@@ -254,6 +257,13 @@ class PerBlock(Rule):
     """
 
     rules: tuple[LocalRule, ...]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a rule without local losses."""
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for index, rule in enumerate(self.rules):
+            if not isinstance(rule, LocalRule):
+                raise ValueError(f"`rules` has {rule!r} at {index}; give a LocalRule a block.")
 
     @property
     def name(self) -> str:

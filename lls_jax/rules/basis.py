@@ -4,6 +4,8 @@ import functools
 
 import numpy as np
 
+from pallas_kernels.local_loss import latent_dim
+
 WAVEFORMS = ("square", "cosine")
 
 _LOWEST_FREQUENCY = 50
@@ -14,6 +16,16 @@ def check_waveform(waveform: str) -> None:
     """Raise ValueError for a waveform that is none."""
     if waveform not in WAVEFORMS:
         raise ValueError(f"unknown waveform {waveform!r}; expected one of {', '.join(WAVEFORMS)}.")
+
+
+def check_latents(activation_shape: tuple[int, ...], pool_size: int) -> None:
+    """Raise ValueError for a block with one latent, at which every periodic vector is 0."""
+    if latent_dim(activation_shape, pool_size) == 1:
+        raise ValueError(
+            f"a block of shape {tuple(activation_shape)} with `pool_size` {pool_size} has one "
+            "latent, and there sin(0) is all of the periodic basis: nothing would be learned; "
+            "give it a larger `pool_size`."
+        )
 
 
 def _frequencies(rows: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lls_jax.rules.basis import check_waveform, periodic_basis
+from lls_jax.rules.basis import check_latents, check_waveform, periodic_basis
 from lls_jax.rules.cross_entropy import CrossEntropyRule, draw_modulation
 
 _FEWEST_ROWS = 100
@@ -67,7 +67,7 @@ class CenteredLLS(CrossEntropyRule):
         self, key: jax.Array, activation_shape: tuple[int, ...], pool_size: int
     ) -> dict[str, Any]:
         """``{"modulation": M}``, ``[R, K]``, drawn N(0, 0.01^2). Args are those of `Rule.init`."""
-        del activation_shape, pool_size
+        check_latents(activation_shape, pool_size)
         return {"modulation": draw_modulation(key, (self.rows, self.num_classes))}
 
     def observe(self, activation: jax.Array, pool_size: int | None) -> jax.Array:

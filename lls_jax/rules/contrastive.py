@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lls_jax.layers.initializers import fan_in_uniform
 from lls_jax.rules.base import LocalRule, check_options
-from pallas_kernels.local_loss import latent_dim
+from pallas_kernels.local_loss import inverse_norm, latent_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Contrastive(LocalRule):
         return None
 
     sees: ClassVar[Literal["latents", "activation"]] = "latents"
+    compares_examples: ClassVar[bool] = True
 
     def init(
         self, key: jax.Array, activation_shape: tuple[int, ...], pool_size: int
@@ -70,7 +71,7 @@ class Contrastive(LocalRule):
         """The local loss, a float32 scalar; see :meth:`LocalRule.loss`."""
         z = self.observe(seen, pool_size) @ params["projection"]
         square = jnp.sum(jnp.square(z), axis=1, keepdims=True)
-        z = z * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+        z = z * inverse_norm(square)
         logits = jnp.matmul(z, z.T, precision="highest") / self.temperature
         itself = jnp.eye(labels.shape[0], dtype=bool)
         log_p = jax.nn.log_softmax(jnp.where(itself, -jnp.inf, logits), axis=1)

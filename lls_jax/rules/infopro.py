@@ -58,6 +58,7 @@ class InfoPro(LocalRule):
     image_channels: int = 3
 
     needs_image: ClassVar[bool] = True
+    compares_examples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raise ValueError for an option that is out of its range."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.rules.base import check_choice
-from lls_jax.rules.basis import check_waveform, periodic_basis
+from lls_jax.rules.basis import check_latents, check_waveform, periodic_basis
 from lls_jax.rules.cross_entropy import CrossEntropyRule, draw_modulation
 
 _NAMES = {"none": "lls", "vector": "lls_m", "matrix": "lls_mxm"}
@@ -69,7 +69,7 @@ class LLS(CrossEntropyRule):
 
         The basis is a constant. Args are those of :meth:`Rule.init`.
         """
-        del activation_shape, pool_size
+        check_latents(activation_shape, pool_size)
         shapes = {"vector": (self.num_classes,), "matrix": (self.rows, self.num_classes)}
         if self.modulation == "none":
             return {}

@@ -189,4 +189,7 @@ def average_state(
         batch_stats=estimate(params, state.batch_stats),
         # It belongs to other weights; nobody shall train on from here.
         opt_state=None,
+        # The next step takes the state's own memory.
+        step=jnp.copy(state.step),
+        key=jnp.copy(state.key),
     )

@@ -13,6 +13,7 @@ from lls_jax.steps.feedback import feedback_step
 from lls_jax.steps.local import local_step
 from lls_jax.steps.reach import reach_step
 from lls_jax.steps.reach_schedule import check_reach
+from lls_jax.steps.slice_plan import check_bytes
 from lls_jax.steps.state import Optimizer, TrainState, TrainStep
 
 
@@ -64,7 +65,7 @@ def make_train_step(
 
     Raises:
         ValueError: `reach` is no number of blocks, or the rule has no losses that could reach; or
-            `slice_above` is given together with `remat_above`.
+            `remat_above` or `slice_above` is below 1, or both are given.
 
     >>> import jax.numpy as jnp, optax
     >>> from lls_jax import models, rules
@@ -78,11 +79,7 @@ def make_train_step(
     (1, (4,))
     """
     check_reach(rule, reach)
-    if slice_above is not None and remat_above is not None:
-        raise ValueError(
-            f"`slice_above` is {slice_above} and `remat_above` is {remat_above}; the latter does "
-            "not keep the outputs that the former is about: leave one of them out."
-        )
+    check_bytes(remat_above, slice_above)
     step: Any = local_step if reach == 1 else functools.partial(reach_step, reach=reach)
     step = functools.partial(
         step, remat_above=remat_above, slice_above=slice_above, in_order=in_order

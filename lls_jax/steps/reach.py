@@ -170,7 +170,8 @@ def _block_unit(
         else:
             (seen, pooled), stats, pull_block = sliced.run_block(plan, own, stats, x)
             after = spec.after_pooling
-        passed_on, pull_after = jax.vjp(lambda seen: after(seen, key), seen)
+        # In the model's dtype, as the gradient comes back, whatever the block's own is.
+        passed_on, pull_after = jax.vjp(lambda seen: after(seen, key).astype(model.dtype), seen)
 
         def own_loss(learned: Any, activation: Any, pooled: Any) -> jax.Array:
             return rule.block_loss(

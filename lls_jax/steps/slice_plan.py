@@ -61,6 +61,18 @@ class Plan(NamedTuple):
         return by_platform(arrays, cpu=cut, elsewhere=lambda arrays: function(*arrays))
 
 
+def check_bytes(remat_above: int | None, slice_above: int | None) -> None:
+    """Raise ValueError, naming the argument, for what no output can be above."""
+    for name, above in (("remat_above", remat_above), ("slice_above", slice_above)):
+        if above is not None and above < 1:
+            raise ValueError(f"`{name}` is {above}; it must be a number of bytes from 1, or None.")
+    if slice_above is not None and remat_above is not None:
+        raise ValueError(
+            f"`slice_above` is {slice_above} and `remat_above` is {remat_above}; the latter does "
+            "not keep the outputs that the former is about: leave one of them out."
+        )
+
+
 def count_slices(shape: tuple[int, ...], dtype: Any, above: int) -> int:
     """How many slices, so that none of an array has more than `above` bytes, or one example.
 

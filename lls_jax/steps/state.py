@@ -57,7 +57,7 @@ def optimizer_of(tx: Optimizer, name: str) -> optax.GradientTransformation:
         name: ``block_0``, ``block_1``, ..., or ``classifier``.
 
     Raises:
-        ValueError: the mapping has none of that name.
+        ValueError: the mapping has none of that name, or `tx` is none of these.
     """
     if isinstance(tx, optax.GradientTransformation):
         return tx
@@ -65,6 +65,11 @@ def optimizer_of(tx: Optimizer, name: str) -> optax.GradientTransformation:
         if name not in tx:
             raise ValueError(f"`tx` has no optimizer for {name!r}; it has {', '.join(tx)}.")
         return tx[name]
+    if not callable(tx):
+        raise ValueError(
+            f"`tx` is a {type(tx).__name__}; give an optax.GradientTransformation (of "
+            "optax.MultiSteps its gradient_transformation()), or one a block."
+        )
     return tx(name)
 
 

@@ -210,7 +210,8 @@ def head_loss(
         latents: ``z``, ``[batch, latents]``, any float dtype.
         projection: ``W``, ``[rows, latents]``, any float dtype.
         labels: integers ``[batch]``.
-        head: `
+        head: ``head(scores, square, params, label)``, the loss of one example, a float32 scalar:
+            of float32 ``[rows]``, a float32 scalar, `params`, and an integer.
         params: a pytree of arrays, the same for all examples.
         implementation: ``"xla"``: plain operations, on any device. ``"split"``: kernels before and
             behind the head, which XLA computes; any head. ``"pallas"``: one kernel with the head

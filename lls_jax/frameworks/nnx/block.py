@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 
 from lls_jax.rules import LocalRule, split_fixed
@@ -97,5 +98,7 @@ def update(
     (loss, activation), grads = nnx.value_and_grad(local_loss, has_aux=True)(block)
     # As optax's own transformations need it where a program asks for strict promotion.
     with jax.numpy_dtype_promotion("standard"):
-        optimizer.update(block, grads)
+        # Some change their rate by the loss.
+        takes_loss = isinstance(optimizer.tx, optax.GradientTransformationExtraArgs)
+        optimizer.update(block, grads, **({"value": loss} if takes_loss else {}))
     return loss, activation
