@@ -409,18 +409,6 @@ def test_evaluation_state_averages_and_estimates_statistics_anew(rule_name, wrap
     np.testing.assert_allclose(stats["var"], variances, rtol=1e-4)
 
 
-def test_a_batch_of_one_does_not_throw_a_dense_block_away():
-    """BatchNorm makes all its latents 0, where their norm has no slope."""
-    model = models.Network("dense", 3, (models.BlockSpec(DenseBlock(8), 8),) * 2)
-    batch = {"image": jnp.ones((1, 5)), "label": jnp.ones(1, jnp.int32)}
-    for name in ("lls_mxm", "distance_forward"):
-        rule, tx = rules.make(name, num_classes=3), optax.sgd(0.1)
-        state = training.create_train_state(model, rule, tx, jax.random.key(0), batch["image"])
-        state, metrics = training.make_train_step(model, rule, tx)(state, batch)
-        assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(state.params)) < 10
-        assert np.isfinite(metrics["layer_loss"]).all()
-
-
 def test_evaluation_state_of_another_optimizer_is_the_state():
     rule, tx, batch = make_rule("lls"), optax.sgd(0.1), make_batch()
     model, state = make_state(rule, tx, batch)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lls_jax.layers.initializers import fan_in_uniform
 from lls_jax.rules.base import LocalRule, check_options
-from pallas_kernels.local_loss import inverse_norm, latent_dim
+from pallas_kernels.local_loss import latent_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Contrastive(LocalRule):
         """The local loss, a float32 scalar; see :meth:`LocalRule.loss`."""
         z = self.observe(seen, pool_size) @ params["projection"]
         square = jnp.sum(jnp.square(z), axis=1, keepdims=True)
-        z = z * inverse_norm(square)
+        z = z * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
         logits = jnp.matmul(z, z.T, precision="highest") / self.temperature
         itself = jnp.eye(labels.shape[0], dtype=bool)
         log_p = jax.nn.log_softmax(jnp.where(itself, -jnp.inf, logits), axis=1)

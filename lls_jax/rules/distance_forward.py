@@ -9,7 +9,7 @@ import optax
 
 from lls_jax.layers.initializers import fan_in_uniform
 from lls_jax.rules.base import HeadRule, check_options
-from pallas_kernels.local_loss import inverse_norm, latent_dim
+from pallas_kernels.local_loss import latent_dim
 
 _NORM_FLOOR_SQUARED = 1e-24
 
@@ -75,7 +75,7 @@ class DistanceForward(HeadRule):
     ) -> jax.Array:
         """The loss of one example; see :meth:`HeadRule.head`."""
         del params
-        cosine = scores * inverse_norm(square)
+        cosine = scores * jax.lax.rsqrt(jnp.maximum(square, _NORM_FLOOR_SQUARED))
         own = jax.nn.one_hot(label, self.num_classes, dtype=jnp.float32)
         logits = (cosine - self.margin * own) / self.temperature
         return optax.softmax_cross_entropy(logits, own)

@@ -7,16 +7,6 @@ import jax.numpy as jnp
 _NORM_FLOOR_SQUARED = 1e-24
 
 
-def inverse_norm(square: jax.Array) -> jax.Array:
-    """``1 / |z|`` from ``|z|^2``; 0 where that is 0 or next to it.
-
-    There PyTorch's has a slope of 1e12, which takes the weights of a block with it whose latents
-    are all 0, as BatchNorm makes them of a batch of one.
-    """
-    is_above = square > _NORM_FLOOR_SQUARED
-    return jnp.where(is_above, jax.lax.rsqrt(jnp.where(is_above, square, 1.0)), 0.0)
-
-
 def cross_entropy(
     scores: jax.Array,
     square: jax.Array,
@@ -48,7 +38,7 @@ def cross_entropy(
         Apolinario, Roy, Roy, https://arxiv.org/abs/2405.15868, section 3.
     """
     if normalize:
-        scores = scores * inverse_norm(square)
+        scores = scores * jax.lax.rsqrt(jnp.maximum(square, _NORM_FLOOR_SQUARED))
     if modulation is None:
         logits = scores
     elif modulation.ndim == 1:
