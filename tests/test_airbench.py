@@ -262,7 +262,7 @@ def test_the_linear_schedule_falls_to_nothing():
 
 
 def test_alternating_flips_show_each_image_once_each_way_over_two_epochs():
-    count, size = 12, 4
+    count, size = 48, 4
     spec = dataclasses.replace(CIFAR, image_shape=(4, 4, 3))
     # The left half of an image says which one it is.
     images = np.zeros((count, 4, 4, 3), np.uint8)

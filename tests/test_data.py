@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import socket
 import tarfile
+import tracemalloc
 import urllib.error
 
 import jax
@@ -230,6 +231,16 @@ def test_pickles_execute_nothing(tmp_path, monkeypatch, payload, protocol):
     with pytest.raises(DatasetError, match=r"not a pickle of plain arrays|does not hold `data`"):
         archives._parse_cifar_python(CIFAR, "batch", pickle.dumps(payload, protocol), 10)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pickle_of_ten_bytes_takes_no_gigabytes():
+    tracemalloc.start()
+    with pytest.raises(DatasetError, match="entry 200000000 of its memo"):
+        archives.load_restricted_pickle(
+            b"\x80\x02K\x01r" + (200_000_000).to_bytes(4, "little") + b".", "x"
+        )
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 @settings(deadline=None, max_examples=60)

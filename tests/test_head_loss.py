@@ -275,7 +275,7 @@ def test_triton_in_its_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = pathlib.Path(__file__).parents[1]
     result = subprocess.run(
-        command, env=environment, cwd=root, capture_output=True, text=True, timeout=900
+        command, env=environment, cwd=root, capture_output=True, text=True, timeout=3600
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     # Every other test of this kind, and none skipped but this one.

@@ -21,13 +21,16 @@ from lls_jax.runs import folder as folders
 from lls_jax.runs.restore import restore
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Without a number of devices, which may be there for this process.
+FLAGS = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
 EPOCHS, STEPS = 2, 16
 # Gradient descent: Adam's first updates are signs, which rounding may turn. Every kind of random
 # draw, so that the processes must agree on them.
 CONFIG = TrainConfig(
-    dataset="digits", rule="lls_mxm", epochs=EPOCHS, batch_size=24, train_examples=192,
-    eval_examples=50, eval_batch_size=20, optimizer="sgd", learning_rate=0.02,
-    augmentation="full", dropout=0.2, checkpoint_every=2, progress=False,
+    dataset="digits", model="small_models:two_blocks", rule="lls_mxm", epochs=EPOCHS,
+    batch_size=24, train_examples=192, eval_examples=50, eval_batch_size=20,
+    optimizer="sgd", learning_rate=0.02, augmentation="full", dropout=0.2,
+    checkpoint_every=2, progress=False,
 )  # fmt: skip
 
 # Trains as the command does; process WHO sends itself a signal in the given step of this launch.
@@ -78,7 +81,10 @@ def launch(folder, count, step=0, number=0, who=0, each=None, devices=1, slurm=F
         **os.environ,
         # Set already: the command does not start itself again.
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": " ".join([*FLAGS, f"--xla_force_host_platform_device_count={devices}"]),
+        # One may read what another is writing, and then compiles.
+        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache",
         # Devices that share few threads wait for each other's sums forever.
         "NPROC": "16", "PJRT_NPROC": "16",
     }  # fmt: skip

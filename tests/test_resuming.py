@@ -32,8 +32,8 @@ from lls_jax.runs import checkpoints
 from lls_jax.runs import folder as folders
 
 TINY = TrainConfig(
-    dataset="digits", rule="lls_mxm", epochs=2, batch_size=32, train_examples=64,
-    eval_examples=40, augmentation="none", progress=False,
+    dataset="digits", model="small_models:two_blocks", rule="lls_mxm", epochs=2,
+    batch_size=32, train_examples=64, eval_examples=40, augmentation="none", progress=False,
 )  # fmt: skip
 STEPS = 4
 

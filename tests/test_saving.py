@@ -19,8 +19,8 @@ from lls_jax.runs.restore import restore
 from lls_jax.training import TrainState
 
 TINY = TrainConfig(
-    dataset="digits", rule="lls_mxm", epochs=4, batch_size=16, train_examples=64,
-    eval_examples=40, augmentation="none", progress=False,
+    dataset="digits", model="small_models:two_blocks", rule="lls_mxm", epochs=4,
+    batch_size=16, train_examples=64, eval_examples=40, augmentation="none", progress=False,
 )  # fmt: skip
 STEPS = 4
 # Of the judged epochs; the third is the best.

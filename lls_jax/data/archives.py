@@ -4,6 +4,7 @@ import gzip
 import io
 import pathlib
 import pickle
+import pickletools
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -219,6 +220,13 @@ class _RestrictedUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to a persistent object")
 
 
+def _check_memo(content: bytes) -> None:
+    """Raise ValueError where a few bytes ask for a memo, of what was read, of gigabytes."""
+    for opcode, number, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > len(content):
+            raise ValueError(f"entry {number} of its memo, of {len(content)} bytes")
+
+
 def load_restricted_pickle(content: bytes, name: str) -> Any:
     """Read a pickle that holds NumPy arrays, dicts, lists, bytes and ints, and nothing else.
 
@@ -233,6 +241,7 @@ def load_restricted_pickle(content: bytes, name: str) -> Any:
         DatasetError: it is damaged, or refers to anything else; nothing it names is executed.
     """
     try:
+        _check_memo(content)
         return _RestrictedUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:
         # A damaged pickle can fail in any opcode, with almost any exception.
