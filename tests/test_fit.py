@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_models
 
 from lls_jax import evaluation, fit, models, rules, training
 from lls_jax.blocks import DenseBlock
@@ -410,7 +411,7 @@ def test_numbers_may_be_those_of_numpy(tmp_path):
 )
 def test_what_cannot_be_evaluated_is_named(change, message):
     """What a lookup would take for another class, and a mean for another channel."""
-    model = models.make("small_conv", num_classes=CLASSES)
+    model = small_models.two_blocks(CLASSES)
     example = jnp.zeros((1, 8, 8, 3))
     state = training.create_train_state(model, RULE, TX, jax.random.key(0), example)
     images = np.zeros((9, 8, 8, 3), np.uint8)[..., : change.get("channels", 3)]

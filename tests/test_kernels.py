@@ -4,6 +4,7 @@ None of this needs a GPU; what does carries the marker `gpu` (`LLS_JAX_TEST_GPU=
 """
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import numpy as np
 import numpy_oracle
 import optax
 import pytest
+import small_models
 from kernel_heads import CASES, Margin
 
 from lls_jax import models, rules, training
@@ -58,7 +60,8 @@ def example(model_name="small_conv", batch=4, side=32):
 def lower_step(rule, implementation):
     model, batch = example()
     tx = optax.adam(1e-3)
-    state = training.create_train_state(model, rule, tx, jax.random.key(0), batch["image"])
+    create = functools.partial(training.create_train_state, model, rule, tx)
+    state = jax.eval_shape(create, jax.random.key(0), batch["image"])
     step = training.make_train_step(model, rule.with_implementation(implementation), tx)
     return model, cuda.lower(step, state, batch)
 
@@ -259,7 +262,7 @@ def test_tuning_writes_the_fastest_tiles(tmp_path, monkeypatch, capsys):
 
 
 def work(**change):
-    model = models.make("small_conv", num_classes=10)
+    model = small_models.two_blocks(10)
     rule = rules.make("lls_mxm", num_classes=10).interpreted()
     given = {"model": model, "rule": rule, "tx": optax.sgd(0.1)}
     return kernels.Work(**{**given, "image_shape": (8, 8, 3), "batch_size": 2, **change})

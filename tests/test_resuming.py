@@ -11,6 +11,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import (
@@ -86,7 +87,9 @@ def flip(path):
 
 def test_whatever_is_damaged_is_noticed_or_harmless(tmp_path):
     """Each file of a checkpoint, cut, changed or gone: what is restored is what was saved."""
-    tree = {"a": {"x": jnp.arange(300.0), "empty": {}}, "key": jax.random.key(3)}
+    # An optimizer's state is no dict, which only the description of the arrays says.
+    state = optax.TraceState({"x": jnp.ones(2)})
+    tree = {"a": {"x": jnp.arange(300.0), "empty": {}}, "key": jax.random.key(3), "state": state}
     judged = {"params": {"x": jnp.ones(4)}}
     with checkpoints.open_checkpoints(tmp_path / "whole") as manager:
         checkpoints.save(manager, checkpoints.Checkpoint(1, tree, judged, {"accuracy": 3.0}))

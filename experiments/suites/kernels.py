@@ -117,7 +117,7 @@ def run(config: Any) -> int:
             if rule != "bp"
         ]
         bp = training.Entrant(TrainConfig(model=model, rule="bp"))
-        steps += training.race([*entrants, bp], 5, config.seed)
+        steps += training.race([*entrants, bp], min(config.turns, 5), config.seed)
     text = f"{report.device_line()}, copies {bandwidth / 1e9:.0f} GB/s\n\n"
     text += report.markdown(_LAYER_COLUMNS, layers)
     for name in names:

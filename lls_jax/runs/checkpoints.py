@@ -293,7 +293,13 @@ def _restore(
     if "structure" in meta:
         _check_structure(step, meta["structure"][name], _structure(abstract))
     with _reading(step):
-        return _restore_item(manager, step, name, abstract, meta), meta
+        try:
+            return _restore_item(manager, step, name, abstract, meta), meta
+        except ValueError as error:
+            # It has the structure that is asked for, and Orbax's own note of it is gone.
+            if "structure" in meta and str(error).startswith("pytree structure error"):
+                raise _damaged(step, error) from error
+            raise
 
 
 def list_steps(manager: ocp.CheckpointManager) -> list[int]:
