@@ -223,7 +223,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 def _check_memo(content: bytes) -> None:
     """Raise ValueError where a few bytes ask for a memo, of what was read, of gigabytes."""
     for opcode, number, _ in pickletools.genops(content):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > len(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(number or 0) > len(content):
             raise ValueError(f"entry {number} of its memo, of {len(content)} bytes")
 
 
