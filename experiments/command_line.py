@@ -203,9 +203,11 @@ def train_command(dataset: str | None, description: str) -> None:
         dataset: of :data:`experiments.presets.PRESETS`; None for whatever the command line names.
         description: what ``--help`` says first.
     """
-    # First: it may start the process again, and --config may name a pipe, which is read but once.
-    startup.prepare()
+    if any(argument.partition("=")[0] == "--config" for argument in sys.argv):
+        # It may start the process again, and a pipe is read but once.
+        startup.prepare()
     config = parse_training(dataset, description)
+    startup.prepare()
 
     leave: Callable[[int], NoReturn] = sys.exit
     if config.coordinator is not None:

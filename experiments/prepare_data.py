@@ -28,8 +28,8 @@ class PrepareConfig:
     data_dir: str | None = None
     """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
     image_size: int | None = None
-    """Height and width that photographs are brought to, of which larger ones than 128 are trained
-    on in windows of 128 [default: the published recipe's]."""
+    """Height and width that photographs are brought to; of larger ones than 128 (but for
+    tiny_imagenet) windows of 128 are trained on [default: the published recipe's]."""
     skip_corrupt: bool = flag(default=False, negative_prefix="--no-")
     """Leave out files that are no images, instead of stopping."""
     progress: bool = flag(default=True, negative_prefix="--no-")

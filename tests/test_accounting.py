@@ -132,7 +132,7 @@ def step_macs(model, rule, image_shape, batch, reach):
     ],
 )
 def test_what_comes_from_above_is_counted_as_xla_does(module, image_shape, flatten, reaches):
-    specs = [models.BlockSpec(module, pool_size=1) for _ in range(4)]
+    specs = [models.BlockSpec(module, pool_size=2) for _ in range(4)]
     specs[-1] = dataclasses.replace(specs[-1], average_pool=1 if flatten else None, flatten=flatten)
     model, rule = (
         models.Network("straight", CLASSES, tuple(specs)),

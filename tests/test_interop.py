@@ -1,7 +1,6 @@
 """State dicts and checkpoint files of the authors' PyTorch code, in both directions."""
 
 import dataclasses
-import functools
 import io
 import json
 import os
@@ -126,8 +125,7 @@ def test_names_layouts_and_the_way_back(model_name, rule_name):
 def test_what_lls_dnn_has_not_is_refused(rule, groups, message):
     model, rule = models.make("small_conv", num_classes=CLASSES), make_rule(rule)
     model = model.grouped(groups) if groups else model
-    create = functools.partial(training.create_train_state, model, rule, TX)
-    state = jax.eval_shape(create, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    state = training.create_train_state(model, rule, TX, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     with pytest.raises(ValueError, match=message):
         interop.to_lls_dnn(model, state)
 

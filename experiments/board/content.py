@@ -21,7 +21,7 @@ _RULES = ("lls", "lls_mxm", "local_classifier", "bp", CHECKPOINTED, ACCUMULATED)
 _FORMAT = 1
 # Options of the training command that are the board's own, or would make budgets unequal.
 _OWN = ("rule", "reach", "seed", "epochs", "workdir", "dataset", "data_dir", "progress", "patience")
-# Those of them that change no training, but columns of the board.
+# Options that change no training, but columns of the board.
 _SHOWN = ("remat", "slice", "test_views")
 
 Key = tuple[str, str, int]

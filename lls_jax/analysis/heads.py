@@ -51,7 +51,7 @@ def _answers(model: Network, rule: Rule, variables: Any, image: jax.Array) -> li
     for name, spec, own_rule in rows[: len(rows) - model.classifier_in_last_group]:
         own, stats = params[name], variables["batch_stats"][name]["block"]
         activation, _ = apply_module(spec.module, own["block"], stats, x, train=False)
-        if own_rule.compares_examples:
+        if own_rule.compares_examples or own_rule.needs_image:
             answers.append(jnp.full(len(x), -1))
         else:
             losses = head_losses(

@@ -108,8 +108,8 @@ class LocalRule(Rule):
         needs_image: whether the loss is given the network's input too: its `labels` are then
             :class:`lls_jax.rules.LabeledImages`, which travel with the activation from block to
             block.
-        compares_examples: whether the loss of an example depends on the others of its batch, so
-            that it has none by itself.
+        compares_examples: whether the loss of an example by itself says nothing of its class, as
+            it compares examples, or normalises by them: its head's accuracy is not measured.
     """
 
     sees: ClassVar[Literal["latents", "activation"]] = "activation"

@@ -190,6 +190,16 @@ def extend(folder: pathlib.Path, epochs: int) -> None:
         write_atomically(folder / "config.json", to_json({**stored, "epochs": epochs}))
 
 
+def check_epochs(folder: pathlib.Path, epochs: int) -> None:
+    """Raise UserError where another process has written another number of epochs."""
+    stored = read_settings(folder)
+    if stored is not None and stored["epochs"] != epochs:
+        raise UserError(
+            f"this process is to train {epochs} epochs, and process 0 trains {stored['epochs']}; "
+            "give all processes the same number."
+        )
+
+
 def _commit() -> str | None:
     """The commit of the checkout that this file belongs to, if it is one."""
     here = pathlib.Path(__file__).parent

@@ -82,6 +82,8 @@ class _Trainer:
                 # Only now: a start that is refused leaves all as it was.
                 folders.extend(folder, run.epochs)
                 folders.keep_metrics(folder, self.records)
+            processes.wait_for_all("the number of epochs is written")
+            folders.check_epochs(folder, run.epochs)
             accuracies = map(callbacks.selection_accuracy, self.records)
             best = max((one for one in accuracies if one is not None), default=None)
             self.saver = saving.Saver(

@@ -36,8 +36,8 @@ _ERF_P = (2.2905065861350646e-4, 3.4082910107109506e-3, 5.0955695062380861e-2,
           1.8520832239976145e-1, 1.128379143519084)  # fmt: skip
 _ERF_Q = (-1.1791602954361697e-7, 2.3547966471313185e-5, 1.0179625278914885e-3,
           1.4070470171167667e-2, 1.1098505178285362e-1, 4.9746925110067538e-1, 1.0)  # fmt: skip
-# Of log(erfc(x) / t) + x^2, with t = 1 / (1 + x / 2), to 1.2e-7 everywhere: a Chebyshev fit (Press
-# et al., "Numerical Recipes", section 6.2).
+# Of log(erfc(x) / t) + x^2, with t = 1 / (1 + x / 2), to 1.2e-7: a Chebyshev fit (Press et al.,
+# "Numerical Recipes", section 6.2). In float32 exp(-x^2) adds to it, 6e-6 at x = 9.
 _ERFC = (0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807,
          -0.18628806, 0.09678418, 0.37409196, 1.00002368, -1.26551223)  # fmt: skip
 
@@ -73,6 +73,7 @@ def _integer_pow(x: jax.Array, exponent: int) -> jax.Array:
 
 
 def _pow(x: jax.Array, y: jax.Array) -> jax.Array:
+    y = y.astype(x.dtype)
     power = jnp.exp(y * jnp.log(jnp.abs(x)))
     # Of a negative number only whole powers are real; odd ones have its sign.
     is_odd = jnp.floor(0.5 * y) != 0.5 * y
