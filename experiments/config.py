@@ -7,8 +7,8 @@ from simple_parsing import flag
 from experiments.config_checks import check_values
 
 # Of what a run folder's config means. 2: schedule_free_adamw is the published optimizer, and not
-# optax's; multistep counts steps, not whole epochs.
-FORMAT = 2
+# optax's; multistep counts steps, not whole epochs. 3: momentum is the b1 of adam and adamw.
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,6 +65,7 @@ def spreads(config: TrainConfig) -> str | None:
     """
     if config.schedule in SPREADING:
         return f"--schedule {config.schedule}"
+    # Its whitening's bias has a rate that falls over a share of the epochs.
     by_epochs = config.optimizer == "muon" and config.model == "airbench"
     if own_parts.is_own(config.optimizer):
         try:
@@ -94,6 +95,9 @@ def _parse(path: pathlib.Path, values: dict[str, Any]) -> tuple[TrainConfig, int
             # These meant the rule's own, which it has whatever it is.
             own = {"waveform": "square", "temperature": 0.5, "label_smoothing": 0.0}
             values |= {name: None for name, value in own.items() if values.get(name) == value}
+        if written < 3 and values.get("model") == "airbench":
+            # It had nothing to follow.
+            values["dropout"] = 0.0
         return from_dict(values), written
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
@@ -123,10 +127,10 @@ def begin_from(folder: pathlib.Path) -> TrainConfig:
             else in this version.
     """
     config = read_config(folder)
-    if (folders.read_settings(folder) or {}).get("format", 1) < FORMAT:
+    written = (folders.read_settings(folder) or {}).get("format", 1)
+    if was := _was_otherwise(config, written):
         raise UserError(
-            f"{folder} was written by an earlier version, in which some options meant something "
-            "else; give the options themselves."
+            f"{folder} was written by an earlier version, whose {was}; give the options themselves."
         )
     # These are of one start of that run.
     return dataclasses.replace(
@@ -149,6 +153,15 @@ def check_same_run(folder: pathlib.Path, config: TrainConfig) -> None:
     ConfigSettings(config).check(folder, stored)
 
 
+def _was_otherwise(config: TrainConfig, written: int) -> str | None:
+    """What a config asked for in the version that wrote it, where that is something else now."""
+    if written == 1:
+        return "schedule_free_adamw was optax's and not the published optimizer"
+    if written == 2 and config.optimizer in ("adam", "adamw") and config.momentum != 0.9:
+        return f"{config.optimizer} had a b1 of 0.9 and not --momentum {config.momentum}"
+    return None
+
+
 class ConfigSettings(folders.Settings):
     """A training command's config as the settings of a run."""
 
@@ -160,11 +173,11 @@ class ConfigSettings(folders.Settings):
         """Raise UserError, naming the options that differ, or an earlier version's optimizer."""
         before, written = _parse(folder, stored)
         config = self._config
-        if written < FORMAT:
+        if was := _was_otherwise(before, written):
             raise UserError(
-                f"{folder} was written by an earlier version, whose schedule_free_adamw was "
-                "optax's and not the published optimizer, so that it cannot go on as it was; give "
-                "another --workdir to train anew (evaluate and compare still read this one)."
+                f"{folder} was written by an earlier version, whose {was}, so that it cannot go on "
+                "as it was; give another --workdir to train anew (evaluate and compare still read "
+                "this one)."
             )
         differing = [
             f"{option(field.name)} {getattr(before, field.name)} there, "

@@ -15,7 +15,7 @@ import optax
 import pytest
 import small_models
 
-from lls_jax import evaluation, fit, models, rules, training
+from lls_jax import evaluation, fit, models, processes, rules, training
 from lls_jax.blocks import DenseBlock
 from lls_jax.data import Split, batches
 from lls_jax.data.arrays import describe
@@ -451,6 +451,15 @@ def test_a_run_goes_on_with_as_many_examples_as_it_began_with(tmp_path, stop_at,
     assert (tmp_path / "config.json").read_text() == before
     assert fit(MODEL, RULE, TX, train=blobs(60), **options).state.step == 12
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(before) | {"epochs": 3}
+
+
+def test_of_several_processes_none_trains_another_number_of_epochs(tmp_path, monkeypatch):
+    """The first one's is in the folder, and the others would be lost, or wait for it."""
+    options = {"train": blobs(60), "batch_size": 15, "workdir": tmp_path}
+    fit(MODEL, RULE, TX, epochs=1, **options)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    with pytest.raises(UserError, match="is to train 2 epochs, and process 0 trains 1"):
+        fit(MODEL, RULE, TX, epochs=2, **options)
 
 
 def test_bytes_are_described_without_a_copy_of_them_all():

@@ -1,5 +1,6 @@
 """Runs that cannot hurt themselves: nothing is lost that a person did not ask to lose."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -305,7 +306,23 @@ def test_a_finished_run_can_be_extended(run, finished, tmp_path, capsys):
 
 def test_a_folder_of_an_earlier_version_is_read_but_not_resumed(run, capsys):
     values = json.loads((run / "config.json").read_text())
-    assert values.pop("format") == 2
+    # The second had no b1 of adam, and a dropout of airbench that did nothing.
+    for options, message in (
+        (
+            {"optimizer": "adam", "momentum": 0.5},
+            "adam had a b1 of 0.9 and not --momentum 0.5",
+        ),
+        ({"optimizer": "adam"}, None),
+        ({"momentum": 0.5}, None),
+        ({"model": "airbench", "dropout": 0.2}, None),
+    ):
+        stored = {**values, **options, "format": 2}
+        config = run_config.ConfigSettings(tiny(values["workdir"], **{**options, "dropout": 0.0}))
+        with contextlib.ExitStack() as stack:
+            if message:
+                stack.enter_context(pytest.raises(UserError, match=message))
+            config.check(run, stored)
+    assert values.pop("format") == 3
     values |= {"waveform": "square", "temperature": 0.5, "label_smoothing": 0.0}
     (run / "config.json").write_text(json.dumps(values))
     before = content(run)

@@ -34,8 +34,8 @@ def make_rule(name, **options):
     return rules.make(name, num_classes=CLASSES, **reduced, **options)
 
 
-def make_batch(size=8, side=8):
-    rng = np.random.default_rng()
+def make_batch(size=8, side=8, seed=None):
+    rng = np.random.default_rng(seed)
     return {
         "image": jnp.asarray(rng.normal(size=(size, side, side, 3)), jnp.float32),
         "label": jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32),
@@ -205,7 +205,8 @@ def test_the_loss_equals_its_numpy_form(name, shape):
 
 @pytest.mark.parametrize(("name", "sign"), [("dfa", False), ("dfa", True), ("drtp", False)])
 def test_direct_feedback_is_a_projection_of_the_error_or_the_target(name, sign):
-    model, batch = models.make("small_conv", num_classes=CLASSES), make_batch()
+    # Of one seed: of others an activation may fall on the other side of LeakyReLU's bend.
+    model, batch = models.make("small_conv", num_classes=CLASSES), make_batch(seed=0)
     rule, tx = make_rule(name, sign=sign), optax.sgd(1.0)
     state = training.create_train_state(model, rule, tx, jax.random.key(1), batch["image"])
     after, metrics = training.make_train_step(model, rule, tx)(copy(state), batch)
@@ -233,8 +234,7 @@ def test_direct_feedback_is_a_projection_of_the_error_or_the_target(name, sign):
             after.params[block_name]["block"],
         )
         for ours, theirs in zip(jax.tree.leaves(moved), jax.tree.leaves(grads)):
-            # An activation at LeakyReLU's bend may fall on the other side.
-            assert np.linalg.norm(ours - theirs) <= 5e-2 * np.linalg.norm(theirs) + 1e-5
+            assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs) + 1e-5
         np.testing.assert_array_equal(after.params[block_name]["rule"]["feedback"], feedback)
         x = spec.transition(activation, None)
 

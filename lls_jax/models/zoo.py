@@ -241,16 +241,16 @@ def make(
     if own_parts.is_own(name):
         return _make_own(name, num_classes, dropout, dtype, width, classifier_smoothing)
     design = _MODELS[name]
-    if dropout and design.scaled_classifier:
+    specs = design.blocks(dtype, lambda published: max(1, round(width * published)))
+    is_pooled = [spec.max_pool or spec.average_pool is not None for spec in specs]
+    if dropout and not any(is_pooled):
         raise ValueError(
             f"`dropout` is {dropout}, and no pooling for it to follow lies between the blocks of "
             f"{name!r}; leave it out."
         )
     specs = tuple(
-        dataclasses.replace(spec, dropout=dropout)
-        if spec.max_pool or spec.average_pool is not None
-        else spec
-        for spec in design.blocks(dtype, lambda published: max(1, round(width * published)))
+        dataclasses.replace(spec, dropout=dropout) if pooled else spec
+        for spec, pooled in zip(specs, is_pooled)
     )
     return Network(
         name=name,
