@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_models import two_blocks
 
-from experiments import setup
+from experiments import command_line, evaluate, setup, train
 from experiments.config import TrainConfig
 from lls_jax import models, rules, training
 from lls_jax.blocks import ConvBlock, LocalBlock, apply_module
@@ -57,10 +58,8 @@ def copy(tree):
 KINDS_OF_MODEL = ("vgg8", "mobilenet_v1_small", "resnet32", "airbench")
 
 
-@pytest.mark.parametrize(
-    "model_name",
-    ["small_conv", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in KINDS_OF_MODEL)],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model_name", ["small_conv", *KINDS_OF_MODEL])
 def test_every_rule_takes_a_step_on_every_kind_of_model(model_name):
     """Traced, with every shape checked; `test_training` runs them where they are small."""
     model = models.make(model_name, num_classes=CLASSES)
@@ -241,11 +240,7 @@ def test_direct_feedback_is_a_projection_of_the_error_or_the_target(name, sign):
 
 @pytest.mark.parametrize("name", ["lls_random", "lls_m_random", "lls_mxm_random", "dfa"])
 def test_a_fixed_matrix_is_neither_trained_nor_decayed(name):
-    model, batch, rule = (
-        models.make("small_conv", num_classes=CLASSES),
-        make_batch(),
-        make_rule(name),
-    )
+    model, batch, rule = two_blocks(CLASSES), make_batch(), make_rule(name)
     tx = schedule_free_adamw(1e-2, weight_decay=0.1)
     state = training.create_train_state(model, rule, tx, jax.random.key(0), batch["image"])
     step = training.make_train_step(model, rule, tx)
@@ -494,34 +489,35 @@ def own_rule():
     return code
 
 
-def test_the_rule_of_the_readme_trains_from_the_command_line(tmp_path):
+def test_the_rule_of_the_readme_trains_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """The one test of the whole process: start, restart with huge pages, train, exit."""
     package = tmp_path / "mypackage"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "myrule.py").write_text(own_rule())
     run = tmp_path / "run"
 
-    def command(module, *arguments):
-        ended = subprocess.run(
-            [sys.executable, "-m", f"experiments.{module}", *arguments],
-            cwd=ROOT, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout
-
     options = (
         *("--rule", "mypackage.myrule:Prototypes", "--temperature", "0.2", "--batch-size", "32"),
         *("--train-examples", "320", "--epochs", "2", "--workdir", str(run)),
     )
-    printed = command("digits", *options)
-    assert "epoch 2/2" in printed
+    ended = subprocess.run(
+        [sys.executable, "-m", "experiments.digits", *options],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.count("epoch 2/2") == 1
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(records[-1]["layer_loss"]) == 4
     assert (np.array(records[-1]["layer_loss"]) < records[0]["layer_loss"]).all()
     assert (run / "curves.png").stat().st_size > 1000
-    assert "resumed at step 20, epoch 2 done" in command("digits", *options)
-    report = json.loads(command("evaluate", "--workdir", str(run), "--json"))
+    # What one process has trained, another finds.
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert train.train_and_evaluate(command_line.parse_training("digits", "", options)) == 0
+    assert "resumed at step 20, epoch 2 done" in capsys.readouterr().out
+    assert evaluate.evaluate(evaluate.EvaluateConfig(str(run), json=True)) == 0
+    report = json.loads(capsys.readouterr().out)
     assert report["rule"] == "mypackage.myrule:Prototypes"
     assert report["accuracy"] == pytest.approx(
         max(record["test_accuracy"] for record in records), abs=0.3
