@@ -560,7 +560,7 @@ def test_the_pipeline_suite_reports_expected_and_achieved(tmp_path, monkeypatch)
     monkeypatch.setattr(jax, "devices", lambda: devices)
     config = benchmark.BenchmarkConfig(
         suite="pipeline", models=["small_models:two_blocks"], rules=["lls", "bp"], reach=[2],
-        batch_sizes=[4], turns=1, out=str(tmp_path),
+        batch_sizes=[64], turns=1, out=str(tmp_path),
     )  # fmt: skip
     assert benchmark.benchmark(config) == 0
     (row,) = json.loads((tmp_path / "benchmark.json").read_text())["results"]

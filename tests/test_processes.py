@@ -205,7 +205,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on_with_fewer(tmp_path,
     folder, damaged = tmp_path / "run", None
     for count, who, number, step in (
         # Of the checkpoints after steps 2, 4, and 6 the last may not be there yet.
-        (2, 1, signal.SIGKILL, 7),
+        (3, 1, signal.SIGKILL, 7),
         (2, 1, signal.SIGINT, 3),
         (2, 0, signal.SIGKILL, 3),
     ):

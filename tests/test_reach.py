@@ -214,10 +214,10 @@ def temporaries(depth, reach, **options):
 @pytest.mark.exhaustive
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="measured on CPUs")
 def test_temporaries_are_those_of_the_blocks_within_reach():
-    least, shallow, deep = (temporaries(depth, 2) for depth in (3, 6, 9))
+    least, shallow, deep = (temporaries(depth, 2) for depth in (3, 5, 7))
     activation = 64 * 32 * 32 * 16 * 4
     # None at all (jax 0.10.2, 0.12.0.1); backpropagation keeps two activations for each block.
-    assert deep - shallow < 0.6 * activation
+    assert deep - shallow < 0.4 * activation
     # Of three blocks not all are there at once yet: one or two activations less.
     assert deep - least < 3 * activation
 

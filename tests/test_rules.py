@@ -51,22 +51,29 @@ def copy(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
-# --- Every rule on every model -------------------------------------------------------------------
+# --- Every rule, and every kind of model ----------------------------------------------------------
 
 
-# One of each kind of block; the others have more of the same.
+# One of each kind of block; the others have more of the same. And of rule: latents, something
+# fixed, channels in groups, the activation, the image, the blocks above, and baselines.
 KINDS_OF_MODEL = ("vgg8", "mobilenet_v1_small", "resnet32", "airbench")
+KINDS_OF_RULE = (
+    *("lls_mxm", "lls_m_random", "deeper_forward", "predsim", "infopro", "auglocal", "bp", "dfa"),
+)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("model_name", ["small_conv", *KINDS_OF_MODEL])
-def test_every_rule_takes_a_step_on_every_kind_of_model(model_name):
+@pytest.mark.parametrize(
+    ("model_name", "names"),
+    [("small_conv", rules.NAMES), *((name, KINDS_OF_RULE) for name in KINDS_OF_MODEL)],
+)
+def test_every_kind_of_rule_takes_a_step_on_every_kind_of_model(model_name, names):
     """Traced, with every shape checked; `test_training` runs them where they are small."""
     model = models.make(model_name, num_classes=CLASSES)
     side = max(8, model.smallest_image)
     image = jax.ShapeDtypeStruct((4, side, side, 3), jnp.float32)
     label = jax.ShapeDtypeStruct((4,), jnp.int32)
-    for name in rules.NAMES:
+    for name in names:
         rule = make_rule(name)
         state = jax.eval_shape(
             lambda key, rule=rule: training.create_train_state(
@@ -490,7 +497,7 @@ def own_rule():
 
 
 def test_the_rule_of_the_readme_trains_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """The one test of the whole process: start, restart with huge pages, train, exit."""
+    """By a whole process: it starts, starts again with huge pages, trains and exits."""
     package = tmp_path / "mypackage"
     package.mkdir()
     (package / "__init__.py").write_text("")

@@ -349,13 +349,20 @@ def test_dropout_follows_the_pooling_and_is_off_in_evaluation():
     )
 
 
-@pytest.mark.parametrize("rule_name", rules.NAMES)
-def test_with_64_bit_numbers_everything_is_of_32_bits(rule_name):
-    """Every rule on blocks of both ranks; every block with a local rule and without."""
-    blocks = [ConvBlock(6)]
-    if rule_name in ("lls_mxm", "bp"):
-        blocks += [DepthwiseSeparableBlock(6), ResidualStem(6), ResidualBlock(8)]
-        blocks += [WhitenedConvPair(6)]
+EVERY_BLOCK = (
+    *(ConvBlock(6), DepthwiseSeparableBlock(6), ResidualStem(6), ResidualBlock(8)),
+    WhitenedConvPair(6),
+)
+
+
+@pytest.mark.parametrize(
+    ("rule_name", "blocks"),
+    [
+        *((name, EVERY_BLOCK[:1]) for name in rules.NAMES),
+        *((name, EVERY_BLOCK) for name in ("lls_mxm", "auglocal", "bp")),
+    ],
+)
+def test_with_64_bit_numbers_everything_is_of_32_bits(rule_name, blocks):
     specs = [BlockSpec(block, pool_size=2) for block in blocks]
     specs[-1] = dataclasses.replace(specs[-1], average_pool=1, flatten=True)
     model = Network("each", CLASSES, (*specs, BlockSpec(DenseBlock(8), pool_size=8)))
