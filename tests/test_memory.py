@@ -129,10 +129,10 @@ def straight(depth):
     return Network("straight", 10, (*specs[:-1], last))
 
 
-def added_by_three_blocks(name, above=None):
-    """Temporaries, in activations of one block."""
+def added_by_two_blocks(name, above=None):
+    """Temporaries, in activations of one block. (Of three blocks not all are there at once.)"""
     shallow, deep = (
-        temporaries(straight(depth), name, 32, 64, remat_above=above) for depth in (2, 5)
+        temporaries(straight(depth), name, 32, 64, remat_above=above) for depth in (4, 6)
     )
     return (deep - shallow) / (64 * 32 * 32 * 16 * 4)
 
@@ -140,13 +140,13 @@ def added_by_three_blocks(name, above=None):
 @on_cpu
 @pytest.mark.parametrize("above", [None, 2**20])
 def test_temporaries_do_not_grow_with_depth(above):
-    # None at all, or one by how the compiler happens to order what is computed again.
-    assert added_by_three_blocks("lls_mxm", above) < 1.4
+    # None at all (jax 0.10.2, 0.12.0.1).
+    assert added_by_two_blocks("lls_mxm", above) < 0.4
 
 
 @on_cpu
 def test_temporaries_of_backpropagation_grow_by_two_activations_a_block():
-    assert added_by_three_blocks("bp") > 0.95 * 2 * 3
+    assert added_by_two_blocks("bp") > 0.95 * 2 * 2
 
 
 @on_cpu
