@@ -52,7 +52,7 @@ def test_adaptive_means_and_their_gradient(size, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_maxima_and_equal_shares_of_their_gradient(dtype):
-    """In both forms; two, three and four are equal somewhere, and an odd last row is dropped."""
+    """In all forms; two, three and four are equal somewhere, and an odd last row is dropped."""
     x = jnp.asarray(RNG.integers(0, 3, (4, 7, 5, 8)), dtype)
     dy = jnp.asarray(RNG.normal(size=(4, 3, 2, 8)), dtype)
     windows = np.asarray(x, np.float64)[:, :6, :4].reshape(4, 3, 2, 2, 2, 8)
@@ -70,6 +70,9 @@ def test_maxima_and_equal_shares_of_their_gradient(dtype):
     np.testing.assert_allclose(np.asarray(dx, np.float64), d_expected, rtol=2 * unit)
     d_strides = pooling._gradient_in_strides(x, dy)
     np.testing.assert_allclose(np.asarray(d_strides, np.float64), d_expected, rtol=2 * unit)
+    d_spread = pooling.spread_maxima(x, y, pooling.share_maxima(x, y, dy))
+    assert d_spread.dtype == dtype
+    np.testing.assert_allclose(np.asarray(d_spread, np.float64), d_expected, rtol=2 * unit)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])

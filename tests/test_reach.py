@@ -61,6 +61,18 @@ def start(model, rule, batch, tx=TX):
     return training.create_train_state(model, rule, tx, jax.random.key(0), batch["image"])
 
 
+def turn_scales(state, seed=3):
+    """BatchNorm's scales as they may be in the midst of training: a negative one turns the order of
+    its channel's activations round."""
+    rng = np.random.default_rng(seed)
+
+    def turned(path, leaf):
+        drawn = rng.choice([-1.0, 1.0], leaf.shape) * rng.uniform(0.5, 1.5, leaf.shape)
+        return jnp.asarray(drawn, leaf.dtype) if path[-1].key == "scale" else leaf
+
+    return state._replace(params=jax.tree_util.tree_map_with_path(turned, state.params))
+
+
 def train(model, rule, batch, tx=TX, state=None, **options):
     step = training.make_train_step(model, rule, tx, donate=False, **options)
     return step(start(model, rule, batch, tx) if state is None else state, batch)
@@ -148,7 +160,7 @@ def test_computing_again_in_slices_is_training_as_before(reach):
     model = models.make("small_conv", num_classes=CLASSES, dropout=0.2)
     rule = make_rule("lls_mxm", "lls_random", "local_classifier", "lls")
     batch = make_batch(size=7)
-    state = start(model, rule, batch)
+    state = turn_scales(start(model, rule, batch))
     kept, ours = (
         train(model, rule, batch, state=state, reach=reach, remat_above=above)[0]
         for above in (None, 20 * 1024)
@@ -163,7 +175,7 @@ def test_gradients_in_slices_are_those_of_the_whole_batch(reach):
     model = models.make("small_conv", num_classes=CLASSES, dropout=0.2)
     rule = make_rule("lls_mxm", "lls_random", "predsim", "lls")
     batch = make_batch(size=7)
-    state = start(model, rule, batch)
+    state = turn_scales(start(model, rule, batch))
     whole, ours = (
         train(model, rule, batch, state=state, reach=reach, slice_above=above)[0]
         for above in (None, 20 * 1024)

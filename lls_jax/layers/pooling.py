@@ -113,6 +113,40 @@ def _gradient_in_strides(x: jax.Array, dy: jax.Array) -> jax.Array:
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
+def share_maxima(x: jax.Array, maxima: jax.Array, dy: jax.Array) -> jax.Array:
+    """What each window's gradient gives to every element that is its maximum.
+
+    Args:
+        x: ``[batch, height, width, channels]``, in memory: an array that a compiler computes once
+            here and once there may be rounded in two ways, and then no element is the maximum.
+        maxima: ``max_pool(x)``.
+        dy: its gradient, in its shape.
+    """
+    equals = functools.reduce(jnp.add, [(own == maxima).astype(dy.dtype) for own in _quarters(x)])
+    return dy / jnp.maximum(equals, 1)
+
+
+def spread_maxima(x: jax.Array, maxima: jax.Array, share: jax.Array) -> jax.Array:
+    """The gradient of :func:`max_pool` from :func:`share_maxima`, in one pass over `x`.
+
+    Args:
+        x: ``[batch, height, width, channels]``.
+        maxima: ``max_pool(x)``.
+        share: from :func:`share_maxima`.
+
+    Returns:
+        In the shape of `x`, and the dtype of `share`.
+    """
+    batch, height, width, channels = x.shape
+    rows, columns = share.shape[1:3]
+    windows = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels)
+    maxima, share = (one[:, :, None, :, None] for one in (maxima, share))
+    dx = jnp.where(windows == maxima, share, jnp.zeros_like(share))
+    dx = dx.reshape(batch, 2 * rows, 2 * columns, channels)
+    left = (height - 2 * rows, width - 2 * columns)
+    return jnp.pad(dx, ((0, 0), (0, left[0]), (0, left[1]), (0, 0))) if any(left) else dx
+
+
 def spread_bins(windows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The transpose of :func:`sum_bins`: to each element the sum of its windows' values.
 

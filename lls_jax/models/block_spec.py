@@ -51,8 +51,10 @@ class BlockSpec:
 
     def downsample(self, x: jax.Array) -> jax.Array:
         """The pooling that follows, on ``[batch, ...]``."""
-        if self.max_pool:
-            x = max_pool(x)
+        return self.after_max_pool(max_pool(x) if self.max_pool else x)
+
+    def after_max_pool(self, x: jax.Array) -> jax.Array:
+        """What is left of :meth:`downsample` after the maxima, if there are any."""
         if self.average_pool is not None:
             x = adaptive_average_pool(x, self.average_pool)
         return x if self.then is None else self.then(x)

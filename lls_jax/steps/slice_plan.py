@@ -36,7 +36,9 @@ class Plan(NamedTuple):
         stride: of the convolution.
         dtype: of the activations.
         pool_size: windows along each spatial axis.
-        downsample: from the activation to what the next block takes, an image at a time.
+        max_pool: whether the activation's 2x2 maxima are what is passed on.
+        downsample: from these, or from the activation, to what the next block takes, an image at a
+            time.
     """
 
     slices: int
@@ -45,6 +47,7 @@ class Plan(NamedTuple):
     stride: int
     dtype: Any
     pool_size: int
+    max_pool: bool
     downsample: Callable[[jax.Array], jax.Array]
 
     def run(self, loop: Callable[..., Any], function: Callable[..., Any], *arrays: Any) -> Any:
@@ -128,5 +131,6 @@ def plan_block(
         stride=module.stride,
         dtype=module.dtype,
         pool_size=spec.pool_size,
-        downsample=spec.downsample,
+        max_pool=spec.max_pool,
+        downsample=spec.after_max_pool,
     )

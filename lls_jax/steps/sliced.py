@@ -25,6 +25,8 @@ from lls_jax.blocks import running_average
 from lls_jax.layers.convolution import convolve_3x3
 from lls_jax.layers.normalization import (
     Statistics,
+    affine,
+    along,
     apply_statistics,
     gradient_sums,
     gradients_from_sums,
@@ -37,6 +39,7 @@ from lls_jax.layers.pooled_normalization import (
     window_gradient_sums,
     window_sums,
 )
+from lls_jax.layers.pooling import max_pool, share_maxima, spread_maxima
 from lls_jax.layers.slices import map_slices, sum_slices
 from lls_jax.steps.block import BlockOutput
 from lls_jax.steps.slice_plan import Plan
@@ -109,7 +112,8 @@ def _forward(
 
     def follow(y: jax.Array) -> Any:
         sums = window_sums(y, statistics, plan.pool_size)
-        return plan.downsample(apply_statistics(y, *statistics)), *sums
+        maxima = _maxima(plan, y, statistics)
+        return plan.downsample(apply_statistics(maxima, *statistics)), *sums
 
     if kept is None:
         downsampled, *sums = plan.run(map_slices, lambda x: follow(_convolve(plan, x, kernel)), x)
@@ -117,6 +121,19 @@ def _forward(
         downsampled, *sums = plan.run(map_slices, follow, kept)
     pooled = pool_from_sums(sums, statistics, _elements(plan, x) // plan.pool_size**2)
     return (downsampled, pooled, mean, variance), Residuals(x, kernel, kept, statistics, sums)
+
+
+def _maxima(plan: Plan, y: jax.Array, statistics: Statistics) -> jax.Array:
+    """Those elements of a convolution's output from which something is passed on.
+
+    BatchNorm and LeakyReLU keep the order of a channel's elements, or turn it round where the slope
+    is negative: so a window's largest activation is found before either, and computed alone.
+    """
+    if not plan.max_pool:
+        return y
+    slope, _ = affine(*statistics)
+    sign = along(jnp.where(slope < 0, -1, 1).astype(y.dtype), y)
+    return max_pool(y * sign) * sign
 
 
 def _elements(plan: Plan, x: jax.Array) -> int:
@@ -146,16 +163,15 @@ def _pull(
     def output(x: jax.Array, kept: jax.Array | None) -> jax.Array:
         return _convolve(plan, x, kernel) if kept is None else kept
 
-    def from_above(y: jax.Array, d_downsampled: jax.Array) -> jax.Array:
-        # Else it is found in one pass with all that is made of it, four times as slow (jax 0.10.2).
-        return written_out(
-            lambda y, d: jax.vjp(plan.downsample, apply_statistics(y, *statistics))[1](d)[0],
-            *(y, d_downsampled),
-        )
+    def to_maxima(y: jax.Array, d_downsampled: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Written out: else they are found anew with each element that is made of them.
+        maxima = written_out(lambda y: _maxima(plan, y, statistics), y) if plan.max_pool else y
+        activation = apply_statistics(maxima, *statistics)
+        return maxima, jax.vjp(plan.downsample, activation)[1](d_downsampled)[0]
 
     def to_sums(x: jax.Array, kept: jax.Array | None, own: Any) -> tuple[jax.Array, jax.Array]:
-        y = output(x, kept)
-        return gradient_sums(y, statistics, from_above(y, own[0]))
+        maxima, d_maxima = to_maxima(output(x, kept), own[0])
+        return gradient_sums(maxima, statistics, d_maxima)
 
     total = window_gradient_sums(d_window, sums)
     if d_downsampled is not None:
@@ -165,10 +181,23 @@ def _pull(
 
     def to_convolution(x: jax.Array, kept: jax.Array | None, own: Any) -> jax.Array:
         y, count = output(x, kept), residuals.x.shape[0] * _elements(plan, x)
-        d_activation = spread(own[1], y.shape)
-        if own[0] is not None:
-            d_activation = d_activation + from_above(y, own[0]).astype(jnp.float32)
-        return input_gradient(y, statistics, d_activation, gradients, count)
+
+        def through_norm(y: jax.Array, d_activation: jax.Array) -> jax.Array:
+            return input_gradient(y, statistics, d_activation, gradients, count)
+
+        d_downsampled, d_window = own
+        if d_downsampled is None:
+            return through_norm(y, spread(d_window, y.shape))
+        maxima, d_maxima = to_maxima(y, d_downsampled)
+        share = written_out(share_maxima, y, maxima, d_maxima) if plan.max_pool else d_maxima
+
+        def of_both(y: jax.Array, maxima: jax.Array, share: jax.Array, d: jax.Array) -> jax.Array:
+            above = spread_maxima(y, maxima, share) if plan.max_pool else share
+            return through_norm(y, spread(d, y.shape) + above.astype(jnp.float32))
+
+        # In the shape of `y`: XLA writes it three times as slowly into one that the kernel's
+        # gradient wants (jax 0.10).
+        return written_out(of_both, y, maxima, share, d_window)
 
     def to_kernel(x: jax.Array, kept: jax.Array | None, own: Any) -> jax.Array:
         dy = to_convolution(x, kept, own)
