@@ -44,6 +44,21 @@ def _quarters(x: jax.Array) -> list[jax.Array]:
     ]
 
 
+def _windows(x: jax.Array) -> jax.Array:
+    """``[batch, height / 2, 2, width / 2, 2, channels]``, without an odd last row."""
+    batch, height, width, channels = x.shape
+    rows, columns = height // 2, width // 2
+    return x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels)
+
+
+def _from_windows(windows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of :func:`_windows`, with zeros in an odd last row."""
+    batch, rows, _, columns, _, channels = windows.shape
+    whole = windows.reshape(batch, 2 * rows, 2 * columns, channels)
+    left = (shape[1] - 2 * rows, shape[2] - 2 * columns)
+    return jnp.pad(whole, ((0, 0), (0, left[0]), (0, left[1]), (0, 0))) if any(left) else whole
+
+
 def _max_pool_in_strides(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.maximum, _quarters(x))
 
@@ -76,9 +91,7 @@ def _share(winners: list[jax.Array], dy: jax.Array) -> jax.Array:
 # milliseconds, medians of 40, jax 0.10.2 / 0.12.0.1: 2.5 / 2.8, so 2.9 / 3.5; with the sum 2.7 /
 # 3.1, so 2.8 / 4.0. The difference is the price of not asking for equality.
 def _gradient_in_windows(x: jax.Array, dy: jax.Array) -> jax.Array:
-    batch, height, width, channels = x.shape
-    rows, columns = dy.shape[1:3]
-    windows = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels)
+    windows = _windows(x)
     places = itertools.product(range(2), range(2))
     winners = _winners([windows[:, :, i, :, j] for i, j in places])
     # A bit for each of the four.
@@ -90,10 +103,7 @@ def _gradient_in_windows(x: jax.Array, dy: jax.Array) -> jax.Array:
         for one in jax.lax.optimization_barrier((code, _share(winners, dy)))
     )
     bit = np.array([[1, 2], [4, 8]], np.uint8).reshape(1, 1, 2, 1, 2, 1)
-    dx = jnp.where((code & bit) != 0, share, jnp.zeros_like(share))
-    dx = dx.reshape(batch, 2 * rows, 2 * columns, channels)
-    left = (height - 2 * rows, width - 2 * columns)
-    return jnp.pad(dx, ((0, 0), (0, left[0]), (0, left[1]), (0, 0))) if any(left) else dx
+    return _from_windows(jnp.where((code & bit) != 0, share, jnp.zeros_like(share)), x.shape)
 
 
 def _gradient_in_strides(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -119,11 +129,13 @@ def share_maxima(x: jax.Array, maxima: jax.Array, dy: jax.Array) -> jax.Array:
     Args:
         x: ``[batch, height, width, channels]``, in memory: an array that a compiler computes once
             here and once there may be rounded in two ways, and then no element is the maximum.
-        maxima: ``max_pool(x)``.
+        maxima: ``max_pool(x)``, ``[batch, height / 2, width / 2, channels]``.
         dy: its gradient, in its shape.
+
+    Returns:
+        In the shape and dtype of `dy`.
     """
-    equals = functools.reduce(jnp.add, [(own == maxima).astype(dy.dtype) for own in _quarters(x)])
-    return dy / jnp.maximum(equals, 1)
+    return _share([own == maxima for own in _quarters(x)], dy)
 
 
 def spread_maxima(x: jax.Array, maxima: jax.Array, share: jax.Array) -> jax.Array:
@@ -131,20 +143,15 @@ def spread_maxima(x: jax.Array, maxima: jax.Array, share: jax.Array) -> jax.Arra
 
     Args:
         x: ``[batch, height, width, channels]``.
-        maxima: ``max_pool(x)``.
-        share: from :func:`share_maxima`.
+        maxima: ``max_pool(x)``, ``[batch, height / 2, width / 2, channels]``.
+        share: from :func:`share_maxima`, in its shape.
 
     Returns:
         In the shape of `x`, and the dtype of `share`.
     """
-    batch, height, width, channels = x.shape
-    rows, columns = share.shape[1:3]
-    windows = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels)
     maxima, share = (one[:, :, None, :, None] for one in (maxima, share))
-    dx = jnp.where(windows == maxima, share, jnp.zeros_like(share))
-    dx = dx.reshape(batch, 2 * rows, 2 * columns, channels)
-    left = (height - 2 * rows, width - 2 * columns)
-    return jnp.pad(dx, ((0, 0), (0, left[0]), (0, left[1]), (0, 0))) if any(left) else dx
+    dx = jnp.where(_windows(x) == maxima, share, jnp.zeros_like(share))
+    return _from_windows(dx, x.shape)
 
 
 def spread_bins(windows: jax.Array, shape: tuple[int, ...]) -> jax.Array:

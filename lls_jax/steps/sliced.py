@@ -128,6 +128,14 @@ def _maxima(plan: Plan, y: jax.Array, statistics: Statistics) -> jax.Array:
 
     BatchNorm and LeakyReLU keep the order of a channel's elements, or turn it round where the slope
     is negative: so a window's largest activation is found before either, and computed alone.
+
+    Args:
+        plan: says whether these are the maxima of 2x2 windows, or all.
+        y: ``[batch, height, width, features]``.
+        statistics: BatchNorm's.
+
+    Returns:
+        ``[batch, height / 2, width / 2, features]``, or `y`.
     """
     if not plan.max_pool:
         return y
