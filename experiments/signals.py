@@ -1,9 +1,13 @@
 """Ctrl-C and SIGTERM that let the step under way finish."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
+
+# A large network has several steps under way, and statistics to take anew before it is saved.
+_NOTED = b"stopping: the steps under way are finished and saved; once more ends at once, unsaved\n"
 
 
 class Signals:
@@ -20,6 +24,9 @@ class Signals:
         del frame
         self.received = number
         signal.signal(number, signal.SIG_DFL)
+        # Not print: what it interrupts may be in the midst of printing. Nobody may listen.
+        with contextlib.suppress(OSError):
+            os.write(2, _NOTED)
 
     @staticmethod
     def is_signal(number: int) -> bool:

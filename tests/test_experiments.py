@@ -193,7 +193,7 @@ def test_a_folder_keeps_its_config(tmp_path, reference):
     ("number", "status", "at_step"), [(signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 8)]
 )
 def test_a_signal_saves_and_the_resumed_run_is_the_same(
-    tmp_path, capsys, monkeypatch, reference, number, status, at_step
+    tmp_path, capfd, monkeypatch, reference, number, status, at_step
 ):
     steps = 0
 
@@ -208,7 +208,8 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
     before = signal.getsignal(number)
     assert train.train_and_evaluate(tiny(tmp_path)) == status
     assert signal.getsignal(number) is before
-    printed = capsys.readouterr().out
+    printed, told = capfd.readouterr()
+    assert told.startswith("stopping: the steps under way are finished and saved")
     assert f"stopped at step {at_step}, saved; resume with:" in printed
     command = printed.strip().splitlines()[-1].split()
     assert command[:3] == ["python", "-m", "experiments.digits"]
@@ -216,7 +217,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
     assert command_line.parse_training("digits", "", command[3:]) == tiny(tmp_path)
     monkeypatch.undo()
     assert train.train_and_evaluate(tiny(tmp_path)) == 0
-    assert f"resumed at step {at_step}" in capsys.readouterr().out
+    assert f"resumed at step {at_step}" in capfd.readouterr().out
     assert_same_run(tmp_path, reference)
 
 
