@@ -30,10 +30,10 @@ def schedule_free_adamw(
         v    = b2 v + (1 - b2) g^2
         g'   = g / (sqrt(v) + eps) + weight_decay * y
         w_k  = (largest lr so far)^2,    c_k = w_k / (w_1 + ... + w_k)
-        y    = (1 - c_k) y + c_k z + lr_k (b1 (1 - c_k) - 1) g'
         z    = z - lr_k g'
+        y    = (1 - c_k) y + c_k z - lr_k (1 - c_k) (1 - b1) g'
 
-    with the `z` before the step in both. The weights to evaluate are their average,
+    with the new `z` in the last line. The weights to evaluate are their average,
     ``x = y + (1 - 1 / b1) (z - y)``: :func:`lls_jax.evaluation.evaluation_state` finds it in a
     training state, ``optax.contrib.schedule_free_eval_params`` in this transformation's own state.
 
@@ -103,22 +103,26 @@ def schedule_free_adamw(
         weight_sum = state.weight_sum + weight
         # Without a single positive rate so far nothing has moved, and there is nothing to average.
         share = jnp.where(weight_sum > 0, weight / jnp.where(weight_sum > 0, weight_sum, 1.0), 0.0)
-        # The update takes two factors, whose rounding in float32 is that of the parameters.
-        slope = rate * (b1 * (1.0 - share) - 1.0)
+        slope = rate * (1.0 - share) * (b1 - 1.0)
 
         def mean_square(g: jax.Array, v: jax.Array) -> jax.Array:
             return b2 * v + (1.0 - b2) * jnp.square(g)
 
         def direction(g: jax.Array, v: jax.Array, y: jax.Array) -> jax.Array:
-            return g / (jnp.sqrt(v) + eps) + weight_decay * y
+            own = g / (jnp.sqrt(v) + eps)
+            # An array where `optax.inject_hyperparams` gives it.
+            decays = isinstance(weight_decay, jax.Array) or weight_decay
+            return own + weight_decay * y if decays else own
 
         v = jax.tree.map(mean_square, grads, state.base_optimizer_state)
         directions = jax.tree.map(direction, grads, v, params)
+        # The authors' code makes `y` of the `z` before the step, to the same result. XLA updates
+        # donated arrays in place in this order alone; in theirs it copies parameters and state.
+        z = jax.tree.map(lambda d, z: z - rate.astype(z.dtype) * d, directions, state.z)
         updates = jax.tree.map(
             lambda d, y, z: share.astype(y.dtype) * (z - y) + slope.astype(y.dtype) * d,
-            *(directions, params, state.z),
+            *(directions, params, z),
         )
-        z = jax.tree.map(lambda d, z: z - rate.astype(z.dtype) * d, directions, state.z)
         return updates, optax.contrib.ScheduleFreeState(
             b1=state.b1,
             weight_sum=weight_sum,

@@ -73,6 +73,22 @@ def run(tx, initial, gradients):
     return history
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="measured on CPUs")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_step_in_place_copies_neither_parameters_nor_state(weight_decay):
+    tx = schedule_free_adamw(weight_decay=weight_decay)
+
+    def step(params, state, x):
+        gradient = jax.grad(lambda params: jnp.sum(jnp.tanh(x @ params)))(params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, x = jnp.zeros((256, 256)), jnp.zeros((2, 256))
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), x)
+    # The gradient, and little else.
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.5 * params.nbytes
+
+
 @pytest.mark.parametrize("case", ["plain", "decay"])
 def test_equals_the_published_figures(case):
     with np.load(REFERENCE / "schedule_free_adamw.npz") as store:
