@@ -249,8 +249,8 @@ def test_slices_take_less_memory_than_the_whole_batch():
         .temp_size_in_bytes
         for above in (None, 2**40)
     )
-    # 0.83 of it (jax 0.12.0.1).
-    assert sliced < 0.92 * whole
+    # 0.47 of it (jax 0.12.0.1; 0.50 on 0.10.2).
+    assert sliced < 0.57 * whole
 
 
 @pytest.mark.parametrize(

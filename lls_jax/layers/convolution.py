@@ -174,7 +174,7 @@ def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bo
 #
 # (PyTorch 2.14 gets through 3x3 convolutions at 100 to 120 GFLOP/s on such cores; 82 ms of the
 # third line are 235.)
-_FEW_CHANNELS = 4
+FEW_CHANNELS = 4
 _WINOGRAD_FROM = 16
 _SMALL_MAP = 16
 
@@ -182,9 +182,9 @@ _SMALL_MAP = 16
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     channels, features = kernel.shape[2:]
     small = x.shape[1] * x.shape[2] <= _SMALL_MAP
-    if channels <= _FEW_CHANNELS and stride == 1:
+    if channels <= FEW_CHANNELS and stride == 1:
         return _by_packed_rows(x, kernel)
-    if channels <= _FEW_CHANNELS or (small and channels >= _WINOGRAD_FROM):
+    if channels <= FEW_CHANNELS or (small and channels >= _WINOGRAD_FROM):
         return _by_matmul(x, kernel, stride)
     if stride == 1 and min(channels, features) >= _WINOGRAD_FROM:
         return winograd.convolve(x, kernel)
@@ -193,7 +193,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
     channels = x.shape[-1]
-    if channels <= _FEW_CHANNELS and stride == 1:
+    if channels <= FEW_CHANNELS and stride == 1:
         return _gradient_by_packed_rows(x, dy)
     if channels < _WINOGRAD_FROM:
         return _gradient_by_products(x, dy, stride, a_row=True)

@@ -163,7 +163,7 @@ def _block_unit(
         key, x = _block_key(key, step, index), x.astype(model.dtype)
         trained, fixed = split_params(rule, state.params)
         own, stats = trained["block"], state.batch_stats["block"]
-        plan = plan_block(spec, rule, x, remat_above, slice_above)
+        plan = plan_block(spec, rule, x, remat_above, slice_above, from_above=True)
         if plan is None:
             (seen, pooled), stats, pull_block = _run_whole(spec, rule, own, stats, x, key)
             after: Callable[..., jax.Array] = spec.transition

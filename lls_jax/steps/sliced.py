@@ -7,9 +7,10 @@ is computed twice.
 
 Or the output is not kept either: time for memory. Then the batch goes through the convolution once
 for BatchNorm's statistics, which are those of the whole batch; once for what the next block takes,
-and the pooled activation; and for each gradient once from the pooled activation alone, and twice
-with one from above: for the gradients of BatchNorm's statistics, scale and bias, which are sums
-over the whole batch, and for those of the weights or the input.
+and the pooled activation; and once for each gradient of the weights or the input. With one from
+above there are the gradients of BatchNorm's scale and bias before, which are sums over the whole
+batch: for these the maxima between blocks are kept, a quarter of the output; where there are none
+the batch goes through it once more.
 """
 
 import functools
@@ -52,6 +53,7 @@ class Residuals(NamedTuple):
         x: its input.
         kernel: of the convolution.
         output: of the convolution; None where it is not kept.
+        maxima: from :func:`_maxima`, where the plan keeps these of it; else None.
         statistics: BatchNorm's.
         sums: of :func:`lls_jax.layers.pooled_normalization.window_sums`.
     """
@@ -59,6 +61,7 @@ class Residuals(NamedTuple):
     x: jax.Array
     kernel: jax.Array
     output: jax.Array | None
+    maxima: jax.Array | None
     statistics: Statistics
     sums: Any
 
@@ -113,14 +116,17 @@ def _forward(
     def follow(y: jax.Array) -> Any:
         sums = window_sums(y, statistics, plan.pool_size)
         maxima = _maxima(plan, y, statistics)
-        return plan.downsample(apply_statistics(maxima, *statistics)), *sums
+        downsampled = plan.downsample(apply_statistics(maxima, *statistics))
+        return downsampled, (maxima if plan.keeps_maxima else None), *sums
 
     if kept is None:
-        downsampled, *sums = plan.run(map_slices, lambda x: follow(_convolve(plan, x, kernel)), x)
+        outputs = plan.run(map_slices, lambda x: follow(_convolve(plan, x, kernel)), x)
     else:
-        downsampled, *sums = plan.run(map_slices, follow, kept)
+        outputs = plan.run(map_slices, follow, kept)
+    downsampled, maxima, *sums = outputs
     pooled = pool_from_sums(sums, statistics, _elements(plan, x) // plan.pool_size**2)
-    return (downsampled, pooled, mean, variance), Residuals(x, kernel, kept, statistics, sums)
+    residuals = Residuals(x, kernel, kept, maxima, statistics, sums)
+    return (downsampled, pooled, mean, variance), residuals
 
 
 def _maxima(plan: Plan, y: jax.Array, statistics: Statistics) -> jax.Array:
@@ -162,7 +168,7 @@ def _pull(
         params: whether the former are asked for.
         input: whether the latter is.
     """
-    x, kernel, kept, statistics, sums = residuals
+    x, kernel, kept, maxima, statistics, sums = residuals
     window = _elements(plan, x) // plan.pool_size**2
     d_downsampled, d_pooled = cotangents
     d_window = jnp.zeros_like(sums[0]) if d_pooled is None else d_pooled / window
@@ -171,19 +177,21 @@ def _pull(
     def output(x: jax.Array, kept: jax.Array | None) -> jax.Array:
         return _convolve(plan, x, kernel) if kept is None else kept
 
-    def to_maxima(y: jax.Array, d_downsampled: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Written out: else they are found anew with each element that is made of them.
-        maxima = written_out(lambda y: _maxima(plan, y, statistics), y) if plan.max_pool else y
-        activation = apply_statistics(maxima, *statistics)
-        return maxima, jax.vjp(plan.downsample, activation)[1](d_downsampled)[0]
+    def before_pooling(seen: jax.Array, d_downsampled: jax.Array) -> jax.Array:
+        activation = apply_statistics(seen, *statistics)
+        return jax.vjp(plan.downsample, activation)[1](d_downsampled)[0]
 
-    def to_sums(x: jax.Array, kept: jax.Array | None, own: Any) -> tuple[jax.Array, jax.Array]:
-        maxima, d_maxima = to_maxima(output(x, kept), own[0])
-        return gradient_sums(maxima, statistics, d_maxima)
+    def find_maxima(y: jax.Array) -> jax.Array:
+        # Written out: else they are found again with each element that is made of them.
+        return written_out(lambda y: _maxima(plan, y, statistics), y) if plan.max_pool else y
+
+    def to_sums(x: Any, kept: Any, maxima: Any, own: Any) -> tuple[jax.Array, jax.Array]:
+        seen = find_maxima(output(x, kept)) if maxima is None else maxima
+        return gradient_sums(seen, statistics, before_pooling(seen, own[0]))
 
     total = window_gradient_sums(d_window, sums)
     if d_downsampled is not None:
-        source = (x, None) if kept is None else (None, kept)
+        source = (x, kept, None) if maxima is None else (None, None, maxima)
         total = jax.tree.map(jnp.add, total, plan.run(sum_slices, to_sums, *source, own))
     gradients = gradients_from_sums(total, statistics)
 
@@ -196,16 +204,20 @@ def _pull(
         d_downsampled, d_window = own
         if d_downsampled is None:
             return through_norm(y, spread(d_window, y.shape))
-        maxima, d_maxima = to_maxima(y, d_downsampled)
-        share = written_out(share_maxima, y, maxima, d_maxima) if plan.max_pool else d_maxima
+        # Not those that were kept: of an output that is computed again, which may be rounded in
+        # another way, none might equal them.
+        seen = find_maxima(y)
+        share = before_pooling(seen, d_downsampled)
+        if plan.max_pool:
+            share = written_out(share_maxima, y, seen, share)
 
-        def of_both(y: jax.Array, maxima: jax.Array, share: jax.Array, d: jax.Array) -> jax.Array:
-            above = spread_maxima(y, maxima, share) if plan.max_pool else share
+        def of_both(y: jax.Array, seen: jax.Array, share: jax.Array, d: jax.Array) -> jax.Array:
+            above = spread_maxima(y, seen, share) if plan.max_pool else share
             return through_norm(y, spread(d, y.shape) + above.astype(jnp.float32))
 
         # In the shape of `y`: XLA writes it three times as slowly into one that the kernel's
         # gradient wants (jax 0.10).
-        return written_out(of_both, y, maxima, share, d_window)
+        return written_out(of_both, y, seen, share, d_window)
 
     def to_kernel(x: jax.Array, kept: jax.Array | None, own: Any) -> jax.Array:
         dy = to_convolution(x, kept, own)
