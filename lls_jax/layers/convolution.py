@@ -257,24 +257,49 @@ def _sum_of_windows(padded: jax.Array, kernel: jax.Array, stride: int) -> jax.Ar
     return functools.reduce(jnp.add, products)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _depthwise_on_cpu(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    return _sum_of_windows(_padded(x, padding), kernel, stride)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _depthwise_on_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return _sum_of_windows(_padded(x, stride), kernel, stride)
 
 
-def _depthwise_forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> tuple:
+def _depthwise_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple:
     # Kept with its padding, so that it is padded once, and by the pass that computes it: what
     # comes before is then not written to memory without.
-    padded = _padded(x, padding)
+    padded = _padded(x, stride)
     return _sum_of_windows(padded, kernel, stride), (padded, kernel)
 
 
-def _depthwise_backward(stride: int, padding: int, residuals: tuple, dy: jax.Array) -> tuple:
+def _depthwise_backward(stride: int, residuals: tuple, dy: jax.Array) -> tuple:
     padded, kernel = residuals
     d_kernel = _depthwise_gradient(padded, dy, stride)
-    (dx,) = jax.linear_transpose(lambda x: _sum_of_windows(x, kernel, stride), padded)(dy)
-    dx = dx[:, padding : dx.shape[1] - padding, padding : dx.shape[2] - padding]
+    sides = tuple(size - 2 * stride for size in padded.shape[1:3])
+    dx = _depthwise_input_gradient(kernel, dy, stride, sides)
     return dx, d_kernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+# As a transpose of the sum over windows, XLA computes all that the output's gradient comes from for
+# each of nine taps, or writes nine products to memory, as the program goes.
+def _depthwise_input_gradient(
+    kernel: jax.Array, dy: jax.Array, stride: int, sides: tuple[int, ...]
+) -> jax.Array:
+    """``dx[s a + p] = sum over j of dy[a + 1 - j] kernel[p + s j]`` along both axes, ``p < s``."""
+    batch, *_, channels = dy.shape
+    # Outputs that an input is in, along an axis; inputs a stride apart.
+    most, counts = -(-3 // stride), [-(-size // stride) for size in sides]
+    # One more at the end: what is padded is computed once, and by the pass that pads it.
+    around = [(most - 2, count + 2 - size, 0) for count, size in zip(counts, dy.shape[1:3])]
+    dy = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *around, (0, 0, 0)])
+    left = most * stride - 3
+    taps = jnp.pad(kernel[:, :, 0], ((0, left), (0, left), (0, 0)))
+    taps = taps.reshape(most, stride, most, stride, channels)
+    total = None
+    for i, j in itertools.product(range(most), range(most)):
+        window = _every(_every(dy, 1, most - 1 - i, counts[0], 1), 2, most - 1 - j, counts[1], 1)
+        own = window[:, :, None, :, None] * taps[i, :, j].reshape(1, 1, stride, 1, stride, -1)
+        total = own if total is None else total + own
+    assert total is not None
+    dx = total.reshape(batch, counts[0] * stride, counts[1] * stride, channels)
+    return dx[:, : sides[0], : sides[1]]
 
 
 # What is read nine times is read from a cache near by, row after row of all images. (What automatic
@@ -330,7 +355,7 @@ def depthwise_3x3(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array
     # XLA's CPU backend runs a grouped convolution as that many small ones: 40 times slower than
     # adding up nine shifted products (32 images of 64x64 pixels and 32 channels).
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _depthwise_on_cpu(x, kernel, stride, stride)
+        return _depthwise_on_cpu(x, kernel, stride)
 
     def elsewhere(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return _by_convolution(x, kernel, stride, stride, groups=x.shape[-1])

@@ -167,21 +167,12 @@ def spread_bins(windows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _spread_axis(windows: jax.Array, axis: int, size: int) -> jax.Array:
-    edges = bins_of(size, windows.shape[axis])
-    members = [
-        [i for i, (start, stop) in enumerate(edges) if start <= at < stop] for at in range(size)
-    ]
+    at = jax.lax.broadcasted_iota(jnp.int32, [size if i == axis else 1 for i in range(4)], axis)
     total = None
-    # Two windows at most where they are not larger than the axis is long.
-    for owners in itertools.zip_longest(*members):
-        chosen = np.array([0 if owner is None else owner for owner in owners])
-        # Constants, in range.
-        values = jnp.take(windows, chosen, axis=axis, mode="clip")
-        if None in owners:
-            shape = [1] * windows.ndim
-            shape[axis] = size
-            there = np.array([owner is not None for owner in owners]).reshape(shape)
-            values = jnp.where(there, values, jnp.zeros_like(values))
-        total = values if total is None else total + values
+    # XLA fuses these into what reads them, and writes what is gathered to memory.
+    for i, (start, stop) in enumerate(bins_of(size, windows.shape[axis])):
+        value = jax.lax.slice_in_dim(windows, i, i + 1, axis=axis)
+        own = jnp.where((at >= start) & (at < stop), value, jnp.zeros_like(value))
+        total = own if total is None else total + own
     assert total is not None
     return total
