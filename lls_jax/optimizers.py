@@ -109,15 +109,12 @@ def schedule_free_adamw(
             return b2 * v + (1.0 - b2) * jnp.square(g)
 
         def direction(g: jax.Array, v: jax.Array, y: jax.Array) -> jax.Array:
-            own = g / (jnp.sqrt(v) + eps)
-            # An array where `optax.inject_hyperparams` gives it.
-            decays = isinstance(weight_decay, jax.Array) or weight_decay
-            return own + weight_decay * y if decays else own
+            return g / (jnp.sqrt(v) + eps) + weight_decay * y
 
         v = jax.tree.map(mean_square, grads, state.base_optimizer_state)
         directions = jax.tree.map(direction, grads, v, params)
-        # The authors' code makes `y` of the `z` before the step, to the same result. XLA updates
-        # donated arrays in place in this order alone; in theirs it copies parameters and state.
+        # The authors' code makes `y` of the `z` before the step, to the same result. On CPUs XLA
+        # updates donated arrays in place in this order, and in theirs copies both y and z.
         z = jax.tree.map(lambda d, z: z - rate.astype(z.dtype) * d, directions, state.z)
         updates = jax.tree.map(
             lambda d, y, z: share.astype(y.dtype) * (z - y) + slope.astype(y.dtype) * d,

@@ -87,7 +87,7 @@ def test_winograd_in_slices_equals_loops_over_taps(monkeypatch, slices):
 
 # Rows that are added up by two, and one by one.
 @pytest.mark.parametrize(
-    ("batch", "height", "stride"), [(16, 6, 1), (2, 6, 2), (3, 7, 2), (2, 5, 1)]
+    ("batch", "height", "stride"), [(16, 6, 1), (2, 6, 2), (3, 7, 2), (2, 5, 1), (2, 7, 3)]
 )
 def test_depthwise_equals_loops_over_taps(batch, height, stride):
     width, channels = 5, 4

@@ -109,12 +109,16 @@ def test_outputs_that_are_not_computed_again_are_in_slices_by_default():
     assert shown == [default, default, (4, False, False), (4, True, False), None]
     # Few channels are cheap to compute again: done, in larger slices, where that saves memory.
     of_features = jax.ShapeDtypeStruct((128, 32, 32, 32), jnp.float32)
+    pooled = dataclasses.replace(spec, max_pool=True)
     plans = [
-        slice_plan.plan_block(spec, rule, own, None, above, from_above=True)
-        for own, above in ((x, None), (x, 2**22), (of_features, None))
-    ]
+        slice_plan.plan_block(pooled, rule, own, *above, from_above=True)
+        for own, above in (
+            (x, (None, None)), (x, (2**30, None)), (x, (None, 2**22)), (of_features, (None, None))
+        )
+    ]  # fmt: skip
     shown = [(plan.slices, plan.keeps_output, plan.only_on_cpu) for plan in plans]
-    assert shown == [(4, False, True), (4, True, False), default]
+    assert shown == [(4, False, True), default, (4, True, False), default]
+    assert [plan.keeps_maxima for plan in plans] == [True, False, False, False]
 
 
 def temporaries(model, rule_name, side, batch_size=128, **options):

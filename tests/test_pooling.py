@@ -91,8 +91,7 @@ def test_no_element_is_asked_to_equal_a_maximum(platform):
 # What XLA computes while it reads or writes an array, and need not have as an array of its own.
 FUSED = {
     *("add", "subtract", "multiply", "divide", "maximum", "compare", "select", "convert", "abs"),
-    # A gather from the few values of the windows.
-    *("square", "pad", "gather", "call", "return"),
+    *("square", "pad", "call", "return"),
     *("negate", "broadcast_in_dim", "reduce", "slice", "reshape", "and", "or", "not", "rsqrt"),
 }
 

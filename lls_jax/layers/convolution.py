@@ -284,17 +284,20 @@ def _depthwise_input_gradient(
 ) -> jax.Array:
     """``dx[s a + p] = sum over j of dy[a + 1 - j] kernel[p + s j]`` along both axes, ``p < s``."""
     batch, *_, channels = dy.shape
-    # Outputs that an input is in, along an axis; inputs a stride apart.
-    most, counts = -(-3 // stride), [-(-size // stride) for size in sides]
-    # One more at the end: what is padded is computed once, and by the pass that pads it.
-    around = [(most - 2, count + 2 - size, 0) for count, size in zip(counts, dy.shape[1:3])]
+    # Outputs that an input is part of, along an axis; inputs a stride apart.
+    outputs, counts = -(-3 // stride), [-(-size // stride) for size in sides]
+    # A row and a column more than the windows take: else nothing may be padded, and then XLA
+    # computes what `dy` comes from for each window; what it pads it writes to memory once.
+    around = [(outputs - 2, count + 2 - size, 0) for count, size in zip(counts, dy.shape[1:3])]
     dy = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *around, (0, 0, 0)])
-    left = most * stride - 3
+    left = outputs * stride - 3
     taps = jnp.pad(kernel[:, :, 0], ((0, left), (0, left), (0, 0)))
-    taps = taps.reshape(most, stride, most, stride, channels)
+    taps = taps.reshape(outputs, stride, outputs, stride, channels)
     total = None
-    for i, j in itertools.product(range(most), range(most)):
-        window = _every(_every(dy, 1, most - 1 - i, counts[0], 1), 2, most - 1 - j, counts[1], 1)
+    for i, j in itertools.product(range(outputs), range(outputs)):
+        window = _every(
+            _every(dy, 1, outputs - 1 - i, counts[0], 1), 2, outputs - 1 - j, counts[1], 1
+        )
         own = window[:, :, None, :, None] * taps[i, :, j].reshape(1, 1, stride, 1, stride, -1)
         total = own if total is None else total + own
     assert total is not None

@@ -45,13 +45,14 @@ def make_train_step(
             Any number from the blocks and the classifier on is all of them. Local rules only
             (:mod:`lls_jax.steps.reach`).
         remat_above: bytes; a convolution whose output takes more is computed again, in slices of
-            the batch, instead of keeping it (:mod:`lls_jax.steps.sliced`). None keeps every one.
-            Local rules only.
+            the batch, instead of keeping it (:mod:`lls_jax.steps.sliced`). None keeps every one
+            but, with a `reach` of 2 or more and no `slice_above`, that of an image's own
+            convolution, which on CPUs is no slower to compute again. Local rules only.
         slice_above: bytes; the gradients of a convolution whose output takes more, and what they
             come from, are computed in slices of the batch. The output itself is kept, and nothing
             is convolved twice (:mod:`lls_jax.steps.sliced`). None for 2 MiB on CPUs, in about
-            eight slices at most, which are no slower, and for never elsewhere. Not of what
-            `remat_above` computes again. Local rules only.
+            eight slices at most, which are no slower, and for never elsewhere. Not of what is
+            computed again (`remat_above`). Local rules only.
         in_order: whether a local block waits for the gradient of the block below, so that its
             memory is free. Without, sums of gradients over devices may go on meanwhile.
         donate: whether the step takes the memory of the state that it is given, which is of no use

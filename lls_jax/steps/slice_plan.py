@@ -26,9 +26,11 @@ from lls_jax.rules import LocalRule
 SLICE_BYTES = 2 * 2**20
 MOST_SLICES = 8
 # Where gradients come from above too, a convolution of an image's few channels is computed again,
-# in slices twice as large: that takes no longer than to write its output to memory and to read it
-# slice by slice. Milliseconds of such a block's step (128 images of 32x32 pixels, 32 features), two
-# cores of an Intel Xeon, jax 0.12.0.1 / 0.10.2, medians of 25 turns, two runs, and megabytes:
+# in slices twice as large: that takes as long as to write its output to memory and to read it slice
+# by slice. (Elsewhere nothing is cut, and XLA computes the same convolution once in a program; a
+# pipeline's two programs compute it once each.) Milliseconds of such a block's step (128 images of
+# 32x32 pixels, 32 features), two cores of an Intel Xeon, jax 0.12.0.1 / 0.10.2, medians of 25 turns,
+# two runs, and megabytes:
 #
 #               kept, 2 MiB    kept, 4 MiB    again, 2 MiB   again, 4 MiB
 #   time        27.1 / 27.7                   29.9 / 28.0    27.8 / 26.4
@@ -123,9 +125,9 @@ def plan_block(
         slice_above: bytes above which, of an output that is kept, what follows is in slices; None
             for :data:`SLICE_BYTES` on CPUs, in about :data:`MOST_SLICES` at most, and for never
             elsewhere.
-        from_above: whether gradients of blocks above come back through it. Then an output that is
-            cheap to compute again, of :data:`~lls_jax.layers.convolution.FEW_CHANNELS`, is not kept
-            unless `slice_above` is given.
+        from_above: whether gradients of blocks above come back through it. Then, where neither
+            number is given, an output that is cheap to compute again is not kept: that of an image
+            of at most :data:`~lls_jax.layers.convolution.FEW_CHANNELS`.
     """
     module = spec.module
     # Not one that is derived from it, whose function may be another.
@@ -135,9 +137,9 @@ def plan_block(
     height, width = (-(-side // module.stride) for side in sides)
     shape = (batch, height, width, module.features)
     again = 1 if remat_above is None else count_slices(shape, module.dtype, remat_above)
-    cheap = (from_above and channels <= FEW_CHANNELS and slice_above is None) and count_slices(
-        shape, module.dtype, CHEAP_SLICE_BYTES
-    ) > 1
+    is_free = remat_above is None and slice_above is None
+    cheap = is_free and from_above and channels <= FEW_CHANNELS
+    cheap = cheap and count_slices(shape, module.dtype, CHEAP_SLICE_BYTES) > 1
     if again > 1:
         slices = again
     elif slice_above is not None:
