@@ -29,8 +29,8 @@ MOST_SLICES = 8
 # in slices twice as large: that takes as long as to write its output to memory and to read it slice
 # by slice. (Elsewhere nothing is cut, and XLA computes the same convolution once in a program; a
 # pipeline's two programs compute it once each.) Milliseconds of such a block's step (128 images of
-# 32x32 pixels, 32 features), two cores of an Intel Xeon, jax 0.12.0.1 / 0.10.2, medians of 25 turns,
-# two runs, and megabytes:
+# 32x32 pixels, 32 features), two cores of an Intel Xeon, jax 0.12.0.1 / 0.10.2, medians of 25
+# turns, two runs, and megabytes:
 #
 #               kept, 2 MiB    kept, 4 MiB    again, 2 MiB   again, 4 MiB
 #   time        27.1 / 27.7                   29.9 / 28.0    27.8 / 26.4
