@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lls_jax.layers import winograd
-from lls_jax.layers.convolution import convolve_3x3, depthwise_3x3
+from lls_jax.layers.convolution import convolve_3x3
+from lls_jax.layers.depthwise import depthwise_3x3
 from lls_jax.layers.normalization import Statistics
 from lls_jax.layers.pointwise import pointwise
 from lls_jax.layers.pooled_normalization import window_sums

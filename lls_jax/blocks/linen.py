@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lls_jax.layers.convolution import convolve_3x3, depthwise_3x3
+from lls_jax.layers.convolution import convolve_3x3
+from lls_jax.layers.depthwise import depthwise_3x3
 from lls_jax.layers.initializers import fan_in_uniform
 from lls_jax.layers.normalization import (
     apply_statistics,
