@@ -38,7 +38,7 @@ def pad_sides(x: jax.Array, padding: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
 
 
-def every(x: jax.Array, axis: int, start: int, count: int, stride: int) -> jax.Array:
+def _every(x: jax.Array, axis: int, start: int, count: int, stride: int) -> jax.Array:
     """`count` elements along an axis, from `start` on, `stride` apart."""
     return jax.lax.slice_in_dim(x, start, start + (count - 1) * stride + 1, stride, axis)
 
@@ -57,7 +57,7 @@ def windows_of(padded: jax.Array, stride: int) -> list[jax.Array]:
     """The nine inputs of every output, ``[batch, out height, out width, channels]`` each."""
     rows, columns = ((size - 3) // stride + 1 for size in padded.shape[1:3])
     return [
-        every(every(padded, 1, i, rows, stride), 2, j, columns, stride)
+        _every(_every(padded, 1, i, rows, stride), 2, j, columns, stride)
         for i, j in itertools.product(range(3), range(3))
     ]
 
@@ -128,7 +128,7 @@ def _gradient_by_packed_rows(x: jax.Array, dy: jax.Array) -> jax.Array:
 def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bool) -> jax.Array:
     """``[3, 3, channels, features]`` as matrix products: one a row of the kernel, or one a tap."""
     padded = _padded_after(token_of(dy), x, 1)
-    columns = [every(padded, 2, j, dy.shape[2], stride) for j in range(3)]
+    columns = [_every(padded, 2, j, dy.shape[2], stride) for j in range(3)]
     if a_row:
         columns = [jax.lax.optimization_barrier(jnp.concatenate(columns, axis=-1))]
     over_examples = (((0, 1, 2), (0, 1, 2)), ((), ()))
@@ -138,7 +138,7 @@ def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bo
         # Not before the product before: else XLA cuts out all taps first, and keeps them.
         rows = slice_after(token_of(products[-1:]), column, row, span, axis=1)
         # The barrier gives the product to the matrix library.
-        tap = jax.lax.optimization_barrier(every(rows, 1, 0, dy.shape[1], stride))
+        tap = jax.lax.optimization_barrier(_every(rows, 1, 0, dy.shape[1], stride))
         products.append(
             jax.lax.dot_general(tap, dy, over_examples, preferred_element_type=jnp.float32)
         )

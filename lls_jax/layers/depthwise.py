@@ -6,7 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from lls_jax.layers.convolution import by_convolution, every, pad_sides, windows_of
+from lls_jax.layers.convolution import by_convolution, pad_sides, windows_of
 from lls_jax.platforms import by_platform
 
 
@@ -52,15 +52,15 @@ def _depthwise_input_gradient(
     left = outputs * stride - 3
     taps = jnp.pad(kernel[:, :, 0], ((0, left), (0, left), (0, 0)))
     taps = taps.reshape(outputs, stride, outputs, stride, channels)
-    total = None
-    for i, j in itertools.product(range(outputs), range(outputs)):
-        window = every(
-            every(dy, 1, outputs - 1 - i, counts[0], 1), 2, outputs - 1 - j, counts[1], 1
-        )
-        own = window[:, :, None, :, None] * taps[i, :, j].reshape(1, 1, stride, 1, stride, -1)
-        total = own if total is None else total + own
-    assert total is not None
-    dx = total.reshape(batch, counts[0] * stride, counts[1] * stride, channels)
+    (rows, columns), last = counts, outputs - 1
+
+    def product(i: int, j: int) -> jax.Array:
+        window = dy[:, last - i : last - i + rows, last - j : last - j + columns]
+        return window[:, :, None, :, None] * taps[i, :, j].reshape(1, 1, stride, 1, stride, -1)
+
+    places = itertools.product(range(outputs), range(outputs))
+    total = functools.reduce(jnp.add, itertools.starmap(product, places))
+    dx = total.reshape(batch, rows * stride, columns * stride, channels)
     return dx[:, : sides[0], : sides[1]]
 
 

@@ -168,11 +168,11 @@ def spread_bins(windows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _spread_axis(windows: jax.Array, axis: int, size: int) -> jax.Array:
     at = jax.lax.broadcasted_iota(jnp.int32, [size if i == axis else 1 for i in range(4)], axis)
-    total = None
-    # XLA fuses these into what reads them, and writes what is gathered to memory.
-    for i, (start, stop) in enumerate(bins_of(size, windows.shape[axis])):
+
+    def spread_one(i: int, start: int, stop: int) -> jax.Array:
         value = jax.lax.slice_in_dim(windows, i, i + 1, axis=axis)
-        own = jnp.where((at >= start) & (at < stop), value, jnp.zeros_like(value))
-        total = own if total is None else total + own
-    assert total is not None
-    return total
+        return jnp.where((at >= start) & (at < stop), value, jnp.zeros_like(value))
+
+    # XLA fuses these into what reads them, and writes what is gathered to memory.
+    bins = enumerate(bins_of(size, windows.shape[axis]))
+    return functools.reduce(jnp.add, [spread_one(i, *ends) for i, ends in bins])

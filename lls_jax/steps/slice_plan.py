@@ -137,9 +137,11 @@ def plan_block(
     height, width = (-(-side // module.stride) for side in sides)
     shape = (batch, height, width, module.features)
     again = 1 if remat_above is None else count_slices(shape, module.dtype, remat_above)
-    is_free = remat_above is None and slice_above is None
-    cheap = is_free and from_above and channels <= FEW_CHANNELS
-    cheap = cheap and count_slices(shape, module.dtype, CHEAP_SLICE_BYTES) > 1
+    cheap = (
+        (remat_above is None and slice_above is None)
+        and (from_above and channels <= FEW_CHANNELS)
+        and count_slices(shape, module.dtype, CHEAP_SLICE_BYTES) > 1
+    )
     if again > 1:
         slices = again
     elif slice_above is not None:
