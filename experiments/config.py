@@ -90,7 +90,8 @@ class TrainConfig:
     augmentation: str = "flip"
     """none; flip: left to right; crop: with 4 pixels of padding; flip_crop; flip_erase: and random
     erasing; full: all three; alternating_flip: each image mirrored in every other epoch;
-    alternating_flip_translate: and moved by up to 2 pixels."""
+    alternating_flip_translate: and moved by up to 2 pixels; alternating_flip_translate_cutout: and
+    without a random square of 8 pixels a side."""
     test_views: str = "none"
     """Evaluate each epoch once more, by the mean over views of a test image: flip: it and its
     mirror image; flip_translate: and those moved by a pixel, as the speed-runs do; none."""

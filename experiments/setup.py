@@ -18,6 +18,7 @@ from lls_jax.errors import UserError
 from lls_jax.models import Network
 from lls_jax.rules import published
 from lls_jax.runs.checks import check_of_images
+from lls_jax.steps import slice_plan
 from lls_jax.steps.reach_schedule import check_reach
 from pallas_kernels import local_loss
 
@@ -91,15 +92,26 @@ def check_task(config: TrainConfig) -> None:
     """
     with as_user_error():
         spec = data_sets.sketch(config)
-        rule = _make_task(config, spec).rule
+        task = _make_task(config, spec)
         for option, value in (("remat", config.remat), ("slice", config.slice)):
-            if value and not rules.has_local_losses(rule):
-                raise ValueError(
-                    f"--{option} {value} is of no use to --rule {config.rule}, which has no local "
-                    "losses; leave it out."
-                )
+            if value:
+                _check_cut(f"--{option} {value}", config, task)
         batches.make_augment(spec, config.augmentation)
         optimizers.make(config, steps_per_epoch=1)
+
+
+def _check_cut(what: str, config: TrainConfig, task: Task) -> None:
+    """Raise ValueError where no block's batch can be cut, so that `what` would change nothing."""
+    if not rules.has_local_losses(task.rule):
+        raise ValueError(
+            f"{what} is of no use to --rule {config.rule}, which has no local losses; leave it out."
+        )
+    specs, own = task.model.specs, task.model.block_rules(task.rule)
+    if not any(slice_plan.may_cut(spec, rule) for spec, rule in zip(specs, own)):
+        raise ValueError(
+            f"{what} is of no use to --rule {config.rule} with --model {config.model}: it is for "
+            "blocks of one convolution whose rule sees the pooled activation alone; leave it out."
+        )
 
 
 @contextlib.contextmanager

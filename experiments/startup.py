@@ -24,7 +24,7 @@ def keep_memory() -> None:
     """Start this process again with memory in huge pages that it keeps, where glibc can be told to.
 
     XLA's CPU backend takes a step's temporaries from malloc, which gets them from the kernel anew
-    each time, in pages of 4 KiB: a third of a step can go into page faults. glibc reads the
+    each time, in pages of 4 KiB: half of a step can go into page faults. glibc reads the
     settings when a process starts, and only then. Where GLIBC_TUNABLES is set, its owner decides.
     """
     if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:

@@ -515,6 +515,20 @@ def test_erasing_equals_an_oracle():
     assert sizes.min() < 0.06 and 0.22 < sizes.max() < 0.38
 
 
+def test_cutout_equals_an_oracle():
+    """Square by square, in NumPy from the same uniform numbers; a short axis is cut whole."""
+    seed, key = draw_keys()
+    images = np.random.default_rng(seed).uniform(1.0, 2.0, (300, 12, 5, 3)).astype(np.float32)
+    cut = np.asarray(augment.random_cutout(key, jnp.asarray(images), 6))
+    tops = np.floor(np.asarray(jax.random.uniform(jax.random.split(key)[0], (300,))) * 7)
+    expected = images.copy()
+    for image, top in zip(expected, tops.astype(int)):
+        image[top : top + 6] = 0.0
+    np.testing.assert_array_equal(cut, expected)
+    # Every place inside the image is drawn.
+    assert set(tops) == set(range(7))
+
+
 def test_evaluation_batches_weigh_what_fills_up_with_zero():
     data = batches.to_device(random_splits(CIFAR)["test"])
     parts = list(batches.evaluation_batches(CIFAR, data, 4))

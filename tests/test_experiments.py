@@ -898,6 +898,8 @@ def run_import():
         (run_digits, "--reach 2 --slice 4 --data-parallel 2", ["not go with --data-parallel"]),
         (run_digits, "--remat -1", ["--remat is -1", "at least 0"]),
         (run_digits, "--remat 8 --rule bp", ["--remat 8 is of no use to --rule bp"]),
+        (run_digits, "--remat 8 --rule predsim", ["no use to --rule predsim with --model small_"]),
+        (run_digits, "--slice 8 --model resnet32", ["--rule lls_mxm with --model resnet32"]),
         (run_digits, "--seed 4294967296", ["--seed is 4294967296", "less than 4294967296"]),
         (run_paper, "--table 2 --workdir x --seeds 4294967297", ["--seeds is 4294967297"]),
         (run_board, "--workdir x --seeds 0 4294967297", ["--seeds is 4294967297"]),

@@ -15,10 +15,12 @@ AUGMENTATIONS: dict[str, tuple[str, ...]] = {
     "full": ("flip", "crop", "erase"),
     "alternating_flip": ("alternating_flip",),
     "alternating_flip_translate": ("alternating_flip", "translate"),
+    "alternating_flip_translate_cutout": ("alternating_flip", "translate", "cutout"),
 }
 
 _CROP_PADDING = 4
 _TRANSLATION = 2
+_CUTOUT_SIZE = 8
 _ERASE_PROBABILITY = 0.2
 _ERASE_AREA = (0.02, 0.33)
 _ERASE_ASPECT = (0.3, 3.3)
@@ -64,23 +66,18 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int = _CROP_PADDING)
     return _random_windows(key, padded, images.shape)
 
 
-def _random_windows(key: jax.Array, padded: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A window of each image, of the size that the images had before they were padded."""
-    batch, *size = shape
-    room = jnp.array([[padded.shape[1] - size[0] + 1, padded.shape[2] - size[1] + 1]])
-    offsets = jax.random.randint(key, (batch, 2), 0, room)
-    cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), size))
-    return cut(padded, offsets)
-
-
 def random_window(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
     """Cut a random square from each image; ``[batch, height, width, c]``, `size` in pixels."""
-    batch, height, width, channels = images.shape
-    room = jnp.array([[height - size + 1, width - size + 1]])
+    batch, *_, channels = images.shape
+    return _random_windows(key, images, (batch, size, size, channels))
+
+
+def _random_windows(key: jax.Array, images: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A window of each image, at a place of its own: `shape`, ``[batch, height, width, c]``."""
+    batch, *size = shape
+    room = jnp.array([[images.shape[1] - size[0] + 1, images.shape[2] - size[1] + 1]])
     offsets = jax.random.randint(key, (batch, 2), 0, room)
-    cut = jax.vmap(
-        lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (size, size, channels))
-    )
+    cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), size))
     return cut(images, offsets)
 
 
@@ -113,15 +110,42 @@ def random_erase(
         keys[2], (batch,), jnp.float32, *(math.log(a) for a in _ERASE_ASPECT)
     )
     root_aspect = jnp.exp(0.5 * log_aspect)
+    rows = _random_span(keys[3], jnp.sqrt(area) * root_aspect, height)
+    columns = _random_span(keys[4], jnp.sqrt(area) / root_aspect, width)
+    return _without_rectangle(images, chosen[:, None] & rows, columns)
 
-    def span(key: jax.Array, length: jax.Array, size: int) -> jax.Array:
-        """Whether each of `size` positions is inside a random span of `length`."""
-        length = jnp.clip(jnp.round(length), 1, size)
-        start = jnp.floor(jax.random.uniform(key, (batch,)) * (size - length + 1))
-        position = jnp.arange(size, dtype=jnp.float32)[None, :]
-        return (position >= start[:, None]) & (position < (start + length)[:, None])
 
-    rows = span(keys[3], jnp.sqrt(area) * root_aspect, height)
-    columns = span(keys[4], jnp.sqrt(area) / root_aspect, width)
-    erased = chosen[:, None, None] & rows[:, :, None] & columns[:, None, :]
-    return jnp.where(erased[..., None], jnp.zeros_like(images), images)
+def random_cutout(key: jax.Array, images: jax.Array, size: int = _CUTOUT_SIZE) -> jax.Array:
+    """Set a random square of each image to zero, which is the mean of normalised ones.
+
+    The square lies wholly inside the image, as in the speed-runs; the paper's may reach over the
+    edge.
+
+    Args:
+        key: random key.
+        images: normalised, ``[batch, height, width, channels]``.
+        size: of the square, in pixels; along a shorter axis, all of it.
+
+    References:
+        DeVries, Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
+        https://arxiv.org/abs/1708.04552.
+    """
+    batch, height, width, _ = images.shape
+    length = jnp.full((batch,), size, jnp.float32)
+    keys = jax.random.split(key)
+    spans = (_random_span(k, length, side) for k, side in zip(keys, (height, width)))
+    return _without_rectangle(images, *spans)
+
+
+def _random_span(key: jax.Array, length: jax.Array, size: int) -> jax.Array:
+    """Whether each of `size` positions is inside a random span of `length`: ``[batch, size]``."""
+    length = jnp.clip(jnp.round(length), 1, size)
+    start = jnp.floor(jax.random.uniform(key, length.shape) * (size - length + 1))
+    position = jnp.arange(size, dtype=jnp.float32)[None, :]
+    return (position >= start[:, None]) & (position < (start + length)[:, None])
+
+
+def _without_rectangle(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Zero where both a row and a column are in; ``[batch, height]`` and ``[batch, width]``."""
+    inside = rows[:, :, None] & columns[:, None, :]
+    return jnp.where(inside[..., None], jnp.zeros_like(images), images)

@@ -15,6 +15,7 @@ from lls_jax.data.augment import (
     middle_window,
     mirror,
     random_crop,
+    random_cutout,
     random_erase,
     random_flip,
     random_translation,
@@ -68,7 +69,8 @@ def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
             ``"full"``: flip, crop with padding 4 (not where windows are cut anyway), random erasing
             with probability 0.2; ``"alternating_flip"``: each image mirrored in every other epoch,
             which its order says (:func:`epoch_order`), or ``"alternating_flip_translate"``: and
-            moved by up to 2 pixels, its edges reflected (not where windows are cut anyway).
+            moved by up to 2 pixels, its edges reflected (not where windows are cut anyway);
+            ``"alternating_flip_translate_cutout"``: and without a random square of 8 pixels a side.
 
     Returns:
         ``augment(key, [batch, ...]) -> float32 [batch, ...]``, to be compiled; of bytes, or of
@@ -95,6 +97,8 @@ def make_augment(spec: DatasetSpec, augmentation: str) -> Augment:
         if "translate" in steps and spec.crop is None:
             images = random_translation(crop_key, images)
         image = normalize(spec, images)
+        if "cutout" in steps:
+            image = random_cutout(erase_key, image)
         return random_erase(erase_key, image) if "erase" in steps else image
 
     return augment

@@ -103,6 +103,12 @@ def count_slices(shape: tuple[int, ...], dtype: Any, above: int) -> int:
     return choose_count(shape[0], math.ceil(size / above))
 
 
+def may_cut(spec: BlockSpec, rule: LocalRule) -> bool:
+    """Whether a block has one convolution and its rule sees the latents only: else it is whole."""
+    # Not a module that is derived from it, whose function may be another.
+    return type(spec.module) is ConvBlock and rule.sees == "latents"
+
+
 def plan_block(
     spec: BlockSpec,
     rule: LocalRule,
@@ -114,8 +120,8 @@ def plan_block(
 ) -> Plan | None:
     """How a block is cut, or None where it is not.
 
-    It is where it has one convolution, whose output on this batch has more bytes than is said, and
-    its rule sees the latents only.
+    It is where :func:`may_cut` and its convolution's output on this batch has more bytes than is
+    said.
 
     Args:
         spec: the block, and what follows it.
@@ -129,10 +135,9 @@ def plan_block(
             number is given, an output that is cheap to compute again is not kept: that of an image
             of at most :data:`~lls_jax.layers.convolution.FEW_CHANNELS`.
     """
-    module = spec.module
-    # Not one that is derived from it, whose function may be another.
-    if type(module) is not ConvBlock:
+    if not may_cut(spec, rule):
         return None
+    module = spec.module
     batch, *sides, channels = x.shape
     height, width = (-(-side // module.stride) for side in sides)
     shape = (batch, height, width, module.features)
@@ -150,7 +155,7 @@ def plan_block(
         size = CHEAP_SLICE_BYTES if cheap else SLICE_BYTES
         slices = min(count_slices(shape, module.dtype, size), MOST_SLICES)
         slices = choose_count(batch, slices)
-    if rule.sees != "latents" or not can_pool(shape, spec.pool_size) or slices == 1:
+    if not can_pool(shape, spec.pool_size) or slices == 1:
         return None
     keeps_output = again == 1 and not cheap
     return Plan(
