@@ -33,6 +33,8 @@ from lls_jax.rules import (
     Rule,
     has_local_losses,
 )
+from lls_jax.rules.auglocal import copy_stride
+from lls_jax.rules.infopro import classifier_stride
 from lls_jax.steps.reach_schedule import brings_own_loss, check_reach, schedule
 from pallas_kernels.local_loss import latent_dim
 
@@ -151,8 +153,9 @@ def _auglocal(params: Any, activation: Shape, image: Shape) -> _Auxiliary:
         copy = params[name]
         if copy["kernel"].ndim == 2:
             sides = ()
-        elif copy["kernel"].shape[3] >= 2 * copy["kernel"].shape[2]:
-            sides = tuple(-(-side // 2) for side in sides)
+        else:
+            stride = copy_stride(copy["kernel"])
+            sides = tuple(-(-side // stride) for side in sides)
         kernels = [copy[k] for k in ("kernel", "second", "shortcut") if k in copy]
         forward += math.prod(sides) * sum(kernel.size for kernel in kernels)
         kept += math.prod(sides) * sum(kernel.shape[-1] for kernel in kernels)
@@ -162,7 +165,8 @@ def _auglocal(params: Any, activation: Shape, image: Shape) -> _Auxiliary:
 def _infopro(params: Any, activation: Shape, image: Shape) -> _Auxiliary:
     classifier = params["classifier"]
     sides = activation[:-1] if len(activation) == 3 else (1, 1)
-    area = math.prod(-(-side // 2) if sides[0] > 8 else side for side in sides)
+    stride = classifier_stride(sides[0])
+    area = math.prod(-(-side // stride) for side in sides)
     forward = area * classifier["kernel"].size
     forward += classifier["hidden"]["kernel"].size + classifier["output"]["kernel"].size
     kept = area * classifier["kernel"].shape[-1]

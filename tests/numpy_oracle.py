@@ -1,4 +1,4 @@
-"""The local loss in float64 NumPy, written from its definition and from nothing else."""
+"""The local loss, convolutions and BatchNorm in float64 NumPy, each written from its definition."""
 
 import math
 
@@ -50,3 +50,23 @@ def local_loss(
     target = np.full_like(log_p, label_smoothing / log_p.shape[1])
     target[np.arange(len(labels)), labels] += 1 - label_smoothing
     return -(target * log_p).sum(1)
+
+
+def convolve(x, kernel, stride=1):
+    """``[batch, height, width, channels]`` with a kernel of 3x3, padded by one, or of 1x1."""
+    edge = kernel.shape[0] // 2
+    padded = np.pad(np.asarray(x, np.float64), ((0, 0), (edge, edge), (edge, edge), (0, 0)))
+    height, width = ((side - 1) // stride + 1 for side in x.shape[1:3])
+    out = np.zeros((len(x), height, width, kernel.shape[-1]))
+    for i in range(kernel.shape[0]):
+        for j in range(kernel.shape[1]):
+            rows = slice(i, i + (height - 1) * stride + 1, stride)
+            columns = slice(j, j + (width - 1) * stride + 1, stride)
+            out += padded[:, rows, columns] @ kernel[i, j]
+    return out
+
+
+def normalize(x, p):
+    """BatchNorm of the last axis with a batch's own statistics; `p` has ``scale`` and ``bias``."""
+    axes = tuple(range(x.ndim - 1))
+    return (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-5) * p["scale"] + p["bias"]

@@ -163,6 +163,19 @@ def test_a_row_of_blocks_is_kept_until_their_losses_have_come():
         account(model, rules.make("bp", num_classes=CLASSES), (32, 32, 3), 2)
 
 
+def test_auxiliary_networks_are_counted_with_the_rules_own_strides(monkeypatch):
+    model = models.make("small_conv", num_classes=CLASSES)
+
+    def signal(name):
+        rule = rules.make(name, num_classes=CLASSES)
+        return account(model, rule, (32, 32, 3)).total("signal")
+
+    before = {name: signal(name) for name in ("infopro", "auglocal")}
+    monkeypatch.setattr("lls_jax.rules.infopro._HALVES_ABOVE", 32)
+    monkeypatch.setattr("lls_jax.accounting.copy_stride", lambda kernel: 1)
+    assert all(signal(name) > cost for name, cost in before.items())
+
+
 def test_the_command_prints_every_rule_and_block(capsys):
     config = command.AccountingConfig(rules=["lls", "dfa"], json=True)
     assert command.accounting(config) == 0

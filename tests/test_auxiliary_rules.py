@@ -6,9 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_oracle
 import optax
 import pytest
+from numpy_oracle import convolve, normalize, pool
+from seeds import random_generator
 
 from lls_jax import models, placement, rules, training
 from lls_jax.accounting import account
@@ -26,22 +27,6 @@ def np_cross_entropy(logits, labels=LABELS, smoothing=0.0):
     log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     target = (1 - smoothing) * np.eye(logits.shape[1])[labels] + smoothing / logits.shape[1]
     return -(target * log_p).sum(1).mean()
-
-
-def np_convolve(x, kernel, stride=1):
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    rows, columns = ((side - 1) // stride + 1 for side in x.shape[1:3])
-    out = np.zeros((len(x), rows, columns, kernel.shape[-1]))
-    for i in range(rows):
-        for j in range(columns):
-            window = padded[:, i * stride : i * stride + 3, j * stride : j * stride + 3]
-            out[:, i, j] = np.einsum("nijc,ijck->nk", window, kernel)
-    return out
-
-
-def np_normalize(x, p):
-    axes = tuple(range(x.ndim - 1))
-    return (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-5) * p["scale"] + p["bias"]
 
 
 def compiled_loss(rule, bins=2):
@@ -71,7 +56,7 @@ def np_deeper_forward(rule, p, a):
 
 
 def np_distance_forward(rule, p, a, bins=2):
-    z = numpy_oracle.pool(a, bins if a.ndim == 4 else 10)
+    z = pool(a, bins if a.ndim == 4 else 10)
     w = p["prototypes"]
     cosine = (z / np.linalg.norm(z, axis=1, keepdims=True)) @ (
         w / np.linalg.norm(w, axis=1, keepdims=True)
@@ -107,10 +92,9 @@ def moved(params, rng, fixed=()):
 @pytest.mark.parametrize("shape", [(6, 4, 4, 7), (6, 20)])
 @pytest.mark.parametrize("name", HEADS)
 def test_a_loss_equals_its_numpy_form(name, shape):
-    rng = np.random.default_rng()
+    rng = random_generator()
     oracle, options = HEADS[name]
     rule = rules.make(name, num_classes=CLASSES, **options)
-    assert rule.name.replace("_", "") == name.replace("_", "")
     bins = 2 if len(shape) == 4 else 10
     params = moved(rule.init(jax.random.key(0), shape[1:], bins), rng, rule.fixed)
     a = rng.normal(size=shape)
@@ -128,18 +112,18 @@ def np_auglocal(p, a, copies):
         c = p[f"copy_{i}"]
         if kind == "dense":
             x = x.mean((1, 2)) if x.ndim == 4 else x
-            x = relu(np_normalize(x @ c["kernel"], c["norm"]))
+            x = relu(normalize(x @ c["kernel"], c["norm"]))
             continue
-        h = np_normalize(np_convolve(x, c["kernel"], stride), c["norm"])
+        h = normalize(convolve(x, c["kernel"], stride), c["norm"])
         if kind == "residual":
-            h = np_normalize(np_convolve(relu(h), c["second"]), c["second_norm"])
+            h = normalize(convolve(relu(h), c["second"]), c["second_norm"])
             if "shortcut" in c:
-                x = np_normalize(x[:, ::stride, ::stride] @ c["shortcut"], c["shortcut_norm"])
+                x = normalize(x[:, ::stride, ::stride] @ c["shortcut"], c["shortcut_norm"])
             h = h + x
         x = relu(h)
     x = x.mean((1, 2)) if x.ndim == 4 else x
     if len(copies) <= 1:
-        x = np_normalize(x, p["norm"])
+        x = normalize(x, p["norm"])
     assert ("norm" in p) == (len(copies) <= 1)
     return np_cross_entropy(x @ p["output"]["kernel"] + p["output"]["bias"])
 
@@ -167,7 +151,7 @@ def np_auglocal(p, a, copies):
     ],
 )
 def test_auglocal_equals_its_numpy_form(shape, later, depth, copies):
-    rng = np.random.default_rng()
+    rng = random_generator()
     rule = rules.AugLocal(CLASSES, auxiliary_depth=depth)
     around = rules.Surroundings(0, (8, 8, 3), tuple(later))
     params = moved(rule.in_network(around).init(jax.random.key(0), shape, 2), rng)
@@ -218,15 +202,15 @@ def np_enlarge(a, size):
 
 def np_infopro(p, a, image, weights, stride):
     c = p["classifier"]
-    h = relu(np_normalize(np_convolve(a, c["kernel"], stride), c["norm"])).mean((1, 2))
+    h = relu(normalize(convolve(a, c["kernel"], stride), c["norm"])).mean((1, 2))
     h = relu(h @ c["hidden"]["kernel"] + c["hidden"]["bias"])
     loss = weights[1] * np_cross_entropy(h @ c["output"]["kernel"] + c["output"]["bias"])
     if not weights[0]:
         assert "decoder" not in p
         return loss
     d = p["decoder"]
-    h = relu(np_normalize(np_convolve(np_enlarge(a, image.shape[1]), d["kernel"]), d["norm"]))
-    decoded = 1 / (1 + np.exp(-(np_convolve(h, d["output"]) + d["bias"])))
+    h = relu(normalize(convolve(np_enlarge(a, image.shape[1]), d["kernel"]), d["norm"]))
+    decoded = 1 / (1 + np.exp(-(convolve(h, d["output"]) + d["bias"])))
     pixels = np.clip(image * [0.2, 0.3] + [0.5, 0.4], 0, 1)
     bce = -(pixels * np.log(decoded) + (1 - pixels) * np.log(1 - decoded))
     return loss + weights[0] * bce.mean()
@@ -242,7 +226,7 @@ def np_infopro(p, a, image, weights, stride):
     ],
 )
 def test_infopro_equals_its_numpy_form(shape, index, weights, stride):
-    rng = np.random.default_rng()
+    rng = random_generator()
     rule = rules.InfoPro(CLASSES, pixel_mean=(0.5, 0.4), pixel_std=(0.2, 0.3))
     rule = rule.at_block(index, 4)
     np.testing.assert_allclose(rule.weights, weights)
@@ -313,7 +297,7 @@ def losses_one_by_one(model, rule, state, batch):
 @pytest.mark.parametrize("way", ["plain", "reach", "pipeline", "several"])
 def test_the_image_travels_with_the_activation(way):
     """In a step, with a reach, on several devices, beside a rule that does not ask for it."""
-    rng = np.random.default_rng()
+    rng = random_generator()
     model, tx = two_blocks(), optax.sgd(0.1)
     rule = rules.InfoPro(CLASSES)
     if way == "several":

@@ -35,6 +35,7 @@ from pallas_kernels.local_loss import (
     tiles,
     triton_source,
 )
+from pallas_kernels.local_loss.availability import Device, current_device
 from pallas_kernels.local_loss.results import Call
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
@@ -279,7 +280,7 @@ def test_triton_in_its_interpreter():
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     # Every other test of this kind, and none skipped but this one.
-    assert f"{len(CASES) + 10} passed, 1 skipped" in result.stdout, result.stdout[-500:]
+    assert f"{len(CASES) + 11} passed, 1 skipped" in result.stdout, result.stdout[-500:]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -295,6 +296,26 @@ def test_extremes_stay_finite(implementation):
     )(z)  # fmt: skip
     assert np.isfinite(value)
     assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_quotients_go_toward_zero_and_the_logarithm_of_infinity_is_infinite(implementation):
+    def divided(scores, square, params, label):
+        # Of constants, which are folded, and of what is read.
+        both = jax.lax.div(np.int32(-7), np.int32(2)) + jax.lax.div(label - 8, 3)
+        return both.astype(jnp.float32)
+
+    def logarithm(scores, square, params, label):
+        return jnp.log1p(params)
+
+    z, projection = jnp.ones((3, 4)), jnp.ones((CLASSES, 4))
+    for head, params, expected in (
+        (divided, {}, [-5.0, -5.0, -4.0]),
+        (logarithm, jnp.float32(jnp.inf), [np.inf] * 3),
+        (logarithm, jnp.float32(-1), [-np.inf] * 3),
+    ):
+        ours = run(head_loss, implementation, z, projection, jnp.array([0, 2, 5]), head, params)
+        np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -339,6 +360,7 @@ def test_a_head_that_couples_the_batch_is_split_and_nothing_else():
     [
         (lambda s, q, p, y: jnp.sort(s)[y], {}, "cannot have `sort`"),
         (lambda s, q, p, y: jnp.cumsum(s)[y], {}, "cannot have `cumsum`"),
+        (lambda s, q, p, y: jnp.sum(s) + (~y).astype(s.dtype), {}, "cannot have `not` of int32"),
         (lambda s, q, p, y: jnp.sum(s @ p**2), jnp.ones((10, 300)), r"as large as \(10, 300\)"),
     ],
 )
@@ -396,6 +418,7 @@ def arguments(**change):
         ({"projection": jnp.ones((3, 5))}, r"`projection` has shape \(3, 5\); expected \[rows, 4"),
         ({"labels": jnp.zeros(3, jnp.int32)}, r"`labels` has shape \(3,\); expected \(2,\)"),
         ({"labels": jnp.zeros(2)}, "`labels` has dtype float32"),
+        ({"labels": [0, 1]}, r"`labels` is \[0, 1\]; expected an array of integers"),
         ({"implementation": "cuda"}, "`implementation` is 'cuda'; expected one of 'xla', 'split'"),
         ({"head": lambda s, q, p, y: s}, "`head` gives .*expected a scalar float"),
     ],
@@ -403,6 +426,20 @@ def arguments(**change):
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         head_loss(**arguments(**change))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability"),
+    [
+        ({"platform": "gpu", "compute_capability": "9.0"}, (9, 0)),
+        ({"platform": "gpu", "compute_capability": "gfx90a"}, None),
+        ({"platform": "cpu"}, None),
+    ],
+)
+def test_only_gpus_are_asked_for_their_capability(device, capability, monkeypatch):
+    found = types.SimpleNamespace(device_kind="some", **device)
+    monkeypatch.setattr(jax, "devices", lambda: [found])
+    assert current_device() == Device(device["platform"], "some", capability)
 
 
 def test_a_head_that_holds_what_is_differentiated_is_refused():

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy_oracle import convolve
+from seeds import random_generator
 from small_models import two_blocks
 
 from experiments import command_line, evaluate, setup, train
@@ -36,7 +38,7 @@ def make_rule(name, **options):
 
 
 def make_batch(size=8, side=8, seed=None):
-    rng = np.random.default_rng(seed)
+    rng = random_generator(seed)
     return {
         "image": jnp.asarray(rng.normal(size=(size, side, side, 3)), jnp.float32),
         "label": jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32),
@@ -101,16 +103,6 @@ def np_softmax_loss(logits, labels):
     return -log_p[np.arange(len(labels)), labels].mean()
 
 
-def np_convolve(x, kernel):
-    batch, height, width, _ = x.shape
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    out = np.zeros((batch, height, width, kernel.shape[-1]))
-    for i in range(3):
-        for j in range(3):
-            out += padded[:, i : i + height, j : j + width] @ kernel[i, j]
-    return out
-
-
 def np_latents(a, bins):
     """Where `bins` divides the size."""
     if a.ndim == 2:
@@ -128,7 +120,7 @@ def np_similarity(x):
 
 def np_predsim(p, a, labels, bins):
     if a.ndim == 4:
-        features = np_convolve(a, p["similarity"]).std((1, 2))
+        features = convolve(a, p["similarity"]).std((1, 2))
     else:
         features = a @ p["similarity"]
     target = np_similarity(np.eye(CLASSES)[labels])
@@ -153,7 +145,7 @@ def np_contrastive(p, a, labels, bins):
 
 def np_decoupled(p, a, labels, bins):
     kernel = p["hidden"]["kernel"]
-    hidden = np_convolve(a, kernel) if a.ndim == 4 else a @ kernel
+    hidden = convolve(a, kernel) if a.ndim == 4 else a @ kernel
     hidden = np.maximum(hidden + p["hidden"]["bias"], 0)
     logits = np_latents(hidden, bins) @ p["output"]["kernel"] + p["output"]["bias"]
     return np_softmax_loss(logits, labels)
@@ -192,7 +184,7 @@ NUMPY = {
 @pytest.mark.parametrize("shape", [(6, 4, 4, 3), (6, 8)])
 @pytest.mark.parametrize("name", NUMPY)
 def test_the_loss_equals_its_numpy_form(name, shape):
-    rng = np.random.default_rng()
+    rng = random_generator()
     rule, bins = make_rule(name), 2 if len(shape) == 4 else 4
     key = jax.random.key(int(rng.integers(2**31)))
     latents = shape[-1] * bins**2 if len(shape) == 4 else bins
@@ -306,14 +298,12 @@ HEADS = [name for name in rules.NAMES if isinstance(make_rule(name), rules.HeadR
 @pytest.mark.parametrize("name", HEADS)
 def test_the_head_is_the_loss(name, options):
     """What a head says of one example is what the op computes of a batch, gradients too."""
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = random_generator()
     takes = rules.options_of(name)
     rule = make_rule(name, **{k: value for k, value in options.items() if k in takes})
     activation = jnp.asarray(rng.normal(size=(6, 4, 4, 6)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, CLASSES, 6), jnp.int32)
-    params = rule.init(jax.random.key(seed), (4, 4, 6), 2)
+    params = rule.init(jax.random.key(0), (4, 4, 6), 2)
     params = jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32), params)
 
     def by_hand(params, a):
@@ -333,6 +323,45 @@ def test_the_head_is_the_loss(name, options):
     assert latents.shape == (6, 24)
     pooled = rule.loss(params, latents, labels, pool_size=None)
     np.testing.assert_allclose(pooled, ours[0], rtol=1e-5)
+
+
+def test_a_rule_is_named_as_it_is_made():
+    assert [make_rule(name).name for name in rules.NAMES] == list(rules.NAMES)
+
+
+# One of each class; the others have more of the same.
+OF_CLASSES = {
+    type(rule): rule.name
+    for rule in map(make_rule, rules.NAMES)
+    if isinstance(rule, rules.LocalRule) and rule.classes
+}
+
+
+@pytest.mark.parametrize("name", OF_CLASSES.values())
+def test_a_label_that_is_no_class_is_refused_and_nan_inside_a_compiled_function(name):
+    rule, activation = make_rule(name), jnp.asarray(np.random.default_rng(0).normal(size=(3, 10)))
+    params = rule.init(jax.random.key(0), (10,), 10)
+
+    def loss(activation, labels):
+        image = jnp.ones((3, 2, 2, 3))
+        told = rules.LabeledImages(labels, image) if rule.needs_image else labels
+        return rule.loss(params, activation, told, pool_size=10)
+
+    compiled = jax.jit(loss)
+    for wrong in (-1, CLASSES):
+        labels = jnp.array([0, wrong, 1])
+        with pytest.raises(ValueError, match=f"`labels` holds {wrong}; expected indices of 5"):
+            loss(activation, labels)
+        assert np.isnan(compiled(activation, labels))
+    assert np.isfinite(compiled(activation, jnp.array([0, CLASSES - 1, 1])))
+
+
+@pytest.mark.parametrize("name", ["predsim", "decoupled"])
+def test_a_rule_that_pools_says_that_it_needs_a_size(name):
+    rule = make_rule(name)
+    params = rule.init(jax.random.key(0), (10,), 10)
+    with pytest.raises(ValueError, match=f"`pool_size` is None; rule '{name}' pools.*give the num"):
+        rule.loss(params, jnp.ones((2, 10)), jnp.array([0, 1]), pool_size=None)
 
 
 class Pools(nn.Module):

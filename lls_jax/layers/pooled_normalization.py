@@ -138,10 +138,6 @@ def pool_from_sums(sums: Sequence[jax.Array], statistics: Statistics, window: An
     return (slope * sum_mx + offset * sum_m) / window
 
 
-def _plain(args: tuple) -> tuple:
-    return tuple(getattr(arg, "value", arg) for arg in args)
-
-
 def _window_size(shape: tuple[int, ...], pool_size: int) -> Any:
     """Elements of a window: a number where they are of one size, else ``[1, p, p, 1]``."""
     if can_pool(shape, pool_size):
@@ -149,13 +145,17 @@ def _window_size(shape: tuple[int, ...], pool_size: int) -> Any:
     return bin_sizes(shape, pool_size)[None, :, :, None]
 
 
-def _forward_pool(x: Any, scale: Any, bias: Any, pool_size: int) -> tuple:
-    x, scale, bias = _plain((x, scale, bias))
+def _forward_pool(x: jax.Array, scale: jax.Array, bias: jax.Array, pool_size: int) -> tuple:
     (y, mean, variance), _ = normalization.forward(x, scale, bias)
     statistics = Statistics(mean, variance, scale, bias)
     sums = window_sums(x, statistics, pool_size)
     pooled = pool_from_sums(sums, statistics, _window_size(x.shape, pool_size))
     return (y, pooled, mean, variance), (x, statistics, sums)
+
+
+def _forward_pool_of_pairs(x: Any, scale: Any, bias: Any, pool_size: int) -> tuple:
+    """With `symbolic_zeros` an argument comes as its value, and whether it is perturbed."""
+    return _forward_pool(x.value, scale.value, bias.value, pool_size)
 
 
 def _backward_pool(pool_size: int, residuals: tuple, cotangents: tuple) -> tuple:
@@ -200,4 +200,4 @@ def spread(windows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(wide, full).reshape(shape)
 
 
-normalize_activate_pool.defvjp(_forward_pool, _backward_pool, symbolic_zeros=True)
+normalize_activate_pool.defvjp(_forward_pool_of_pairs, _backward_pool, symbolic_zeros=True)

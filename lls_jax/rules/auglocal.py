@@ -5,10 +5,10 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lls_jax.rules import auxiliary
 from lls_jax.rules.base import LocalRule, check_options
+from lls_jax.rules.cross_entropy import smoothed_cross_entropy
 from lls_jax.rules.surroundings import LaterBlock, Surroundings
 
 Self = TypeVar("Self", bound="AugLocal")
@@ -36,6 +36,15 @@ def chosen_blocks(index: int, num_blocks: int, depth: int) -> list[int]:
     left = num_blocks - 1 - index
     depth = min(depth, left)
     return [round(index + left / depth * i) for i in range(1, depth + 1)]
+
+
+def copy_stride(kernel: Any) -> int:
+    """Of a copy's first convolution: 2, which halves the sides, at twice the width or more.
+
+    Args:
+        kernel: an array ``[3, 3, channels, features]``, or its shape and dtype.
+    """
+    return 2 if kernel.shape[3] >= 2 * kernel.shape[2] else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +130,7 @@ class AugLocal(LocalRule):
         if "norm" in params:
             x = auxiliary.normalize(params["norm"], x)
         logits = auxiliary.linear(params["output"], x)
-        target = optax.smooth_labels(
-            jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32), self.label_smoothing
-        )
-        return jnp.mean(optax.softmax_cross_entropy(logits, target))
+        return smoothed_cross_entropy(logits, labels, self.label_smoothing)
 
 
 def _init_copy(key: jax.Array, width: int, block: LaterBlock, spatial: bool) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def _apply_copy(params: dict[str, Any], x: jax.Array) -> jax.Array:
     if kernel.ndim == 2:
         x = auxiliary.average_over_space(x) @ kernel
         return jax.nn.relu(auxiliary.normalize(params["norm"], x))
-    stride = 2 if kernel.shape[3] >= 2 * kernel.shape[2] else 1
+    stride = copy_stride(kernel)
     h = auxiliary.normalize(params["norm"], auxiliary.convolve(kernel, x, stride))
     if "second" not in params:
         return jax.nn.relu(h)

@@ -10,13 +10,9 @@ import jax.numpy as jnp
 
 from lls_jax.layers.convolution import convolve_3x3
 from lls_jax.layers.initializers import fan_in_uniform
+from lls_jax.layers.normalization import along
 
 _EPSILON = 1e-5
-
-
-def per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
-    """``[channels]`` with as many axes as `x`."""
-    return values.reshape((1,) * (x.ndim - 1) + values.shape)
 
 
 def init_linear(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:
@@ -46,7 +42,7 @@ def normalize(params: dict[str, Any], x: jax.Array) -> jax.Array:
     centred = x - jnp.mean(x, axes, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + _EPSILON)
-    return normed * per_channel(params["scale"], x) + per_channel(params["bias"], x)
+    return normed * along(params["scale"], x) + along(params["bias"], x)
 
 
 def convolve(kernel: jax.Array, x: jax.Array, stride: int = 1) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 
+from lls_jax.rules.checks import check_labels
 from lls_jax.rules.surroundings import Surroundings, Targets
 from pallas_kernels.local_loss import mean_head_loss, pool_latents
 
@@ -79,7 +80,7 @@ class Rule:
         return False
 
     def with_implementation(self, name: str) -> "Rule":
-        """The same rule with its losses computed so, where it has a head and names no other way.
+        """The same rule with its losses computed so, where it has a head.
 
         Args:
             name: of :data:`pallas_kernels.local_loss.IMPLEMENTATIONS`.
@@ -128,6 +129,9 @@ class LocalRule(Rule):
                 sees latents, the latents, float32 ``[batch, latents]``.
             labels: integers ``[batch]``.
             pool_size: bins along each spatial axis, or along the features; None for latents.
+
+        Raises:
+            ValueError: a label is no class (:func:`lls_jax.rules.checks.check_labels`).
         """
         raise NotImplementedError
 
@@ -216,17 +220,12 @@ class HeadRule(LocalRule):
         self, params: Params, seen: jax.Array, labels: jax.Array, *, pool_size: int | None = None
     ) -> jax.Array:
         """The mean of :meth:`head` over the batch; see :meth:`LocalRule.loss`."""
+        check_labels(labels, self.classes)
         latents = self.observe(seen, pool_size)
         return mean_head_loss(
-            latents,
-            self.projection(params, latents.shape[1]),
-            labels,
-            self.head,
-            params,
-            implementation=self.implementation,
-            interpret=self.interpret,
-            mesh=self.mesh,
-        )
+            latents, self.projection(params, latents.shape[1]), labels, self.head, params,
+            implementation=self.implementation, interpret=self.interpret, mesh=self.mesh,
+        )  # fmt: skip
 
     def interpreted(self: Self) -> Self:
         """The same rule with its kernel interpreted: on any device, slowly."""
@@ -239,8 +238,6 @@ class HeadRule(LocalRule):
 
     def with_implementation(self: Self, name: str) -> Self:
         """See :meth:`Rule.with_implementation`."""
-        if self.implementation is not None:
-            return self
         return dataclasses.replace(self, implementation=name)
 
     def on_mesh(self: Self, mesh: jax.sharding.Mesh) -> Self:

@@ -1,13 +1,14 @@
-"""What the rules with a softmax over the classes share: their head, and its options."""
+"""What the rules with a softmax over the classes share: the cross-entropy, a head, its options."""
 
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 
 from lls_jax.rules.base import HeadRule, check_options
+from lls_jax.rules.checks import check_labels, is_class
 from pallas_kernels.local_loss import cross_entropy
 
 MODULATION_STDDEV = 0.01
@@ -58,6 +59,38 @@ class CrossEntropyRule(HeadRule):
             normalize=self.normalizes,
         )
 
+
+def loss_of_classes(loss: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
+    """A batch's loss, if all of its labels are classes.
+
+    Inside a compiled function, where nobody can refuse a label, it is NaN otherwise.
+
+    Args:
+        loss: float32 scalar.
+        labels: integers ``[batch]``.
+        num_classes: how many classes there are.
+
+    Raises:
+        ValueError: a label is no class.
+    """
+    check_labels(labels, num_classes)
+    all_are = jnp.all(is_class(jnp.asarray(labels), num_classes))
+    # Added to the whole, and not to what it is the mean of, this leaves the loss's own program, and
+    # so its rounding, as it is.
+    return loss + jnp.where(all_are, jnp.float32(0.0), jnp.float32(jnp.nan))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadOfClasses(HeadRule):
+    """A rule whose head does not look itself whether a label is a class.
+
+    Attributes:
+        num_classes: number of classes, ``K``.
+        implementation, interpret: see :class:`HeadRule`.
+    """
+
+    num_classes: int
+
     def loss(
         self,
         params: dict[str, Any],
@@ -66,23 +99,40 @@ class CrossEntropyRule(HeadRule):
         *,
         pool_size: int | None = None,
     ) -> jax.Array:
-        """The local loss; see :meth:`LocalRule.loss`.
+        """The local loss; see :meth:`LocalRule.loss`, and :func:`loss_of_classes`."""
+        loss = super().loss(params, seen, labels, pool_size=pool_size)
+        return loss_of_classes(loss, labels, self.num_classes)
 
-        Inside a compiled function, where the values of labels are not known yet, a label that is no
-        class makes the loss and its gradient NaN.
 
-        Raises:
-            ValueError: a label is no class.
-        """
-        # NumPy's, because JAX's give no values while another function is traced.
-        if not isinstance(labels, jax.core.Tracer) and len(values := np.asarray(labels)):
-            wrong = values[(values < 0) | (values >= self.num_classes)]
-            if wrong.size:
-                raise ValueError(
-                    f"`labels` holds {wrong[0]}; expected indices of {self.num_classes} classes, "
-                    f"from 0 to {self.num_classes - 1}."
-                )
-        return super().loss(params, seen, labels, pool_size=pool_size)
+def smoothed_losses(
+    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Softmax cross-entropies, ``[...]``; of labels that are classes.
+
+    Args:
+        logits: float32 ``[..., classes]``.
+        labels: integers ``[...]``.
+        label_smoothing: share of the target spread evenly over the classes, in [0, 1).
+    """
+    own = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(own, label_smoothing))
+
+
+def smoothed_cross_entropy(
+    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Softmax cross-entropy, the mean over the batch: a float32 scalar.
+
+    Args:
+        logits: float32 ``[batch, classes]``.
+        labels: integers ``[batch]``.
+        label_smoothing: share of the target spread evenly over the classes, in [0, 1).
+
+    Raises:
+        ValueError: a label is no class, see :func:`loss_of_classes`.
+    """
+    loss = jnp.mean(smoothed_losses(logits, labels, label_smoothing))
+    return loss_of_classes(loss, labels, logits.shape[1])
 
 
 def draw_modulation(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lls_jax.layers.convolution import convolve_3x3
 from lls_jax.layers.initializers import fan_in_uniform
 from lls_jax.rules.base import LocalRule, check_options
+from lls_jax.rules.checks import required_pool_size
+from lls_jax.rules.cross_entropy import smoothed_cross_entropy
 from pallas_kernels.local_loss import latent_dim, pool_latents
 
 
@@ -66,13 +67,10 @@ class Decoupled(LocalRule):
         pool_size: int | None,
     ) -> jax.Array:
         """The local loss, a float32 scalar; see :meth:`LocalRule.loss`."""
-        assert pool_size is not None  # It sees the activation.
+        pool_size = required_pool_size(self.name, pool_size)
         a = seen.astype(jnp.float32)
         hidden, output = params["hidden"], params["output"]
         h = convolve_3x3(a, hidden["kernel"]) if a.ndim == 4 else a @ hidden["kernel"]
         h = jax.nn.relu(h + hidden["bias"].reshape((1,) * (a.ndim - 1) + (-1,)))
         logits = pool_latents(h, pool_size) @ output["kernel"] + output["bias"][None, :]
-        target = optax.smooth_labels(
-            jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32), self.label_smoothing
-        )
-        return jnp.mean(optax.softmax_cross_entropy(logits, target))
+        return smoothed_cross_entropy(logits, labels, self.label_smoothing)

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from lls_jax.rules.base import HeadRule, check_options
+from lls_jax.rules.base import check_options
+from lls_jax.rules.cross_entropy import HeadOfClasses, smoothed_losses
 from pallas_kernels.local_loss import latent_dim
 
 
@@ -27,7 +27,7 @@ def group_means(num_classes: int, channels: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class DeeperForward(HeadRule):
+class DeeperForward(HeadOfClasses):
     """Each class has a group of channels, whose mean activation is its goodness; nothing is drawn.
 
     ``loss = CE(g / temperature, y)`` with ``g_k`` the mean over the channels of group ``k`` and
@@ -101,6 +101,4 @@ class DeeperForward(HeadRule):
     ) -> jax.Array:
         """The cross-entropy of one example; see :meth:`HeadRule.head`."""
         del square, params
-        target = jax.nn.one_hot(label, self.num_classes, dtype=jnp.float32)
-        smoothed = optax.smooth_labels(target, self.label_smoothing)
-        return optax.softmax_cross_entropy(scores / self.temperature, smoothed)
+        return smoothed_losses(scores / self.temperature, label, self.label_smoothing)

@@ -5,17 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lls_jax.layers.initializers import fan_in_uniform
-from lls_jax.rules.base import HeadRule, check_options
+from lls_jax.rules.base import check_options
+from lls_jax.rules.cross_entropy import HeadOfClasses, smoothed_losses
 from pallas_kernels.local_loss import latent_dim
 
 _NORM_FLOOR_SQUARED = 1e-24
 
 
 @dataclasses.dataclass(frozen=True)
-class DistanceForward(HeadRule):
+class DistanceForward(HeadOfClasses):
     """Pulls latents to their class's prototype, by a margin closer than to all the others.
 
     With ``c_k`` the cosine between the pooled activation and the learned prototype of class ``k``,
@@ -78,4 +78,4 @@ class DistanceForward(HeadRule):
         cosine = scores * jax.lax.rsqrt(jnp.maximum(square, _NORM_FLOOR_SQUARED))
         own = jax.nn.one_hot(label, self.num_classes, dtype=jnp.float32)
         logits = (cosine - self.margin * own) / self.temperature
-        return optax.softmax_cross_entropy(logits, own)
+        return smoothed_losses(logits, label)

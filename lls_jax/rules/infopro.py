@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lls_jax.layers.normalization import along
 from lls_jax.rules import auxiliary
 from lls_jax.rules.base import LocalRule, check_options
+from lls_jax.rules.cross_entropy import loss_of_classes
 from lls_jax.rules.surroundings import LabeledImages, Surroundings
 
 Self = TypeVar("Self", bound="InfoPro")
@@ -16,7 +18,7 @@ Self = TypeVar("Self", bound="InfoPro")
 _DECODER_WIDTH = 12
 _WIDEST_CLASSIFIER = 64
 _HIDDEN = 128
-# The least side at which the classifier's convolution still halves.
+# The classifier's convolution halves sides above this.
 _HALVES_ABOVE = 8
 
 
@@ -160,24 +162,33 @@ class InfoPro(LocalRule):
         logits = _classify(params["classifier"], a)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels.labels)
         loss = classification * jnp.mean(losses)
-        if "decoder" not in params:
-            return loss
-        image = labels.image.astype(jnp.float32)
-        decoded = _decode(params["decoder"], a, image.shape[1:3])
-        bce = optax.sigmoid_binary_cross_entropy(decoded, self._pixels(image))
-        return loss + reconstruction * jnp.mean(bce)
+        if "decoder" in params:
+            image = labels.image.astype(jnp.float32)
+            decoded = _decode(params["decoder"], a, image.shape[1:3])
+            bce = optax.sigmoid_binary_cross_entropy(decoded, self._pixels(image))
+            loss = loss + reconstruction * jnp.mean(bce)
+        return loss_of_classes(loss, labels.labels, self.num_classes)
 
     def _pixels(self, image: jax.Array) -> jax.Array:
         mean, std = (
             jnp.broadcast_to(jnp.asarray(values, jnp.float32), (image.shape[-1],))
             for values in (self.pixel_mean, self.pixel_std)
         )
-        pixels = image * auxiliary.per_channel(std, image) + auxiliary.per_channel(mean, image)
+        pixels = image * along(std, image) + along(mean, image)
         return jnp.clip(pixels, 0.0, 1.0)
 
 
+def classifier_stride(height: int) -> int:
+    """Of the classifier's convolution: 2, which halves the sides, if they are above 8.
+
+    Args:
+        height: of the activation.
+    """
+    return 2 if height > _HALVES_ABOVE else 1
+
+
 def _classify(params: dict[str, Any], a: jax.Array) -> jax.Array:
-    stride = 2 if a.shape[1] > _HALVES_ABOVE else 1
+    stride = classifier_stride(a.shape[1])
     h = auxiliary.normalize(params["norm"], auxiliary.convolve(params["kernel"], a, stride))
     h = auxiliary.average_over_space(jax.nn.relu(h))
     h = jax.nn.relu(auxiliary.linear(params["hidden"], h))
@@ -189,4 +200,4 @@ def _decode(params: dict[str, Any], a: jax.Array, size: tuple[int, ...]) -> jax.
     a = jax.image.resize(a, (a.shape[0], *size, a.shape[-1]), "bilinear", antialias=False)
     h = auxiliary.normalize(params["norm"], auxiliary.convolve(params["kernel"], a))
     decoded = auxiliary.convolve(params["output"], jax.nn.relu(h))
-    return decoded + auxiliary.per_channel(params["bias"], decoded)
+    return decoded + along(params["bias"], decoded)

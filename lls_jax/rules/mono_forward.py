@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lls_jax.layers.initializers import fan_in_uniform
 from lls_jax.rules.base import LocalRule, check_options
+from lls_jax.rules.cross_entropy import smoothed_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,11 @@ class MonoForward(LocalRule):
         """Raise ValueError for an option that is out of its range."""
         check_options(self.num_classes, label_smoothing=self.label_smoothing)
 
+    @property
+    def name(self) -> str:
+        """``mono_forward``."""
+        return "mono_forward"
+
     def init(
         self, key: jax.Array, activation_shape: tuple[int, ...], pool_size: int
     ) -> dict[str, Any]:
@@ -57,7 +62,4 @@ class MonoForward(LocalRule):
         """The local loss, a float32 scalar; see :meth:`LocalRule.loss`."""
         del pool_size
         goodness = seen.astype(jnp.float32).reshape(seen.shape[0], -1) @ params["projection"].T
-        target = optax.smooth_labels(
-            jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32), self.label_smoothing
-        )
-        return jnp.mean(optax.softmax_cross_entropy(goodness, target))
+        return smoothed_cross_entropy(goodness, labels, self.label_smoothing)

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lls_jax.layers.convolution import convolve_3x3
 from lls_jax.layers.initializers import fan_in_uniform
 from lls_jax.rules.base import LocalRule, check_options
+from lls_jax.rules.checks import required_pool_size
+from lls_jax.rules.cross_entropy import loss_of_classes, smoothed_losses
 from pallas_kernels.local_loss import latent_dim, pool_latents
 
 
@@ -84,7 +85,7 @@ class PredSim(LocalRule):
         pool_size: int | None,
     ) -> jax.Array:
         """The local loss, a float32 scalar; see :meth:`LocalRule.loss`."""
-        assert pool_size is not None  # It sees the activation.
+        pool_size = required_pool_size(self.name, pool_size)
         a = seen.astype(jnp.float32)
         target = jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32)
         if a.ndim == 4:
@@ -96,7 +97,7 @@ class PredSim(LocalRule):
             features = jnp.sqrt(jnp.maximum(jnp.var(features, axis=1), 1e-12))
         difference = similarity(features) - similarity(target)
         logits = pool_latents(a, pool_size) @ params["kernel"] + params["bias"][None, :]
-        smoothed = optax.smooth_labels(target, self.label_smoothing)
-        prediction = jnp.mean(optax.softmax_cross_entropy(logits, smoothed))
+        prediction = jnp.mean(smoothed_losses(logits, labels, self.label_smoothing))
         weight = self.similarity_weight
-        return (1.0 - weight) * prediction + weight * jnp.mean(jnp.square(difference))
+        loss = (1.0 - weight) * prediction + weight * jnp.mean(jnp.square(difference))
+        return loss_of_classes(loss, labels, self.num_classes)

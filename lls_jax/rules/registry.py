@@ -69,13 +69,7 @@ NAMES = tuple(_MAKERS)
 # Rules of this library's own: no published run has numbers for them.
 OURS = frozenset({"lls_centered"})
 # What a rule may be made with, beside the number of classes.
-OPTIONS = frozenset(
-    {
-        *("waveform", "temperature", "label_smoothing", "basis_rows", "implementation", "sign"),
-        *("hidden_dim", "similarity_weight", "width"),
-        *("auxiliary_depth", "margin", "pixel_mean", "pixel_std"),
-    }
-)
+OPTIONS = frozenset[str]().union(*(maker.options for maker in _MAKERS.values()))
 
 _EXPECTED = (
     "rule; make its class a frozen dataclass that derives from lls_jax.rules.LocalRule or HeadRule."

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from lls_jax.rules.base import LocalRule, Params, Rule, split_fixed
+from lls_jax.rules.checks import is_class
 
 
 class BlockState(NamedTuple):
@@ -186,4 +187,4 @@ def classifier_loss(
         even = jax.nn.logsumexp(logits, axis=1) - jnp.mean(logits, axis=1)
         losses = (1.0 - label_smoothing) * losses + label_smoothing * even
     # Optax takes -1 for the last class.
-    return jnp.mean(jnp.where((labels >= 0) & (labels < logits.shape[1]), losses, jnp.nan))
+    return jnp.mean(jnp.where(is_class(labels, logits.shape[1]), losses, jnp.nan))

@@ -46,6 +46,11 @@ def _check(
             f"`projection` has shape {projection.shape}; expected [rows, {latents.shape[1]}] for "
             f"latents of shape {latents.shape}."
         )
+    if not isinstance(labels, jax.Array | np.ndarray):
+        raise ValueError(
+            f"`labels` is {labels!r}; expected an array of integers {latents.shape[:1]}, one an "
+            "example: pass `jnp.asarray(labels)`."
+        )
     if labels.shape != latents.shape[:1]:
         raise ValueError(
             f"`labels` has shape {labels.shape}; expected {latents.shape[:1]}, one an example."

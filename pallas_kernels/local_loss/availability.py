@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 _LEAST_CAPABILITY = (8, 0)
+_GPU = ("gpu", "cuda")
 
 
 class Device(NamedTuple):
@@ -25,15 +26,15 @@ class Device(NamedTuple):
 
 def current_device() -> Device:
     """The device of the mesh in use, if it names one, else JAX's default device."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
-        platform = getattr(abstract, "platform", None) or "gpu"
-        return Device(platform, abstract.device_kind, None)
+        return Device(abstract.platform, abstract.device_kind, None)
     default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     if isinstance(default, str):
         default = jax.devices(default)[0]
     device = default or jax.devices()[0]
-    text = str(getattr(device, "compute_capability", ""))
+    # Other devices have no such attribute.
+    text = str(device.compute_capability) if device.platform in _GPU else ""
     major, dot, minor = text.partition(".")
     known = dot and major.isdecimal() and minor.isdecimal()
     capability = (int(major), int(minor)) if known else None
@@ -64,7 +65,7 @@ def obstacle(implementation: str, device: Device) -> str | None:
     """
     if implementation == "xla":
         return None
-    if device.platform not in ("gpu", "cuda"):
+    if device.platform not in _GPU:
         return (
             f"it needs an NVIDIA GPU and the device is {device.platform} ({device.kind}); "
             "use 'xla' (from Python, interpret=True tests it anywhere)"

@@ -28,8 +28,9 @@ def cross_entropy(
         scores: float32 ``[rows]``.
         square: of the latents' norm, a float32 scalar.
         modulation: None, ``m`` ``[rows]`` or ``M`` ``[rows, classes]``.
-        label: an integer scalar, a class; of one that is none, the loss and its gradient are NaN,
-            since inside a compiled function nobody can refuse it.
+        label: an integer scalar, a class; of one that is none the loss is NaN, since inside a
+            compiled function nobody can refuse it (its gradient may be 0 there: XLA makes a
+            selection of the product with the target).
         temperature: divides the logits; positive, dimensionless.
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
         normalize: whether the latents are scaled to unit length.

@@ -90,6 +90,9 @@ def _equation(lanes: Lanes, eqn: Any, xs: list[Padded], wanted: list[bool]) -> l
         xs = [lanes.in_registers(x) for x in xs]
     if any(x.columns for x in xs) and name not in ("gather", "scatter-add"):
         raise refuse(f"`{name}` of integers put side by side")
+    if name == "not" and dtype.kind != "b":
+        # Of integers it turns every bit; back ends have the logical one.
+        raise refuse(f"`not` of {dtype}")
     if name in ELEMENTWISE and name not in ("select", "cast"):
         result = lanes.combine(name, *xs, dtype=dtype)
     elif name in _NOTHING:

@@ -131,14 +131,18 @@ def refuse(what: str) -> KernelUnavailableError:
     )
 
 
+def _quotient(x: Any, y: Any) -> Any:
+    """What `lax.div` gives: integers rounded toward zero, where NumPy's ``//`` rounds down."""
+    return x / y if np.issubdtype(np.result_type(x, y), np.floating) else (x - np.fmod(x, y)) // y
+
+
 # What back ends know, by the primitive's name; NumPy's function folds constants.
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "neg": np.negative, "abs": np.abs, "exp": np.exp, "log": np.log, "sqrt": np.sqrt,
     "rsqrt": lambda x: 1 / np.sqrt(x), "sin": np.sin, "cos": np.cos, "floor": np.floor,
     "not": np.logical_not,
     "add": np.add, "sub": np.subtract, "mul": np.multiply,
-    "div": lambda x, y: x / y if np.issubdtype(np.result_type(x, y), np.floating) else x // y,
-    "rem": np.fmod, "max": np.maximum, "min": np.minimum,
+    "div": _quotient, "rem": np.fmod, "max": np.maximum, "min": np.minimum,
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal, "and": np.bitwise_and, "or": np.bitwise_or,
     "select": lambda mask, a, b: a if mask else b, "cast": lambda x: x,

@@ -85,17 +85,19 @@ def _pool_axis(x: jax.Array, axis: int, bins: int) -> jax.Array:
 
 
 def adaptive_average_pool(x: jax.Array, pool_size: int) -> jax.Array:
-    """Average a batch of images, or of feature vectors, to a fixed size.
+    """Average a batch of images, sequences or feature vectors to a fixed size.
 
     Args:
-        x: ``[batch, height, width, channels]`` or ``[batch, features]``.
-        pool_size: bins along height and along width, or along the features.
+        x: ``[batch, height, width, channels]``, ``[batch, length, channels]`` or ``[batch,
+            features]``.
+        pool_size: bins along height and along width, along the length, or along the features.
 
     Returns:
-        ``[batch, pool_size, pool_size, channels]`` or ``[batch, pool_size]``, in the dtype of `x`.
+        ``[batch, pool_size, pool_size, channels]``, ``[batch, pool_size, channels]`` or ``[batch,
+        pool_size]``, in the dtype of `x`.
 
     Raises:
-        ValueError: `x` has neither two nor four axes, or `pool_size` is below 1.
+        ValueError: `x` has another number of axes, or `pool_size` is below 1.
 
     >>> adaptive_average_pool(jnp.arange(6.0)[None], 3)
     Array([[0.5, 2.5, 4.5]], dtype=float32)

@@ -15,7 +15,8 @@ def _log1p(x: jax.Array) -> jax.Array:
     # What `1 + x` loses, the quotient gives back (Kahan; Higham, "Accuracy and Stability of
     # Numerical Algorithms", section 1.14.1).
     u = 1.0 + x
-    return jnp.where(u == 1.0, x, jnp.log(u) * (x / (u - 1.0)))
+    # At infinity the quotient is no number.
+    return jnp.where((u == 1.0) | (u == jnp.inf), x, jnp.log(u) * (x / (u - 1.0)))
 
 
 def _expm1(x: jax.Array) -> jax.Array:
