@@ -22,7 +22,8 @@ _MODULES = (
         "layers",
         "models",
     ),
-    *("optimizers", "placement", "platforms", "processes", "rules", "runs", "steps", "training"),
+    *("optimizers", "placement", "platforms", "processes", "rules", "runs", "steps", "trackers"),
+    "training",
 )
 # Functions that stand at the top, and the modules that they are from.
 _FUNCTIONS = {"fit": "lls_jax.runs.fit", "local_update": "lls_jax.steps.block"}

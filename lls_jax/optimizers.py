@@ -1,6 +1,7 @@
 """The published optimizer, schedule-free AdamW, as the runs of LLS were made with it; and Muon."""
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -212,6 +213,19 @@ def muon_for_kernels(
     return optax.GradientTransformation(direction.init, update)
 
 
+_NAME_OF: dict[type, Callable[[Any], Any]] = {
+    jax.tree_util.DictKey: operator.attrgetter("key"),
+    jax.tree_util.GetAttrKey: operator.attrgetter("name"),
+    jax.tree_util.SequenceKey: operator.attrgetter("idx"),
+    jax.tree_util.FlattenedIndexKey: operator.attrgetter("key"),
+}
+
+
+def _entry_name(entry: Any) -> Any:
+    """What an entry of a tree's path is called; one of a type of somebody's own by its text."""
+    return _NAME_OF.get(type(entry), str)(entry)
+
+
 class NamedRate(NamedTuple):
     """How parameters of one name are trained.
 
@@ -240,19 +254,22 @@ def muon(
 
     Args:
         learning_rate: of :func:`muon_for_kernels`, which the kernels get: what lies under
-            ``"block"`` and has two axes or more, as in a training state's parameters.
+            ``"block"`` and has two axes or more, ``[..., inputs, outputs]`` as in a training
+            state's parameters. That is Flax's layout; Equinox's and PyTorch's are others, of which
+            inputs and outputs would be mistaken for each other.
         momentum: likewise; and AdamW's `b1`.
         other_learning_rate: AdamW's step size.
         weight_decay: the share of a parameter of AdamW's that a step takes off at the full rate,
             and less as the rate falls; at least 0. (Kernels are of one size always.)
         schedule: from the number of updates done to a factor of all rates; None for 1.
-        by_name: other step sizes of AdamW, for parameters by their own names.
+        by_name: other step sizes of AdamW, for parameters by their own names, which are neither
+            ``"kernels"`` nor ``"other"``.
 
     Returns:
         An optax transformation, for a whole network's parameters or one block's.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of its range, or a name is none of a parameter.
 
     >>> params = {"block": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}
     >>> state = muon(by_name={"bias": NamedRate(0.1)}).init(params)
@@ -265,6 +282,12 @@ def muon(
         factor = own or schedule
         return rate if factor is None else lambda count: rate * factor(count)
 
+    for reserved, own in (("kernels", "learning_rate"), ("other", "other_learning_rate")):
+        if reserved in (by_name or {}):
+            raise ValueError(
+                f"`by_name` has {reserved!r}, by which all parameters go that `{own}` is for; give "
+                "that, or the parameter another name."
+            )
     named = {"other": NamedRate(other_learning_rate), **(by_name or {})}
     optimizers = {"kernels": muon_for_kernels(scaled(learning_rate, None), momentum)}
     for name, (rate, own_schedule) in named.items():
@@ -274,7 +297,8 @@ def muon(
         )
 
     def kind(path: Any, leaf: jax.Array) -> str:
-        *above, name = (key.key for key in path)
+        # An array by itself has no path.
+        *above, name = ("", *map(_entry_name, path))
         if name in named:
             return str(name)
         return "kernels" if leaf.ndim >= 2 and "block" in above else "other"

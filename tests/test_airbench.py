@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from seeds import random_generator
 
 from experiments import command_line, optimizers, presets, train
 from experiments.config import TrainConfig
@@ -26,12 +27,6 @@ CLASSES = 4
 CIFAR = get_spec("cifar10")
 
 
-def draw(seed=None):
-    seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def patches(images, size):
     """Every patch as a row, in float64."""
     views = np.lib.stride_tricks.sliding_window_view(images, (size, size), axis=(1, 2))
@@ -43,7 +38,7 @@ def patches(images, size):
 
 @pytest.mark.parametrize(("size", "channels"), [(2, 3), (3, 1)])
 def test_whitened_patches_have_unit_second_moments(size, channels):
-    rng = draw()
+    rng = random_generator()
     # Neighbours and channels alike, as in photographs, but not more than float32 can tell.
     mix = np.eye(channels) + 0.5
     noise = rng.normal(size=(40, 12, 11, channels)) @ mix + 1.0
@@ -106,11 +101,13 @@ def test_fit_takes_the_whitening_from_its_training_images_and_leaves_it(tmp_path
 
 def test_gelu_and_its_gradient_are_those_of_float64():
     """Far below zero too, where 1 + erf has few digits left."""
-    x = np.concatenate([draw().normal(size=200) * 3, [-30.0, -5.5, -1e-3, 0.0, 1e-3, 5.5, 30.0]])
+    x = np.concatenate(
+        [random_generator().normal(size=200) * 3, [-30.0, -5.5, -1e-3, 0.0, 1e-3, 5.5, 30.0]]
+    )
     x = x.astype(np.float32).astype(np.float64)
     below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x])
     slope = below + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    pull = draw().normal(size=x.size)
+    pull = random_generator().normal(size=x.size)
     y, vjp = jax.vjp(gelu, jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(y, x * below, rtol=1e-6, atol=2e-6)
     np.testing.assert_allclose(vjp(jnp.asarray(pull, jnp.float32))[0], pull * slope, atol=1e-5)
@@ -143,7 +140,7 @@ def test_airbench_has_its_published_shapes():
 def test_a_pair_starts_as_the_identity_and_the_classifier_small():
     model = models.make("airbench", num_classes=10, width=0.25)
     rule = rules.make("bp", num_classes=10)
-    rng = draw()
+    rng = random_generator()
     image = jnp.asarray(rng.normal(size=(1, 16, 16, 3)), jnp.float32)
     params, _ = model.init(rule, jax.random.key(0), image)
     # 64 inputs to 64 outputs hand all on; 24 to 16 the first 16; 16 to 64 all, and 48 are drawn.
@@ -168,7 +165,7 @@ def test_a_pair_starts_as_the_identity_and_the_classifier_small():
 
 
 def test_the_classifiers_loss_is_smoothed():
-    rng = draw()
+    rng = random_generator()
     logits, labels = rng.normal(size=(6, CLASSES)), rng.integers(0, CLASSES, 6)
     target = 0.8 * np.eye(CLASSES)[labels] + 0.2 / CLASSES
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -193,7 +190,7 @@ def np_orthogonal(g):
 @jax.numpy_dtype_promotion("standard")
 @pytest.mark.parametrize("shape", [(5, 3), (2, 6), (3, 3, 2, 4)])
 def test_muon_equals_its_numpy_form(shape):
-    rng, rate, momentum = draw(), 0.24, 0.6
+    rng, rate, momentum = random_generator(), 0.24, 0.6
     tx = muon_for_kernels(rate, momentum)
     w = rng.normal(size=shape)
     params = {"kernel": jnp.asarray(w, jnp.float32)}
@@ -269,7 +266,7 @@ def test_alternating_flips_show_each_image_once_each_way_over_two_epochs():
     images[:, :, :2] = np.arange(1, count + 1)[:, None, None, None]
     split = Split(images, np.arange(count, dtype=np.int32) % 10)
     seen = {}
-    key = jax.random.key(int(draw().integers(2**31)))
+    key = jax.random.key(int(random_generator().integers(2**31)))
     for data in (split, batches.to_device(split)):
         read = batches.make_reader(dataclasses.replace(spec, mean=(0,) * 3, std=(1 / 255,) * 3),
                                    "alternating_flip", size)  # fmt: skip
@@ -293,7 +290,7 @@ def test_alternating_flips_show_each_image_once_each_way_over_two_epochs():
 
 
 def test_translations_equal_an_oracle():
-    rng = draw()
+    rng = random_generator()
     images = rng.normal(size=(20, 5, 6, 2)).astype(np.float32)
     moved = np.asarray(augment.random_translation(jax.random.key(3), jnp.asarray(images), 2))
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
@@ -307,7 +304,7 @@ def test_translations_equal_an_oracle():
 
 
 def test_views_are_averaged_as_the_speed_runs_do():
-    rng = draw()
+    rng = random_generator()
     images = rng.normal(size=(3, 4, 4, 2))
     weights = rng.normal(size=(32, CLASSES))
 

@@ -201,6 +201,10 @@ def test_a_head_answers_what_its_largest_logit_says():
     # One that has a classifier in its loss, and those that compare examples, or normalise by them.
     assert 0 < found[2] < 100 and found[3:] == [None] * 3
     assert analysis.head_accuracies(model, make_rule("bp"), variables, []) == [None] * 6
+    # Whatever computes their losses in training, and runs on a GPU alone.
+    heads = [rules.make(one, num_classes=CLASSES, implementation="pallas") for one in names[:2]]
+    named = rules.PerBlock((*heads, *rule.rules[2:]))
+    assert analysis.head_accuracies(model, named, variables, halves) == found
 
 
 def blobs(count, seed=0):

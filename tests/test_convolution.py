@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from seeds import random_generator
 
 from lls_jax.layers import winograd
 from lls_jax.layers.convolution import convolve_3x3
@@ -36,9 +37,7 @@ def oracle(x, kernel, dy, stride):
 @pytest.mark.parametrize(("stride", "size"), [(1, (5, 6)), (1, (4, 3)), (2, (6, 5))])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_equals_loops_over_taps(channels, stride, size, dtype):
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = random_generator()
     out = tuple(-(-side // stride) for side in size)
     x, kernel, dy = (
         jnp.asarray(rng.normal(size=shape), dtype)
@@ -66,9 +65,7 @@ def test_winograd_in_slices_equals_loops_over_taps(monkeypatch, slices):
     batch, size, channels, features = 5, (6, 5), 16, 18
     monkeypatch.setattr(winograd, "_SLICE_BYTES", 1)
     monkeypatch.setattr(winograd, "_FEWEST_TILES", batch * 9 // slices)
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = random_generator()
     x, kernel, dy = (
         jnp.asarray(rng.normal(size=shape), jnp.float32)
         for shape in (
@@ -92,9 +89,7 @@ def test_winograd_in_slices_equals_loops_over_taps(monkeypatch, slices):
 )
 def test_depthwise_equals_loops_over_taps(batch, height, stride):
     width, channels = 5, 4
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = random_generator()
     rows, columns = ((side + 2 * stride - 3) // stride + 1 for side in (height, width))
     x, kernel, dy = (
         rng.normal(size=shape)
@@ -127,9 +122,7 @@ def test_depthwise_equals_loops_over_taps(batch, height, stride):
 
 
 def test_pointwise_equals_products():
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = random_generator()
     x, kernel, dy = (rng.normal(size=shape) for shape in ((3, 5, 4, 6), (6, 7), (3, 5, 4, 7)))
     expected = (x @ kernel, dy @ kernel.T, np.einsum("bhwc,bhwk->ck", x, dy))
 
@@ -149,9 +142,7 @@ def test_pointwise_equals_products():
     [(8, 4, 2), (6, 9, 3), (2, 2, 2), (7, 7, 2), (8, 5, 3), (2, 3, 4)],
 )
 def test_window_sums_equal_sums_over_windows(height, width, pool_size):
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = random_generator()
     # On a grid, so that the sign of no element depends on rounding.
     x = rng.integers(-8, 8, size=(3, height, width, 5)) + 0.5
     mean, variance, scale, bias = np.zeros(5), np.ones(5) - 1e-5, np.ones(5), np.zeros(5)

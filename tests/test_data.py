@@ -20,6 +20,7 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import random_generator
 
 from lls_jax.data import archives, augment, batches, get_spec, prepare, storage
 from lls_jax.data.order import epoch_permutation
@@ -233,6 +234,11 @@ def test_pickles_execute_nothing(tmp_path, monkeypatch, payload, protocol):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_damaged_pickle_is_of_whatever_set_was_asked_for():
+    with pytest.raises(DatasetError, match=r"not a pickle .*; fetch the Python version again, or"):
+        archives.load_restricted_pickle(b"nothing", "cifar-100-python/train")
+
+
 def test_a_pickle_of_ten_bytes_takes_no_gigabytes():
     tracemalloc.start()
     with pytest.raises(DatasetError, match="entry 200000000 of its memo"):
@@ -288,6 +294,22 @@ def test_prepared_sets_are_read_by_us_and_by_the_stock_reader(tmp_path, spec, wr
     write_again(tmp_path / "other", other)
     prepare.prepare(spec, folder, tmp_path / "other", progress=False)
     assert_same_examples({"test": storage.load(spec, "test", folder)}, {"test": other["test"]})
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_was_decoded_of_an_older_set_is_removed(tmp_path, monkeypatch, mapped):
+    data, part = random_splits(MNIST)["test"], f"mnist-{MNIST.version}-test"
+    others = {f"mnist-{MNIST.version}-train-1-2.npz", f"fashion_{part}-1-2.npy"}
+    for name in (*others, f"{part}-1-2.npz", f"{part}-1-2.npy", f"{part}-1-2.labels.npy"):
+        (tmp_path / name).touch()
+    cache = tmp_path / f"{part}-aa-bb.npz"
+    monkeypatch.setattr(storage, "_records", lambda *arguments: zip(*data))
+    if mapped:
+        storage._decode_to(MNIST, "test", tmp_path, cache)
+    else:
+        storage._write_cache(cache, data)
+    kept = {f"{cache.stem}.npy", f"{cache.stem}.labels.npy"} if mapped else {cache.name}
+    assert {path.name for path in tmp_path.iterdir()} == others | kept
 
 
 def test_a_failed_preparation_leaves_the_old_set_and_nothing_else(tmp_path, monkeypatch):
@@ -457,16 +479,15 @@ def test_batches_hold_the_images_that_the_permutation_says(augmentation):
     np.testing.assert_array_equal(image, again["image"])
 
 
-def draw_keys():
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    return seed, jax.random.key(seed)
+def draw_key():
+    rng = random_generator()
+    return rng, jax.random.key(int(rng.integers(2**31)))
 
 
 def test_crops_equal_an_oracle():
     """Window by window, cut in NumPy at the offsets that the key gives."""
-    seed, key = draw_keys()
-    images = np.random.default_rng(seed).integers(1, 256, (200, 6, 7, 2)).astype(np.uint8)
+    rng, key = draw_key()
+    images = rng.integers(1, 256, (200, 6, 7, 2)).astype(np.uint8)
     crops = np.asarray(augment.random_crop(key, images, 2))
     offsets = np.asarray(jax.random.randint(key, (200, 2), 0, 5))
     expected = np.zeros_like(images)
@@ -483,9 +504,9 @@ def test_crops_equal_an_oracle():
 
 def test_erasing_equals_an_oracle():
     """Rectangle by rectangle, in float64 from the same uniform numbers."""
-    seed, key = draw_keys()
+    rng, key = draw_key()
     count, height, width = 400, 20, 14
-    images = np.random.default_rng(seed).uniform(1.0, 2.0, (count, height, width, 3))
+    images = rng.uniform(1.0, 2.0, (count, height, width, 3))
     images = images.astype(np.float32)
     erased = np.asarray(augment.random_erase(key, jnp.asarray(images)))
     keys = jax.random.split(key, 5)
@@ -517,8 +538,8 @@ def test_erasing_equals_an_oracle():
 
 def test_cutout_equals_an_oracle():
     """Square by square, in NumPy from the same uniform numbers; a short axis is cut whole."""
-    seed, key = draw_keys()
-    images = np.random.default_rng(seed).uniform(1.0, 2.0, (300, 12, 5, 3)).astype(np.float32)
+    rng, key = draw_key()
+    images = rng.uniform(1.0, 2.0, (300, 12, 5, 3)).astype(np.float32)
     cut = np.asarray(augment.random_cutout(key, jnp.asarray(images), 6))
     tops = np.floor(np.asarray(jax.random.uniform(jax.random.split(key)[0], (300,))) * 7)
     expected = images.copy()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from seeds import random_generator
 
 from lls_jax import evaluation, rules, training
 from lls_jax.blocks import DenseBlock, LocalBlock
@@ -55,9 +56,7 @@ def learn(model, image, steps=3):
 
 @pytest.mark.parametrize("momentum", [0.99, 0.5])
 def test_statistics_are_estimated_whatever_the_momentum(momentum):
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = random_generator()
     model = Network("own", CLASSES, (BlockSpec(OwnBlock(momentum), pool_size=6),))
     images = [jnp.asarray(rng.normal(3.0, 2.0, (16, 5)), jnp.float32) for _ in range(3)]
     state = learn(model, images[0])
@@ -70,6 +69,16 @@ def test_statistics_are_estimated_whatever_the_momentum(momentum):
     np.testing.assert_allclose(norm["var"], np.mean([x.var(0) for x in outputs], 0), rtol=1e-3)
     # What is no average stays.
     assert stats["count"] == 3
+    # An iterator that has given all it had leaves statistics of other weights.
+    with pytest.raises(ValueError, match="`images` has no batch"):
+        evaluation.evaluation_state(model, state, iter([]))
+
+
+def test_without_statistics_no_image_is_needed():
+    model = Network("dense", CLASSES, (BlockSpec(nn.Dense(6), pool_size=6),))
+    rule, tx = rules.make("lls", num_classes=CLASSES), schedule_free_adamw(1e-2)
+    state = training.create_train_state(model, rule, tx, jax.random.key(0), jnp.ones((1, 5)))
+    assert evaluation.evaluation_state(model, state, []).batch_stats == state.batch_stats
 
 
 def test_blocks_need_no_statistics_no_parameters_and_no_train(tmp_path):

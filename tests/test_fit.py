@@ -129,8 +129,8 @@ def test_batches_may_come_from_a_function_or_an_endless_iterator():
 
 def test_of_several_processes_each_gives_its_rows_of_a_batch():
     two_of_six = types.SimpleNamespace(num_devices=6, addressable_devices={"a", "b"})
-    source, images = from_batches(batches_of(blobs(30), 15), None, two_of_six)
-    assert (source.batch_size, images.shape) == (45, (15, 6))
+    source, first = from_batches(batches_of(blobs(30), 15), None, two_of_six)
+    assert (source.batch_size, first["image"].shape) == (45, (15, 6))
 
 
 def test_the_best_epoch_is_chosen_by_the_validation_examples():
@@ -349,6 +349,12 @@ def test_images_of_bytes_are_normalised_by_themselves_or_by_a_description():
 BYTES = np.zeros((9, 6), np.uint8)
 
 
+def labelled(change):
+    """Batches with other labels."""
+    made = batches_of(blobs(30), 15)
+    return [{**batch, "label": change(batch["label"])} for batch in made]
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -383,6 +389,17 @@ BYTES = np.zeros((9, 6), np.uint8)
         ({"validation": (BYTES, blobs(9)[1])}, "`validation` have dtype uint8, .* float32; give"),
         ({"train": [{"image": BYTES, "label": blobs(9)[1]}]}, "a training batch have dtype uint8"),
         ({"train": (np.zeros((60, 6, 6)), blobs(60)[1])}, r"\(15, 6, 6\); .*`images\[..., None\]`"),
+        ({"train": labelled(lambda y: y + 1)}, "labels of a training batch go from 1 to 3"),
+        ({"train": labelled(lambda y: y * 1.0)}, "labels of a training batch .* float64;"),
+        ({"train": labelled(lambda y: np.eye(3, dtype=int)[y])}, r"have shape \(15, 3\) and dtype"),
+        ({"train": labelled(lambda y: y[0])}, r"have shape \(\) and dtype"),
+        ({"seed": 0.5}, "`seed` is 0.5; it must be a whole number, at least 0"),
+        ({"seed": -1}, "`seed` is -1; it must be"),
+        (
+            {"train": iter(batches_of(blobs(90), 15)), "steps_per_epoch": 4, "epochs": 2},
+            "batches of epoch 2 ended after 2 steps; an epoch has 4",
+        ),
+        ({"rule": rules.make("bp", num_classes=CLASSES), "remat_above": 9}, "`remat_above` is 9"),
     ],
 )
 def test_wrong_arguments_are_named(changed, message):
@@ -395,9 +412,18 @@ def test_wrong_arguments_are_named(changed, message):
 
 def test_numbers_may_be_those_of_numpy(tmp_path):
     counts = {"epochs": 1, "batch_size": 15, "eval_batch_size": 9, "validation": 8}
+    counts |= {"seed": 1, "reach": 2}
     ones = {name: np.int64(count) for name, count in counts.items()}
     numpy = fit(MODEL, RULE, TX, train=blobs(60), workdir=tmp_path, **ones)
     assert_equal(numpy.state, fit(MODEL, RULE, TX, train=blobs(60), **counts).state)
+
+
+def test_a_folder_knows_the_size_of_batches_that_others_make(tmp_path):
+    options = {"epochs": 1, "workdir": tmp_path}
+    fit(MODEL, RULE, TX, train=batches_of(blobs(30), 15), **options)
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 15
+    with pytest.raises(UserError, match="batch_size 15 there, 10 here"):
+        fit(MODEL, RULE, TX, train=batches_of(blobs(20), 10), **options)
 
 
 @pytest.mark.parametrize(
@@ -407,20 +433,27 @@ def test_numbers_may_be_those_of_numpy(tmp_path):
         ({"labels": 1}, r"labels of `examples` go from .* to 3"),
         ({"channels": 1}, r"shape \(8, 8, 1\); expected \(8, 8, 3\)"),
         ({"batch_size": -1}, "`batch_size` is -1"),
+        ({"channels": 1, "trained": (8, 8, 1)}, r"shape \(8, 8, 1\) do not fit .*'two_blocks'"),
+        ({"side": 2, "trained": (2, 2, 3)}, "2x2 pixels are too small for model 'two_blocks'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(change, message):
     """What a lookup would take for another class, and a mean for another channel."""
-    model = small_models.two_blocks(CLASSES)
+    model = dataclasses.replace(small_models.two_blocks(CLASSES), smallest_image=4)
     example = jnp.zeros((1, 8, 8, 3))
     state = training.create_train_state(model, RULE, TX, jax.random.key(0), example)
-    images = np.zeros((9, 8, 8, 3), np.uint8)[..., : change.get("channels", 3)]
+    side = change.get("side", 8)
+    images = np.zeros((9, side, side, 3), np.uint8)[..., : change.get("channels", 3)]
     labels = np.arange(9) % CLASSES + change.get("labels", 0)
-    spec = describe(Split(np.ones((9, 8, 8, 3), np.uint8), labels), CLASSES)
+    trained = np.ones((9, *change.get("trained", (8, 8, 3))), np.uint8)
+    spec = describe(Split(trained, labels), CLASSES)
     with pytest.raises(ValueError, match=message):
         evaluation.evaluate(
             *(model, state, (images, labels)), spec=spec, batch_size=change.get("batch_size", 9)
         )
+    if "trained" in change:
+        with pytest.raises(ValueError, match=message):
+            training.predict(model, state, jnp.asarray(images, jnp.float32))
 
 
 def test_only_images_have_views():

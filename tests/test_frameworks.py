@@ -263,7 +263,14 @@ def test_wrong_sizes_and_names_are_named():
     model = NNXModel(nnx.Rngs(0))
     with pytest.raises(ValueError, match="3 sizes for 2 blocks"):
         local_nnx.localize(model, X[:1], cut_at=["conv2", "head"], pool_size=[1, 2, 3])
+    for size in (0, 1.5):
+        with pytest.raises(ValueError, match=f"`pool_size` is {size}; it must be a whole number"):
+            local_nnx.localize(model, X[:1], cut_at=["conv2", "head"], pool_size=size)
     mlp = eqx.nn.MLP(4, 3, 8, 2, key=jax.random.key(0))
+    numpy = local_eqx.localize(
+        mlp, jnp.ones((1, 4)), cut_at=["layers.1", "layers.2"], pool_size=np.int64(4)
+    )
+    assert [repr(spec.pool_size) for spec in numpy.specs] == ["4", "4"]
     for name in ("layers.7", "nothing", "layers.x"):
         with pytest.raises(ValueError, match=f"has '{name}', and a MLP has no such module"):
             local_eqx.localize(mlp, jnp.ones((1, 4)), cut_at=[name])

@@ -15,12 +15,21 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import random_generator
 
-from experiments import command_line, evaluate, export_lls_dnn, import_lls_dnn, run_config, train
+from experiments import (
+    command_line,
+    evaluate,
+    export_lls_dnn,
+    import_lls_dnn,
+    presets,
+    run_config,
+    train,
+)
 from experiments.config import TrainConfig
 from lls_jax import interop, models, rules, training
 from lls_jax.errors import TorchFileError, UserError
-from lls_jax.interop import torch_files
+from lls_jax.interop import torch_files, torch_pickles
 
 CLASSES = 5
 TX = optax.sgd(0.1)
@@ -82,7 +91,7 @@ def test_names_layouts_and_the_way_back(model_name, rule_name):
     params, batch_stats = jax.eval_shape(
         lambda key: model.init(rule, key, jnp.zeros((1, side, side, 3))), jax.random.key(0)
     )
-    rng = np.random.default_rng()
+    rng = random_generator()
     # Bytes of random data, repeated: vgg11 has 160 million parameters.
     noise = rng.normal(size=997).astype(np.float32)
     params, batch_stats = jax.tree.map(
@@ -128,6 +137,31 @@ def test_what_lls_dnn_has_not_is_refused(rule, groups, message):
     state = training.create_train_state(model, rule, TX, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     with pytest.raises(ValueError, match=message):
         interop.to_lls_dnn(model, state)
+
+
+def test_shapes_are_those_of_pytorch():
+    """Expected ones too: of kernels in its layout, of a vector where it has a column."""
+    model, rule = models.make("small_conv", num_classes=CLASSES), make_rule("lls_m_random")
+    params, batch_stats = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(
+            lambda key: model.init(rule, key, jnp.zeros((1, 8, 8, 3))), jax.random.key(0)
+        ),
+    )
+    state = training.TrainState(jnp.int32(0), params, batch_stats, None, jax.random.key(0))
+    kernel, column = np.zeros((64, 32, 5, 5)), np.zeros((CLASSES + 1, 1))
+    wrong = {"conv_block2.block.conv.weight": kernel, "conv_block1.modulation": column}
+    with pytest.raises(ValueError) as caught:
+        interop.from_lls_dnn(model, rule, TX, interop.to_lls_dnn(model, state) | wrong)
+    assert "conv.weight has shape (64, 32, 5, 5), not (64, 32, 3, 3)" in str(caught.value)
+    assert f"modulation has shape {column.shape}, not ({CLASSES}, 1)" in str(caught.value)
+    wrong = {"layers.1.conv.weight": kernel, "classifier.bias": column[0]}
+    with pytest.raises(ValueError) as caught:
+        interop.from_state_dict(
+            model, interop.to_state_dict(model, state) | wrong, jnp.zeros((1, 8, 8, 3))
+        )
+    assert "conv.weight has shape (64, 32, 5, 5), not (64, 32, 3, 3)" in str(caught.value)
+    assert f"classifier.bias has shape (1,), not ({CLASSES},)" in str(caught.value)
 
 
 # --- Files ---------------------------------------------------------------------------------------
@@ -223,6 +257,12 @@ def nested_tuples():
     return b"\x80\x02})" + b"".join(b"q\x00h\x00\x86" for _ in range(60)) + b"Ns."
 
 
+def test_what_a_pickle_may_do_is_in_one_table():
+    known = {op.name for op in pickletools.opcodes}
+    assert set(torch_pickles._OPERATIONS) <= known
+    assert not set(torch_pickles._OPERATIONS) & {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1"}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -311,11 +351,14 @@ def test_fuzzed_files_give_arrays_or_an_error(data, tmp_path_factory):
 # --- Commands ------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_out_comes_back_and_trains_on(tmp_path, capsys):
-    trained = TrainConfig(
-        dataset="digits", rule="lls_m_random", epochs=1, batch_size=16, train_examples=64,
-        eval_examples=40, progress=False, workdir=str(tmp_path / "run"),
+def test_a_run_goes_out_comes_back_and_trains_on(tmp_path, capsys, monkeypatch):
+    small = TrainConfig(
+        dataset="digits", epochs=1, batch_size=16, train_examples=64, eval_examples=40,
+        progress=False,
     )  # fmt: skip
+    # What comes back has its data set's own options.
+    monkeypatch.setitem(presets.PRESETS, "digits", small)
+    trained = dataclasses.replace(small, rule="lls_m_random", workdir=str(tmp_path / "run"))
     assert train.train_and_evaluate(trained) == 0
     file = tmp_path / "model_best.pth.tar"
     assert (
@@ -354,5 +397,8 @@ def test_a_run_goes_out_comes_back_and_trains_on(tmp_path, capsys):
     with pytest.raises(UserError, match=r"has shape .*data set 'cifar10' has .*--dataset and"):
         import_lls_dnn.import_lls_dnn(wrong)
     assert not (tmp_path / "other" / "config.json").exists()
-    recorded = run_config.read_config(tmp_path / "came back")
-    assert recorded.rule == "lls_m_random"
+    capsys.readouterr()
+    assert train.train_and_evaluate(back) == 0
+    assert "resumed at step 0" in capsys.readouterr().out
+    (record,) = (tmp_path / "came back" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(record)["epoch"] == 1

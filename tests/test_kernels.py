@@ -313,6 +313,9 @@ def test_a_choice_is_kept_with_the_run_and_for_the_next_one(tmp_path, monkeypatc
     # Of a later version, which may know more.
     (folder / "kernels.json").write_text('{"implementation": "split", "colour": 3}')
     assert kernels.choose(one, folder, "gpu").origin == "remembered"
+    gone = kernels.KernelChoice("gone", {}, {})
+    kernels.keep(gone, folder)
+    assert kernels.choose(one, folder, "gpu").origin == "remembered"
     # A cache that cannot be written ends no run.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -370,6 +373,35 @@ def test_a_form_that_another_process_cannot_run_is_left_out(monkeypatch):
     monkeypatch.setattr(kernels, "_chain", lambda *arguments: lambda: None)
     choice = kernels.measure(work(), ("pallas",), lambda calls, count, agree: [1.0] * len(calls))
     assert list(choice.speeds) == ["xla"] and "another process" in choice.refused["pallas"]
+
+
+def test_a_form_that_does_not_compile_ends_no_run(monkeypatch):
+    def chain(work, name, *arguments):
+        if name in broken:
+            raise RuntimeError("RESOURCE_EXHAUSTED: shared memory")
+
+    def measure():
+        return kernels.measure(work(), ("pallas",), lambda calls, count, agree: [1.0] * len(calls))
+
+    monkeypatch.setattr(kernels, "_chain", chain)
+    broken = ("pallas",)
+    assert measure().refused == {"pallas": "RuntimeError: RESOURCE_EXHAUSTED: shared memory"}
+    # Without the plain form there is nothing to run.
+    broken = ("xla",)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        measure()
+
+
+def test_a_form_is_given_to_all_heads_or_to_those_that_name_none():
+    heads = [rules.make("lls", num_classes=3, implementation=form) for form in ("pallas", None)]
+    both = rules.PerBlock((*heads, rules.make("predsim", num_classes=3)))
+    for change, forms in (
+        (rules.PerBlock.with_implementation, ["xla", "xla"]),
+        (kernels.with_default, ["pallas", "xla"]),
+    ):
+        made = change(both, "xla")
+        assert [rule.implementation for rule in made.rules[:2]] == forms
+        assert made.rules[2] == both.rules[2]
 
 
 def test_turns_are_as_many_as_all_agree_on():

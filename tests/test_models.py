@@ -2,14 +2,17 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy_oracle import convolve, normalize
+from seeds import random_generator
 
 from lls_jax import models, rules, training
-from lls_jax.blocks import ResidualBlock
+from lls_jax.blocks import DenseBlock, ResidualBlock
 
 CLASSES = 10
 
@@ -79,26 +82,9 @@ def test_a_width_scales_every_convolution(name):
     assert all(a == (b if name.endswith("b") else 4 * b) for a, b in dense)
 
 
-def np_convolve(x, kernel, stride):
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))) if kernel.shape[0] == 3 else x
-    side = (x.shape[1] - 1) // stride + 1
-    out = np.zeros((len(x), side, side, kernel.shape[-1]))
-    for i in range(kernel.shape[0]):
-        for j in range(kernel.shape[1]):
-            rows = slice(i, i + (side - 1) * stride + 1, stride)
-            columns = slice(j, j + (side - 1) * stride + 1, stride)
-            out += padded[:, rows, columns] @ kernel[i, j]
-    return out
-
-
-def np_normalize(x, p):
-    x = x - x.mean((0, 1, 2))
-    return x / np.sqrt((x**2).mean((0, 1, 2)) + 1e-5) * p["scale"] + p["bias"]
-
-
 @pytest.mark.parametrize(("features", "stride"), [(3, 1), (5, 1), (6, 2)])
 def test_a_residual_block_equals_its_numpy_form(features, stride):
-    rng = np.random.default_rng()
+    rng = random_generator()
     block, x = ResidualBlock(features, stride), rng.normal(size=(4, 6, 6, 3))
     variables = block.init(jax.random.key(0), jnp.asarray(x, jnp.float32))
     params = jax.tree.map(
@@ -109,13 +95,33 @@ def test_a_residual_block_equals_its_numpy_form(features, stride):
         train=True, mutable=["batch_stats"],
     )  # fmt: skip
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    h = np_normalize(np_convolve(x, p["conv_0"]["kernel"], stride), p["norm_0"])
-    h = np_normalize(np_convolve(np.maximum(h, 0), p["conv_1"]["kernel"], 1), p["norm_1"])
+    h = normalize(convolve(x, p["conv_0"]["kernel"], stride), p["norm_0"])
+    h = normalize(convolve(np.maximum(h, 0), p["conv_1"]["kernel"], 1), p["norm_1"])
     assert ("shortcut_conv" in p) == (features != 3)
     if "shortcut_conv" in p:
-        x = np_convolve(x, p["shortcut_conv"]["kernel"], stride)
-        x = np_normalize(x, p["shortcut_norm"])
+        x = convolve(x, p["shortcut_conv"]["kernel"], stride)
+        x = normalize(x, p["shortcut_norm"])
     np.testing.assert_allclose(ours, np.maximum(h + x, 0), atol=2e-5)
+
+
+class MeanOfFeatures(nn.Module):
+    """A classifier without parameters: each class's share of the features."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.mean(x.reshape(len(x), CLASSES, -1), axis=-1).astype(jnp.float32)
+
+
+def test_a_classifier_may_have_no_parameters():
+    specs = (models.BlockSpec(DenseBlock(2 * CLASSES), pool_size=4),)
+    model = models.Network("shares", CLASSES, specs, classifier=MeanOfFeatures())
+    rule, tx, image = rules.make("lls", num_classes=CLASSES), optax.sgd(0.1), jnp.ones((4, 5))
+    state = training.create_train_state(model, rule, tx, jax.random.key(0), image)
+    assert state.params["classifier"] == {}
+    step = training.make_train_step(model, rule, tx)
+    state, metrics = step(state, {"image": image, "label": jnp.arange(4)})
+    assert np.isfinite(metrics["loss"])
+    assert training.predict(model, state, image).shape == (4, CLASSES)
 
 
 # Blocks of their kinds are trained by other tests: `test_training`, `test_examples`.
@@ -126,7 +132,7 @@ def test_a_residual_block_equals_its_numpy_form(features, stride):
 def test_a_local_step_of_a_narrow_network_runs(name, width):
     model = models.make(name, num_classes=CLASSES, width=width)
     rule, tx = rules.make("lls_mxm", num_classes=CLASSES), optax.sgd(0.05)
-    rng = np.random.default_rng()
+    rng = random_generator()
     batch = {
         "image": jnp.asarray(rng.normal(size=(4, 16, 16, 3)), jnp.float32),
         "label": jnp.arange(4),

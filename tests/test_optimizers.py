@@ -1,17 +1,19 @@
 """The published optimizer: against its own figures, and a float64 form of its recurrence."""
 
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from seeds import random_generator
 
 from experiments import optimizers
 from experiments.config import TrainConfig
 from lls_jax import evaluation, training
-from lls_jax.optimizers import muon, schedule_free_adamw
+from lls_jax.optimizers import NamedRate, muon, schedule_free_adamw
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
@@ -105,9 +107,7 @@ def test_equals_the_published_figures(case):
 
 def test_equals_its_recurrence_under_a_schedule():
     """In float64 NumPy, with rates that rise, fall and are zero at first."""
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    rng = np.random.default_rng(seed)
+    rng = random_generator()
     rates = np.array([0.0, 0.02, 0.05, 0.05, 0.01, 0.03])
     gradients, y = rng.normal(size=(6, 7)), rng.normal(size=7)
     b1, b2, eps, decay = 0.8, 0.95, 1e-3, 0.1
@@ -195,6 +195,36 @@ def test_wrong_arguments_are_named(options, message):
     tx = schedule_free_adamw()
     with pytest.raises(ValueError, match="`params` is None"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+class Layer(NamedTuple):
+    kernel: jax.Array
+    scale: jax.Array
+
+
+def test_muon_finds_kernels_by_whatever_paths_have():
+    """Keys of dicts, attributes and places in lists; at the top there is no path at all."""
+    kernel, bias = jnp.ones((2, 3)), jnp.zeros(3)
+    params = {"block": {"a": [kernel, bias], "b": Layer(kernel, bias)}, "rule": (kernel,)}
+    tx = muon(by_name={"scale": NamedRate(0.1)})
+    state = tx.init(params)
+    counts = {
+        name: [leaf.shape for leaf in jax.tree.leaves(inner)].count((2, 3))
+        for name, inner in state.inner_states.items()
+    }
+    # Muon's momenta of two kernels; AdamW's two of what a rule learns.
+    assert counts == {"kernels": 2, "other": 2, "scale": 0}
+    # Optax's own mix dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    muon().init(kernel)
+
+
+@pytest.mark.parametrize("name", ["kernels", "other"])
+def test_what_muon_calls_its_own_is_no_name_of_parameters(name):
+    with pytest.raises(ValueError, match=f"`by_name` has '{name}'"):
+        muon(by_name={name: NamedRate(0.1)})
 
 
 @pytest.mark.parametrize("b2", [0.9, 0.0])

@@ -60,6 +60,12 @@ def test_on_five_devices():
     assert " passed, 1 skipped" in ended.stdout, ended.stdout[-500:]
 
 
+def test_a_batch_is_shared_out_to_somebody():
+    model, rule = make_mixed()
+    with pytest.raises(ValueError, match="`devices` is empty; give one or more"):
+        placement.data_parallel(model, rule, TX, [])
+
+
 def make_rule(name):
     return rules.make(name, num_classes=CLASSES)
 

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from seeds import random_generator
 
-from experiments import data_sets, evaluate, train
+from experiments import data_sets, evaluate, prepare_data, train
 from experiments.config import TrainConfig
 from lls_jax.data import batches, get_spec, photographs, prepare, storage, streaming
 from lls_jax.data.order import epoch_permutation
@@ -68,9 +69,12 @@ def coco(root, as_lists_by_image):
 
 
 def prepared(spec_name, archive, data_dir, **options):
-    spec = get_spec(spec_name)
-    prepare.prepare(spec, data_dir, archive, progress=False, **options)
-    return storage.resolve(spec, data_dir)
+    """By the command."""
+    config = prepare_data.PrepareConfig(
+        spec_name, str(archive), str(data_dir), progress=False, **options
+    )
+    assert prepare_data.prepare_data(config) == 0
+    return storage.resolve(get_spec(spec_name), data_dir)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -334,7 +338,7 @@ def test_training_on_a_folder_is_the_same_from_device_and_host(tmp_path, capsys)
 @pytest.mark.parametrize("binary", [True, False])
 def test_cifar100_takes_its_fine_labels(binary, tmp_path):
     spec = dataclasses.replace(get_spec("cifar100"), train_size=7, test_size=3)
-    rng = np.random.default_rng()
+    rng = random_generator()
     archive = tmp_path / "archive"
     archive.mkdir()
     kept = {}

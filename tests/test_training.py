@@ -1,14 +1,19 @@
 """The steps: isolation, what is computed, optimizers, every rule."""
 
 import dataclasses
+import pkgutil
+import sys
 
+import cuda
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from seeds import random_generator
 from small_models import two_blocks
 
+import lls_jax
 from lls_jax import evaluation, models, rules, training
 from lls_jax.blocks import (
     ConvBlock,
@@ -51,7 +56,7 @@ def make_rule(name):
 
 
 def make_batch(seed=None, size=8, side=8):
-    rng = np.random.default_rng(seed)
+    rng = random_generator(seed)
     return {
         "image": jnp.asarray(rng.normal(size=(size, side, side, 3)), jnp.float32),
         "label": jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32),
@@ -133,16 +138,7 @@ def count_convolutions(rule_name):
     model, state = make_state(rule, tx, batch)
     step = training.make_train_step(model, rule, tx)
     # Lowered for a GPU, where every convolution is one in the program too.
-    mesh = jax.sharding.AbstractMesh(
-        (),
-        (),
-        abstract_device=jax.sharding.AbstractDevice(
-            device_kind="NVIDIA H100", platform="gpu", num_cores=132
-        ),
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
-        lowered = step.trace(state, batch).lower(lowering_platforms=("cuda",))
-    return lowered.as_text().count("stablehlo.convolution")
+    return cuda.lower(step, state, batch).as_text().count("stablehlo.convolution")
 
 
 def test_no_gradient_toward_a_blocks_input_is_computed():
@@ -216,7 +212,7 @@ def test_weights_start_uniform_in_the_fan_in():
 
 @pytest.mark.parametrize("shape", [(64, 5), (4, 6, 5, 3)])
 def test_normalization_equals_the_textbook_under_autodiff(shape):
-    rng = np.random.default_rng()
+    rng = random_generator()
     x = jnp.asarray(rng.normal(2.0, 3.0, shape), jnp.float32)
     scale, bias = (jnp.asarray(rng.normal(size=shape[-1]), jnp.float32) for _ in range(2))
     cotangent = jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -243,7 +239,7 @@ def test_normalization_equals_the_textbook_under_autodiff(shape):
 
 @pytest.mark.parametrize("wanted", ["activation", "pooled", "both"])
 def test_pooled_normalization_equals_the_textbook_under_autodiff(wanted):
-    rng = np.random.default_rng()
+    rng = random_generator()
     shape, pool_size = (4, 6, 9, 3), 3
     x = jnp.asarray(rng.normal(2.0, 3.0, shape), jnp.float32)
     scale, bias = (jnp.asarray(rng.normal(size=shape[-1]), jnp.float32) for _ in range(2))
@@ -428,6 +424,17 @@ def test_evaluation_state_averages_and_estimates_statistics_anew(rule_name, wrap
     np.testing.assert_allclose(stats["var"], variances, rtol=1e-4)
 
 
+def test_baselines_are_told_what_asks_for_nothing():
+    for options in ({"slice_above": None, "remat_above": None}, {"slice_above": sys.maxsize}):
+        training.make_train_step(two_blocks(CLASSES), make_rule("bp"), optax.sgd(0.1), **options)
+
+
+def test_every_module_is_found_in_the_package():
+    found = {module.name for module in pkgutil.iter_modules(lls_jax.__path__)}
+    # Which finds the parts of others.
+    assert found - {"own_parts"} == set(lls_jax.__all__) - {"fit", "local_update"}
+
+
 def test_evaluation_state_of_another_optimizer_is_the_state():
     rule, tx, batch = make_rule("lls"), optax.sgd(0.1), make_batch()
     model, state = make_state(rule, tx, batch)
@@ -448,6 +455,7 @@ def test_evaluation_state_of_another_optimizer_is_the_state():
         (lambda: models.make("small_conv", num_classes=10, dtype=jnp.int32), "`dtype` is int32"),
         (lambda: models.make("small_conv", num_classes=10, dtype="float16"), "`dtype` is float16"),
         (lambda: rules.LLS(num_classes=10, modulation="x"), "`modulation` is 'x'; .* matrix"),
+        (lambda: models.make("small_conv", num_classes=10, dtype="foo"), "`dtype` is 'foo'; it"),
         (lambda: rules.RandomLLS(num_classes=10, modulation="x"), "`modulation` is 'x'"),
         (lambda: rules.RandomLLS(num_classes=10, hidden_dim=-1), "`hidden_dim` is -1"),
         (lambda: rules.RandomLLS(num_classes=10, hidden_dim=(8, 0)), r"`hidden_dim` is \(8, 0\)"),
@@ -490,6 +498,16 @@ def test_evaluation_state_of_another_optimizer_is_the_state():
         (
             lambda: make_state(make_rule("lls"), optax.sgd(0.1), make_batch(side=3)),
             "3x3 pixels are too small.*'small_conv'.*4x4",
+        ),
+        *(
+            (
+                lambda name=name, option=option: training.make_train_step(
+                    two_blocks(CLASSES), make_rule(name), optax.sgd(0.1), **option
+                ),
+                f"`{next(iter(option))}` is .* rule '{name}' has no local losses",
+            )
+            for name in BASELINES
+            for option in ({"remat_above": 9}, {"slice_above": 9}, {"in_order": False})
         ),
     ],
 )

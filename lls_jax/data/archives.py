@@ -36,11 +36,6 @@ def read_archive(spec: DatasetSpec, path: pathlib.Path) -> dict[str, Split]:
     Raises:
         DatasetError: it is missing, truncated, or not that archive.
     """
-    if spec.layout == "embedded":
-        raise DatasetError(
-            f"data set {spec.name!r} is embedded and needs no preparation; run "
-            f"`python -m experiments.{spec.name}`."
-        )
     if not path.exists():
         raise DatasetError(f"archive {path} does not exist; give the file or folder itself.")
     try:
@@ -246,8 +241,8 @@ def load_restricted_pickle(content: bytes, name: str) -> Any:
     except Exception as error:
         # A damaged pickle can fail in any opcode, with almost any exception.
         raise DatasetError(
-            f"{name} is not a pickle of plain arrays ({error}); fetch CIFAR-10's Python version "
-            "again, or use the binary one."
+            f"{name} is not a pickle of plain arrays ({error}); fetch the Python version again, or "
+            "use the binary one."
         ) from error
 
 

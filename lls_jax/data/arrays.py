@@ -31,16 +31,21 @@ def to_split(name: str, arrays: Any) -> Split | DeviceSplit:
             f"the images of `{name}` have dtype {images.dtype}; expected uint8, or floats that "
             "are normalised already."
         )
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"the labels of `{name}` have shape {labels.shape} and dtype {labels.dtype}; expected "
-            "integers, one an example."
-        )
+    check_labels(f"`{name}`", labels)
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"`{name}` has {len(images)} images and {len(labels)} labels.")
     if images.dtype != np.uint8:
         images = images.astype(np.float32)
     return Split(images, labels.astype(np.int32))
+
+
+def check_labels(whose: str, labels: np.ndarray) -> None:
+    """Raise ValueError, saying whose they are, unless labels are integers ``[count]``."""
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"the labels of {whose} have shape {labels.shape} and dtype {labels.dtype}; expected "
+            "integers, one an example."
+        )
 
 
 # Examples that are counted at once.

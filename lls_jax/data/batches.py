@@ -35,7 +35,7 @@ class DeviceSplit(NamedTuple):
     """A part of a data set on the device.
 
     Attributes:
-        images: uint8 ``[count, height, width, channels]``.
+        images: uint8 ``[count, height, width, channels]``, or float32 ``[count, ...]``.
         labels: int32 ``[count]``.
     """
 
@@ -44,7 +44,7 @@ class DeviceSplit(NamedTuple):
 
 
 def to_device(split: Split) -> DeviceSplit:
-    """Move a split to the default device, as uint8."""
+    """Move a split to the default device, bytes as bytes."""
     return DeviceSplit(jnp.asarray(split.images), jnp.asarray(split.labels))
 
 

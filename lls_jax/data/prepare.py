@@ -62,7 +62,10 @@ def prepare(
         OSError: `data_dir` cannot be written, or the disk is full.
     """
     if spec.layout == "embedded":
-        archives.read_archive(spec, data_dir)
+        raise DatasetError(
+            f"data set {spec.name!r} is embedded and needs no preparation; run "
+            f"`python -m experiments.{spec.name}`."
+        )
     if archive is None and not spec.downloads:
         raise DatasetError(
             f"data set {spec.name!r} cannot be downloaded by itself; fetch it and give --archive "

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import importlib.util
 import io
 import os
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lls_jax.data.decoded import own_cache, remove_stale
 from lls_jax.data.specs import DatasetSpec
 from lls_jax.errors import DatasetError
 
@@ -27,7 +27,8 @@ class Split(NamedTuple):
     """Images and labels of one part of a data set.
 
     Attributes:
-        images: uint8 ``[count, height, width, channels]``; it may be a file mapped into memory.
+        images: uint8 ``[count, height, width, channels]``, which may be a file mapped into memory;
+            or float32 ``[count, ...]`` that are normalised already.
         labels: int32 ``[count]``.
     """
 
@@ -244,18 +245,11 @@ def _load_prepared(
     return decoded
 
 
-def _own_cache(cache: pathlib.Path) -> pathlib.Path:
-    """Where the user keeps what cannot be kept beside the sets."""
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    place = hashlib.sha256(str(cache.parent.absolute()).encode()).hexdigest()[:16]
-    return home / "lls_jax" / "decoded" / place / cache.name
-
-
 def _load_mapped(
     spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | None, cache: pathlib.Path
 ) -> Split:
     """Pixels in a `.npy` file that is mapped into memory, labels beside it."""
-    for place in (cache, _own_cache(cache)):
+    for place in (cache, own_cache(cache)):
         pixels, labels = place.with_suffix(".npy"), place.with_suffix(".labels.npy")
         if labels.is_file() and pixels.is_file():
             return Split(np.load(pixels, mmap_mode="r"), np.load(labels))
@@ -266,7 +260,7 @@ def _load_mapped(
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        own = _own_cache(cache)
+        own = own_cache(cache)
         print(f"note: decoded images are kept in {own.parent} ({error}).", file=sys.stderr)
         return _decode_to(spec, split, data_dir, own)
 
@@ -280,6 +274,7 @@ def _decode_to(spec: DatasetSpec, split: str, data_dir: pathlib.Path, cache: pat
     pixels, labels = cache.with_suffix(".npy"), cache.with_suffix(".labels.npy")
     size = {"train": spec.train_size, "test": spec.test_size}[split]
     cache.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(cache)
     # Names of their own: several machines may share this disk.
     with tempfile.TemporaryDirectory(prefix=".decoding-", dir=cache.parent) as aside:
         images = np.lib.format.open_memmap(
@@ -329,8 +324,7 @@ def _decode(spec: DatasetSpec, split: str, data_dir: pathlib.Path, limit: int | 
 def _write_cache(cache: pathlib.Path, data: Split) -> None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        for stale in cache.parent.glob("-".join(cache.stem.split("-")[:3]) + "-*.npz"):
-            stale.unlink()
+        remove_stale(cache)
         with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as file:
             try:
                 np.savez(file, images=data.images, labels=data.labels)

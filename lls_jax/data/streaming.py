@@ -46,7 +46,7 @@ def stream(
         start: first batch, from 0.
 
     Yields:
-        ``image``, uint8 ``[batch, height, width, channels]``, and ``label``, int32 ``[batch]``.
+        ``image``, ``[batch, ...]`` in the split's dtype, and ``label``, int32 ``[batch]``.
     """
     import grain
 

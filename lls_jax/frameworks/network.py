@@ -7,7 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from lls_jax.data.numbers import whole_number
 from lls_jax.frameworks.cutting import CutModel
 from lls_jax.frameworks.tracing import Arrays
 from lls_jax.models import BlockSpec, Network
@@ -102,7 +104,7 @@ def make_network(
             of vectors all features up to 2048.
 
     Raises:
-        ValueError: there are more or fewer sizes than blocks.
+        ValueError: there are more or fewer sizes than blocks, or one is no whole number.
     """
     blocks = cut.parts[:-1]
     if pool_size is None:
@@ -111,7 +113,8 @@ def make_network(
             for part in blocks
         ]
     else:
-        sizes = [pool_size] * len(blocks) if isinstance(pool_size, int) else [*pool_size]
+        given: Any = pool_size if np.ndim(pool_size) else [pool_size] * len(blocks)
+        sizes = [whole_number("pool_size", size, 1) for size in given]
     if len(sizes) != len(blocks):
         raise ValueError(
             f"`pool_size` has {len(sizes)} sizes for {len(blocks)} blocks; give one for all, or "

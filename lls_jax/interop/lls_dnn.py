@@ -14,16 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock
+from lls_jax.interop.layouts import Path, get, put, to_ours, to_torch, torch_shape
 from lls_jax.models import Network
 from lls_jax.rules import Rule
 from lls_jax.training import Optimizer, TrainState, state_from_variables
 
 StateDict = Mapping[str, np.ndarray]
-Path = tuple[str, ...]
-
-# Axes that take a weight from PyTorch's layout to ours, by number of axes, and back.
-_TO_OURS = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
-_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 
 
 class _Entry(NamedTuple):
@@ -106,18 +102,6 @@ def _rule_entries(rule_params: Mapping[str, Any], name: str, block: str) -> Iter
         yield _Entry(f"{block}.{theirs}", "params", (*path, "modulation"), False, column)
 
 
-def _get(tree: Mapping[str, Any], path: Path) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _set(tree: dict[str, Any], path: Path, value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
 def from_lls_dnn(model: Network, rule: Rule, tx: Optimizer, state_dict: StateDict) -> TrainState:
     """A training state with the weights of an LLS-DNN checkpoint.
 
@@ -152,19 +136,17 @@ def from_lls_dnn(model: Network, rule: Rule, tx: Optimizer, state_dict: StateDic
         array = np.asarray(state_dict[name], np.float32)
         if column and array.ndim == 2:
             array = array[:, 0]
-        if transposed and array.ndim in _TO_OURS:
-            array = array.transpose(_TO_OURS[array.ndim])
-        shape = _get(expected[collection], path).shape
+        array = to_ours(array) if transposed else array
+        shape = get(expected[collection], path).shape
         if path[-1] == "feedback" and array.ndim == 2:
             # Of any width: it is pooled to the latents.
             shape = (shape[0], array.shape[1])
         if array.shape != shape:
-            problems.append(
-                f"{name} has shape {state_dict[name].shape}, which does not fit {shape}"
-            )
+            theirs = torch_shape(shape) if transposed else (*shape, 1) if column else shape
+            problems.append(f"{name} has shape {state_dict[name].shape}, not {theirs}")
             continue
         # Copied: the array may be a view of a buffer that PyTorch goes on writing to.
-        _set(converted[collection], path, jnp.array(array, copy=True))
+        put(converted[collection], path, jnp.array(array, copy=True))
     extra = [n for n in state_dict if n not in known and not n.endswith("num_batches_tracked")]
     problems += [f"{name} is unexpected" for name in extra]
     if problems:
@@ -194,9 +176,9 @@ def to_lls_dnn(model: Network, state: TrainState) -> dict[str, np.ndarray]:
     collections = {"params": state.params, "batch_stats": state.batch_stats}
     result: dict[str, np.ndarray] = {}
     for name, collection, path, transposed, column in _entries(model, state.params):
-        array = np.asarray(_get(collections[collection], path))
+        array = np.asarray(get(collections[collection], path))
         array = array[:, None] if column else array
-        result[name] = array.transpose(_TO_TORCH[array.ndim]) if transposed else array
+        result[name] = to_torch(array) if transposed else array
         if name.endswith("running_var"):
             counter = name.replace("running_var", "num_batches_tracked")
             result[counter] = np.asarray(int(state.step), np.int64)

@@ -19,13 +19,11 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from lls_jax.errors import UserError
+from lls_jax.interop.layouts import TO_TORCH, Path, get, put, to_ours, to_torch, torch_shape
 from lls_jax.models import Network
 from lls_jax.rules import Backpropagation
 from lls_jax.training import TrainState
 
-# By number of axes: from our layout of a kernel to PyTorch's, and back.
-_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
-_TO_OURS = {4: (2, 3, 1, 0), 2: (1, 0)}
 _LEAVES = {"scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
@@ -41,13 +39,13 @@ class _Entry(NamedTuple):
 
     name: str
     collection: str
-    path: tuple[str, ...]
+    path: Path
     transposed: bool
 
 
-def _name(prefix: str, path: tuple[str, ...], axes: int) -> tuple[str, bool]:
+def _name(prefix: str, path: Path, axes: int) -> tuple[str, bool]:
     *modules, leaf = ".".join(path).split(".")
-    is_kernel = re.fullmatch(r"kernel(_\d+)?", leaf) is not None and axes in _TO_TORCH
+    is_kernel = re.fullmatch(r"kernel(_\d+)?", leaf) is not None and axes in TO_TORCH
     if is_kernel:
         # Two kernels of one module, as `kernel_0` and `kernel_1`, are a convolution each.
         modules += ["conv" + leaf.removeprefix("kernel")] if leaf != "kernel" else []
@@ -70,21 +68,9 @@ def _entries(model: Network, variables: Mapping[str, Any]) -> Iterator[_Entry]:
         yield _Entry(named[0], "params", ("classifier", *path), named[1])
 
 
-def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield tuple(str(entry.key) for entry in path), leaf
-
-
-def _get(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
 
 
 def to_state_dict(model: Network, state: TrainState) -> dict[str, np.ndarray]:
@@ -102,10 +88,8 @@ def to_state_dict(model: Network, state: TrainState) -> dict[str, np.ndarray]:
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     result: dict[str, np.ndarray] = {}
     for name, collection, path, transposed in _entries(model, variables):
-        array = np.asarray(_get(variables[collection], path))
-        if transposed:
-            array = array.transpose(_TO_TORCH[array.ndim])
-        result[name] = np.array(array, order="C")
+        array = np.asarray(get(variables[collection], path))
+        result[name] = np.array(to_torch(array) if transposed else array, order="C")
         if name.endswith("running_var"):
             counter = name.replace("running_var", "num_batches_tracked")
             result[counter] = np.asarray(int(state.step), np.int64)
@@ -145,13 +129,13 @@ def from_state_dict(
         if name not in state_dict:
             problems.append(f"{name} is missing")
             continue
-        leaf, array = _get(expected[collection], path), np.asarray(state_dict[name])
-        if transposed and array.ndim in _TO_OURS:
-            array = array.transpose(_TO_OURS[array.ndim])
+        leaf, array = get(expected[collection], path), np.asarray(state_dict[name])
+        array = to_ours(array) if transposed else array
         if array.shape != leaf.shape:
-            problems.append(f"{name} has shape {state_dict[name].shape}, which does not fit")
+            theirs = torch_shape(leaf.shape) if transposed else leaf.shape
+            problems.append(f"{name} has shape {state_dict[name].shape}, not {theirs}")
             continue
-        _set(variables[collection], path, jnp.array(array, leaf.dtype))
+        put(variables[collection], path, jnp.array(array, leaf.dtype))
     extra = [n for n in state_dict if n not in known and not n.endswith("num_batches_tracked")]
     problems += [f"{name} is unexpected" for name in extra]
     if problems:

@@ -66,13 +66,9 @@ class PickleReader:
         for opcode, argument, _ in pickletools.genops(io.BytesIO(self._content)):
             if opcode.name == "STOP":
                 break
-            if opcode.name in _PUSHED:
-                self._stack.append(_PUSHED[opcode.name](argument))
-                continue
-            step = getattr(self, f"_{opcode.name.lower()}", None)
-            if step is None:
+            if opcode.name not in _OPERATIONS:
                 raise TorchFileError(f"its pickle has the operation {opcode.name}")
-            step(argument)
+            _OPERATIONS[opcode.name](self, argument)
         if len(self._stack) != 1:
             raise TorchFileError("its pickle does not end with one object")
         return self._stack[0]
@@ -96,12 +92,8 @@ class PickleReader:
     def _binput(self, index: int) -> None:
         self._memo[index] = self._stack[-1]
 
-    _long_binput = _binput
-
     def _binget(self, index: int) -> None:
         self._stack.append(self._memo[index])
-
-    _long_binget = _binget
 
     def _global(self, name: str) -> None:
         self._stack.append(_Global(*name.split(" ")))
@@ -117,15 +109,6 @@ class PickleReader:
         values = tuple(self._stack[-count:])
         del self._stack[-count:]
         self._stack.append(values)
-
-    def _tuple1(self, _: None) -> None:
-        self._tuple_of(1)
-
-    def _tuple2(self, _: None) -> None:
-        self._tuple_of(2)
-
-    def _tuple3(self, _: None) -> None:
-        self._tuple_of(3)
 
     def _append(self, _: None) -> None:
         value = self._stack.pop()
@@ -203,21 +186,49 @@ class PickleReader:
         return np.lib.stride_tricks.as_strided(array[offset:], shape, strides).copy()
 
 
-def _same(value: Any) -> Any:
-    return value
+def _push(value_of: Callable[[Any], Any]) -> Callable[[PickleReader, Any], None]:
+    """An operation that puts one value onto the stack: what is made of its argument."""
+    return lambda reader, argument: reader._stack.append(value_of(argument))
 
 
-# Operations that put one value onto the stack.
-_PUSHED: dict[str, Callable[[Any], Any]] = {
-    "MARK": lambda _: _MARK,
-    "NONE": lambda _: None,
-    "NEWTRUE": lambda _: True,
-    "NEWFALSE": lambda _: False,
-    "EMPTY_DICT": lambda _: {},
-    "EMPTY_LIST": lambda _: [],
-    "EMPTY_TUPLE": lambda _: (),
+def _push_tuple(count: int) -> Callable[[PickleReader, Any], None]:
+    return lambda reader, _: reader._tuple_of(count)
+
+
+# All that there are here, by their names in :mod:`pickletools`.
+_OPERATIONS: dict[str, Callable[[PickleReader, Any], None]] = {
+    "MARK": _push(lambda _: _MARK),
+    "NONE": _push(lambda _: None),
+    "NEWTRUE": _push(lambda _: True),
+    "NEWFALSE": _push(lambda _: False),
+    "EMPTY_DICT": _push(lambda _: {}),
+    "EMPTY_LIST": _push(lambda _: []),
+    "EMPTY_TUPLE": _push(lambda _: ()),
     **dict.fromkeys(
-        ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2"), _same
+        (
+            *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2"),
+            *("LONG1", "BINFLOAT", "SHORT_BINBYTES", "BINBYTES"),
+        ),
+        _push(lambda argument: argument),
     ),
-    **dict.fromkeys(("LONG1", "BINFLOAT", "SHORT_BINBYTES", "BINBYTES"), _same),
+    "TUPLE1": _push_tuple(1),
+    "TUPLE2": _push_tuple(2),
+    "TUPLE3": _push_tuple(3),
+    "TUPLE": PickleReader._tuple,
+    "PROTO": PickleReader._proto,
+    "FRAME": PickleReader._frame,
+    "MEMOIZE": PickleReader._memoize,
+    "BINPUT": PickleReader._binput,
+    "LONG_BINPUT": PickleReader._binput,
+    "BINGET": PickleReader._binget,
+    "LONG_BINGET": PickleReader._binget,
+    "GLOBAL": PickleReader._global,
+    "STACK_GLOBAL": PickleReader._stack_global,
+    "APPEND": PickleReader._append,
+    "APPENDS": PickleReader._appends,
+    "SETITEM": PickleReader._setitem,
+    "SETITEMS": PickleReader._setitems,
+    "BUILD": PickleReader._build,
+    "BINPERSID": PickleReader._binpersid,
+    "REDUCE": PickleReader._reduce,
 }

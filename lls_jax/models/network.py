@@ -218,7 +218,7 @@ class Network:
                 params[name]["rule"] = {**learned, **variables["fixed"]["rule"]}
             batch_stats[name] = {"block": {}, **variables.get("batch_stats", {})}
         variables = self._classifier.init(keys[-1], jnp.zeros(features.shape, features.dtype))
-        params["classifier"] = variables["params"]
+        params["classifier"] = variables.get("params", {})
         return params, batch_stats
 
     def _shapes(self, shape: tuple[int, ...]) -> tuple[list[Any], list[Any], Any]:

@@ -234,8 +234,7 @@ def make(
         raise ValueError(f"`num_classes` is {num_classes}; it must be at least 2.")
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` is {dropout}; it must lie in [0, 1).")
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"`dtype` is {jnp.dtype(dtype)}; it must be float32 or bfloat16.")
+    _check_dtype(dtype)
     if not 0 < width < math.inf:
         raise ValueError(f"`width` is {width}; it must be positive.")
     if own_parts.is_own(name):
@@ -262,6 +261,16 @@ def make(
         classifier_smoothing=classifier_smoothing,
         whitening=design.whitening,
     )
+
+
+def _check_dtype(dtype: Any) -> None:
+    """Raise ValueError for a dtype that activations cannot have, or that there is not."""
+    try:
+        found: Any = jnp.dtype(dtype)
+    except TypeError:
+        found = repr(dtype)
+    if found not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"`dtype` is {found}; it must be float32 or bfloat16.")
 
 
 def _make_own(

@@ -11,7 +11,7 @@ import jax
 from lls_jax import platforms, processes
 from lls_jax.models import Network
 from lls_jax.placement.execution import Execution
-from lls_jax.rules import Rule
+from lls_jax.rules import Rule, has_local_losses
 from lls_jax.training import Batch, Metrics, Optimizer, TrainState, make_train_step
 
 
@@ -59,15 +59,20 @@ def data_parallel(
         reach: as of :func:`lls_jax.training.make_train_step`.
 
     Raises:
-        ValueError: the devices are made of a CPU with too few threads.
+        ValueError: there is no device, or they are made of a CPU with too few threads.
     """
+    if not len(devices):
+        raise ValueError("`devices` is empty; give one or more, `jax.devices()` for all.")
     _check_threads(devices)
     with_rule = functools.partial(_with_rule, model, tx, devices, reach)
     mesh = jax.sharding.Mesh(list(devices), ("data",))
     rule = rule.on_mesh(mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    in_order = platforms.choices(devices[0].platform).ordered_collectives
+    # Without local losses there is no order to keep.
+    in_order = not has_local_losses(rule) or (
+        platforms.choices(devices[0].platform).ordered_collectives
+    )
     # Whole: the sums over slices would be sums over devices, each.
     train_step = make_train_step(
         model, rule, tx, reach=reach, in_order=in_order, slice_above=sys.maxsize

@@ -78,7 +78,7 @@ def make_pieces(
         ValueError: `reach` is no number of blocks, or the rule has no local losses; or
             `remat_above` or `slice_above` is below 1, or both are given.
     """
-    check_reach(rule, reach)
+    reach = check_reach(rule, reach)
     check_bytes(remat_above, slice_above)
     units = make_units(model, rule, tx, remat_above, slice_above)
     names = [unit.names for unit in units]

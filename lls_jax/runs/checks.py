@@ -1,34 +1,10 @@
-"""What numbers and examples must be like before a run, or an evaluation, begins."""
+"""What examples must be like before a run, or an evaluation, begins."""
 
-import operator
 from typing import Any
 
 import numpy as np
 
 from lls_jax.data import DatasetSpec
-
-
-def whole_number(name: str, value: Any, least: int) -> int:
-    """A number of things, as Python's own; NumPy's integers will do.
-
-    Args:
-        name: of the argument, for errors.
-        value: what was given.
-        least: what it must be at least.
-
-    Raises:
-        ValueError: it is smaller, or no whole number.
-
-    >>> whole_number("epochs", np.int64(3), 1)
-    3
-    """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, at least {least}.")
-    return number
 
 
 def check_examples(name: str, examples: Any, spec: DatasetSpec, num_classes: int) -> None:
@@ -47,10 +23,21 @@ def check_examples(name: str, examples: Any, spec: DatasetSpec, num_classes: int
             f"the examples of `{name}` have shape {shape}; expected {tuple(spec.image_shape)}, "
             "that of the training examples, or of the `spec`."
         )
-    least, most = int(examples.labels.min()), int(examples.labels.max())
+    check_classes(f"`{name}`", examples.labels, num_classes)
+
+
+def check_classes(whose: str, labels: Any, num_classes: int) -> None:
+    """Raise ValueError unless labels, integers, are classes of a model.
+
+    Args:
+        whose: the labels are, for errors.
+        labels: ``[count]``, on the device or on the host.
+        num_classes: of the model.
+    """
+    least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= num_classes:
         raise ValueError(
-            f"the labels of `{name}` go from {least} to {most}; expected indices of the model's "
+            f"the labels of {whose} go from {least} to {most}; expected indices of the model's "
             f"{num_classes} classes, from 0."
         )
 

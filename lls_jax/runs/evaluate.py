@@ -10,11 +10,12 @@ import optax
 
 from lls_jax.data import DatasetSpec, Split, batches
 from lls_jax.data.arrays import describe, to_split
+from lls_jax.data.numbers import whole_number
 from lls_jax.models import Network
-from lls_jax.runs.checks import check_examples, check_of_images, whole_number
+from lls_jax.runs.checks import check_examples, check_of_images
 from lls_jax.runs.source import Arrays
 from lls_jax.runs.views import check_views, mean_logits
-from lls_jax.steps.averaging import is_schedule_free
+from lls_jax.steps.make import checked
 from lls_jax.training import TrainState
 
 
@@ -168,12 +169,6 @@ def evaluate(
     """
     check_views("views", views)
     batch_size = whole_number("batch_size", batch_size, 1)
-    if is_schedule_free(state.opt_state) and int(state.step):
-        raise ValueError(
-            f"`state` is after {int(state.step)} steps of a schedule-free optimizer, whose weights "
-            "are not those to evaluate; give `lls_jax.evaluation.evaluation_state(...)`, or "
-            "`fit(...).evaluation`."
-        )
     split = to_split("examples", examples)
     if spec is None:
         if split.images.dtype == np.uint8:
@@ -185,4 +180,5 @@ def evaluate(
     check_examples("examples", split, spec, model.num_classes)
     check_of_images("views", views, spec.input_shape)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return evaluate_weights(model, variables, spec, split, batch_size, views=views)
+    with checked(model, state, (batch_size, *spec.input_shape)):
+        return evaluate_weights(model, variables, spec, split, batch_size, views=views)

@@ -13,6 +13,7 @@ import numpy as np
 from lls_jax import platforms, processes
 from lls_jax.data import DatasetSpec, Split, batches
 from lls_jax.data.arrays import describe, to_split
+from lls_jax.data.numbers import whole_number
 from lls_jax.models import Network
 from lls_jax.placement import Execution, single
 from lls_jax.rules import Rule
@@ -91,7 +92,7 @@ def fit(
             examples are held out for it. None: the best epoch is chosen by the test images, and
             their accuracy is no honest estimate of that epoch's on new ones.
         epochs: passes over the training examples, at least 1.
-        batch_size: examples a step; an epoch's last partial batch is dropped.
+        batch_size: examples a step, of arrays; an epoch's last partial batch is dropped.
         eval_batch_size: examples a step of evaluation; changes speed and memory only.
         test_views: ``"flip"`` or ``"flip_translate"``: evaluate each epoch once more, by the mean
             over views of an image (:mod:`lls_jax.runs.views`); its records have
@@ -136,17 +137,18 @@ def fit(
     >>> [record["epoch"] for record in result.records], int(result.state.step)
     ([1, 2], 4)
     """
-    check_reach(rule, reach)
+    reach = check_reach(rule, reach)
     check_views("test_views", test_views)
-    epochs = checks.whole_number("epochs", epochs, 1)
-    batch_size = checks.whole_number("batch_size", batch_size, 1)
-    eval_batch_size = checks.whole_number("eval_batch_size", eval_batch_size, 1)
-    checkpoint_every = checks.whole_number("checkpoint_every", checkpoint_every, 0)
+    epochs = whole_number("epochs", epochs, 1)
+    batch_size = whole_number("batch_size", batch_size, 1)
+    eval_batch_size = whole_number("eval_batch_size", eval_batch_size, 1)
+    checkpoint_every = whole_number("checkpoint_every", checkpoint_every, 0)
+    seed = whole_number("seed", seed, 0)
     if steps_per_epoch is not None:
-        steps_per_epoch = checks.whole_number("steps_per_epoch", steps_per_epoch, 1)
+        steps_per_epoch = whole_number("steps_per_epoch", steps_per_epoch, 1)
     held_out: int | None = None
     if isinstance(validation, int | np.integer):
-        held_out, validation = checks.whole_number("validation", validation, 1), None
+        held_out, validation = whole_number("validation", validation, 1), None
     for name, wanted, is_asked in (
         ("test_views", test_views, test_views != "none"),
         ("early_stopping", early_stopping, early_stopping is not None),
@@ -161,10 +163,10 @@ def fit(
         # Nobody would hear of a damaged checkpoint.
         listeners.append(_Warnings())
     if early_stopping is not None:
-        patience = checks.whole_number("early_stopping", early_stopping, 1)
+        patience = whole_number("early_stopping", early_stopping, 1)
         listeners.append(listening.EarlyStopping(patience))
     sharding = None if execution is None else execution.sharding
-    if not 0 <= seed < _SEEDS:
+    if seed >= _SEEDS:
         raise ValueError(f"`seed` is {seed}; it must be at least 0, and less than {_SEEDS}.")
     model_key, data_key = jax.random.split(jax.random.key(seed))
     evaluation_sets: dict[str, Any] = {}
@@ -193,7 +195,9 @@ def fit(
             raise ValueError("`validation` is a number, and the training examples come in batches.")
         if augmentation != "none":
             raise ValueError(f"`augmentation` is {augmentation!r}; batches are taken as they are.")
-        source, example = sources.from_batches(train, steps_per_epoch, sharding)
+        source, first = sources.from_batches(train, steps_per_epoch, sharding)
+        checks.check_classes("a training batch", first["label"], model.num_classes)
+        example = first["image"]
         dtypes["train"] = example.dtype
         # Of floats, which are normalised already.
         own_spec = spec or describe(_on_host(example), model.num_classes)
@@ -216,7 +220,8 @@ def fit(
                 "model": folders.describe(model),
                 "rule": folders.describe(rule),
                 "epochs": epochs,
-                "batch_size": batch_size,
+                # Of batches that somebody else makes it is theirs.
+                "batch_size": source.batch_size,
                 "augmentation": augmentation,
                 # Folders of before it was there have reach 1.
                 **({"reach": reach} if reach > 1 else {}),
@@ -230,7 +235,7 @@ def fit(
     )
     choice = kernels.choose(work, None if workdir is None else pathlib.Path(workdir))
     if choice is not None:
-        rule = rule.with_implementation(choice.implementation)
+        rule = kernels.with_default(rule, choice.implementation)
         for listener in listeners:
             listener.on_kernels(choice)
     if execution is None:

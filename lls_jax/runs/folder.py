@@ -187,7 +187,19 @@ def extend(folder: pathlib.Path, epochs: int) -> None:
     """Write that a run goes on, to a larger number of epochs."""
     stored = read_settings(folder)
     if stored is not None and stored["epochs"] < epochs:
-        write_atomically(folder / "config.json", to_json({**stored, "epochs": epochs}))
+        change_settings(folder, {"epochs": epochs})
+
+
+def change_settings(folder: pathlib.Path, values: Record) -> None:
+    """Write what is otherwise from this start on, and may be; to be called when the run goes on.
+
+    Args:
+        folder: of the run.
+        values: by name.
+    """
+    stored = read_settings(folder)
+    if stored is not None and any(stored.get(name) != value for name, value in values.items()):
+        write_atomically(folder / "config.json", to_json({**stored, **values}))
 
 
 def check_epochs(folder: pathlib.Path, epochs: int) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lls_jax import processes
 from lls_jax.models import Network
 from lls_jax.placement import Execution
-from lls_jax.rules import Rule
+from lls_jax.rules import HeadRule, PerBlock, Rule
 from lls_jax.runs.folder import describe
 from lls_jax.training import Optimizer, create_train_state, make_train_step
 from pallas_kernels import timing
@@ -135,7 +135,20 @@ def keep(choice: KernelChoice, folder: pathlib.Path) -> None:
 
 def has_choice(rule: Rule) -> bool:
     """Whether a rule has a head whose implementation is not named."""
-    return rule.with_implementation(_PLAIN) != rule
+    return with_default(rule, _PLAIN) != rule
+
+
+def with_default(rule: Rule, name: str) -> Rule:
+    """The same rule with its losses computed so, where it has a head and names no other way.
+
+    Args:
+        rule: any.
+        name: of :data:`pallas_kernels.local_loss.IMPLEMENTATIONS`.
+    """
+    if isinstance(rule, PerBlock):
+        return PerBlock(tuple(with_default(one, name) for one in rule.rules))  # type: ignore[misc]
+    is_named = isinstance(rule, HeadRule) and rule.implementation is not None
+    return rule if is_named else rule.with_implementation(name)
 
 
 def measure(
@@ -161,6 +174,11 @@ def measure(
             calls[name] = _chain(work, name, state, batch)
         except KernelUnavailableError as error:
             refused[name] = str(error)
+        except Exception as error:
+            # A kernel that wants more memory than there is, for one. Nobody has asked for it.
+            if name == _PLAIN:
+                raise
+            refused[name] = f"{type(error).__name__}: {error}"
         if agree(int(name in refused)) and name in calls:
             del calls[name]
             refused[name] = "another process cannot run it"
@@ -185,7 +203,7 @@ def decide(seconds: dict[str, float], refused: dict[str, str]) -> KernelChoice:
 
 def _chain(work: Work, name: str, state: Any, batch: Any) -> Callable[[], Any]:
     """A compiled chain of steps, as a run on a GPU launches them."""
-    rule = work.rule.with_implementation(name)
+    rule = with_default(work.rule, name)
     if not rule.interprets:
         require(name)
     if work.execution is None:
@@ -248,9 +266,10 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 def _choice(values: Any, origin: str) -> KernelChoice | None:
     """A choice that was written; None for what this version does not understand."""
     try:
-        return KernelChoice(**{**values, "origin": origin})
+        choice = KernelChoice(**{**values, "origin": origin})
     except TypeError:
         return None
+    return choice if choice.implementation in IMPLEMENTATIONS else None
 
 
 def _write(path: pathlib.Path, values: dict[str, Any]) -> None:

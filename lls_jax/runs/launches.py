@@ -16,6 +16,7 @@ class Launches:
 
     def __init__(self, run: Run, epoch: int, index: int) -> None:
         self._run = run
+        self._epoch = epoch
         self._index = index
         self._batches: Iterator[Any] | None = None
         if run.compiled is None:
@@ -34,9 +35,10 @@ class Launches:
         batch = next(self._batches, None)
         if batch is None:
             raise ValueError(
-                f"the training batches ended after {step} steps; an epoch has "
-                f"{run.source.steps_per_epoch}: give the number that there are."
+                f"the training batches of epoch {self._epoch + 1} ended after {self._index} steps; "
+                f"an epoch has {run.source.steps_per_epoch}: give the number that there are."
             )
+        self._index += 1
         running, metrics = run.execution.step(running, batch)
         return running, epoch_sums.add(sums, metrics), metrics, 1
 

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lls_jax import processes
 from lls_jax.data import DatasetSpec, Split, batches
+from lls_jax.data.arrays import check_labels
 from lls_jax.data.order import epoch_order
 from lls_jax.runs.checks import check_of_images
 
@@ -175,7 +177,7 @@ def from_batches(
     made: Iterable[Any] | Callable[[int], Iterable[Any]],
     steps_per_epoch: int | None,
     sharding: jax.sharding.NamedSharding | None = None,
-) -> tuple[Source, jax.Array]:
+) -> tuple[Source, dict[str, Any]]:
     """Batches that somebody else makes, normalised already.
 
     Args:
@@ -187,10 +189,11 @@ def from_batches(
             rows of every batch.
 
     Returns:
-        The source, and the images of its first batch.
+        The source, and its first batch.
 
     Raises:
-        ValueError: the number of batches is not known, or there is none; or images are no floats.
+        ValueError: the number of batches is not known, or there is none; or images are no floats,
+            or labels no integers.
     """
     if steps_per_epoch is None:
         if not isinstance(made, Sized):
@@ -221,6 +224,8 @@ def from_batches(
             f"the images of a training batch have dtype {images.dtype}, and batches are taken as "
             "they are; normalise them to floats, or give all images and labels as arrays."
         )
+    labels = np.asarray(first["label"])
+    check_labels("a training batch", labels)
 
     def whole(batch: Any) -> Batch:
         if len(batch["label"]) != images.shape[0]:
@@ -252,4 +257,5 @@ def from_batches(
 
     parts = 1 if sharding is None else sharding.num_devices // len(sharding.addressable_devices)
     batch_size = parts * images.shape[0]
-    return Source(steps_per_epoch, batch_size, epoch, sample, for_statistics), images
+    source = Source(steps_per_epoch, batch_size, epoch, sample, for_statistics)
+    return source, {"image": images, "label": labels}

@@ -18,6 +18,16 @@ def is_schedule_free(opt_state: Any) -> bool:
     return bool(_schedule_free_states(opt_state))
 
 
+def check_averaged(state: TrainState) -> None:
+    """Raise ValueError for weights that a schedule-free optimizer trains, which answer wrongly."""
+    if is_schedule_free(state.opt_state) and int(state.step):
+        raise ValueError(
+            f"`state` is after {int(state.step)} steps of a schedule-free optimizer, whose weights "
+            "are not those to evaluate; give `fit(...).evaluation`, or `lls_jax.evaluation."
+            "evaluation_state(model, state, image_batches)` with a few batches of training images."
+        )
+
+
 def _schedule_free_states(opt_state: Any) -> list[Any]:
     kind = optax.contrib.ScheduleFreeState
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
@@ -114,7 +124,7 @@ def estimate_batch_stats(
     Args:
         model: the network.
         params: the weights.
-        batch_stats: statistics that give the structure, and the result where `images` is empty.
+        batch_stats: statistics that give the structure.
         images: batches of training images, normalised ``[batch, height, width, channels]``.
 
     Returns:
@@ -122,6 +132,9 @@ def estimate_batch_stats(
         each call. A block may average its running statistics with any momentum, but linearly;
         integers, what was taken from images before training, and what no batch changes stay as they
         are.
+
+    Raises:
+        ValueError: there are statistics, and no batch to estimate them from.
     """
     total: Any = None
     count = 0
@@ -129,6 +142,11 @@ def estimate_batch_stats(
         new, kept = batch_share(model, params, batch_stats, image, count)
         count += 1
         total = new if total is None else _add(total, new)
+    if total is None and any(_is_averaged(batch_stats)):
+        raise ValueError(
+            f"`images` has no batch, from which the statistics of model {model.name!r} are to be "
+            "estimated; give a few (an iterator that was gone over before has none left)."
+        )
     return batch_stats if total is None else mean_of_shares(batch_stats, total, kept, count)
 
 
@@ -166,6 +184,9 @@ def evaluation_state(model: Network, state: TrainState, images: Iterable[jax.Arr
 
     Returns:
         A state for :func:`lls_jax.training.predict`.
+
+    Raises:
+        ValueError: statistics are to be estimated, and `images` has no batch.
 
     References:
         Defazio et al., "The Road Less Scheduled", https://arxiv.org/abs/2405.15682.

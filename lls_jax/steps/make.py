@@ -1,13 +1,17 @@
 """The compiled step of a rule, and prediction."""
 
+import contextlib
 import functools
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from flax.errors import ScopeParamShapeError
 
 from lls_jax.models import Network
-from lls_jax.rules import Backpropagation, DirectFeedback, Rule
-from lls_jax.steps.averaging import is_schedule_free
+from lls_jax.rules import Backpropagation, DirectFeedback, Rule, has_local_losses
+from lls_jax.steps.averaging import check_averaged
 from lls_jax.steps.backpropagation import backpropagation_step
 from lls_jax.steps.feedback import feedback_step
 from lls_jax.steps.local import local_step
@@ -15,6 +19,25 @@ from lls_jax.steps.reach import reach_step
 from lls_jax.steps.reach_schedule import check_reach
 from lls_jax.steps.slice_plan import check_bytes
 from lls_jax.steps.state import Optimizer, TrainState, TrainStep
+
+# What asks for nothing: no output has more bytes than the largest number.
+_ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "remat_above": (None, sys.maxsize),
+    "slice_above": (None, sys.maxsize),
+    "in_order": (True,),
+}
+
+
+def _check_local(rule: Rule, **options: Any) -> None:
+    """Raise ValueError, naming it, for an option that asks for what local losses alone have."""
+    if not isinstance(rule, Rule) or has_local_losses(rule):
+        return
+    for name, value in options.items():
+        if value not in _ASKS_NOTHING[name]:
+            raise ValueError(
+                f"`{name}` is {value}, but rule {rule.name!r} has no local losses, which it is "
+                "for; leave it out, or use a local rule."
+            )
 
 
 def make_train_step(
@@ -65,8 +88,8 @@ def make_train_step(
         ``logits`` ``[batch, classes]``.
 
     Raises:
-        ValueError: `reach` is no number of blocks, or the rule has no losses that could reach; or
-            `remat_above` or `slice_above` is below 1, or both are given.
+        ValueError: `reach` is no number of blocks; `remat_above` or `slice_above` is below 1, or
+            both are given; or one of the options is given that only local losses have a use for.
 
     >>> import jax.numpy as jnp, optax
     >>> from lls_jax import models, rules
@@ -79,12 +102,12 @@ def make_train_step(
     >>> int(state.step), metrics["layer_loss"].shape
     (1, (4,))
     """
-    check_reach(rule, reach)
+    reach = check_reach(rule, reach)
     check_bytes(remat_above, slice_above)
+    options = {"remat_above": remat_above, "slice_above": slice_above, "in_order": in_order}
+    _check_local(rule, **options)
     step: Any = local_step if reach == 1 else functools.partial(reach_step, reach=reach)
-    step = functools.partial(
-        step, remat_above=remat_above, slice_above=slice_above, in_order=in_order
-    )
+    step = functools.partial(step, **options)
     if isinstance(rule, Backpropagation):
         step = backpropagation_step
     elif isinstance(rule, DirectFeedback):
@@ -95,6 +118,27 @@ def make_train_step(
 @functools.partial(jax.jit, static_argnums=0)
 def _predict(model: Network, params: Any, batch_stats: Any, image: jax.Array) -> jax.Array:
     return model.apply(params, batch_stats, image)[0]
+
+
+@contextlib.contextmanager
+def checked(model: Network, state: TrainState, shape: tuple[int, ...]) -> Iterator[None]:
+    """Where a state is asked about images: ValueError for those, or weights, that give no answer.
+
+    Args:
+        model: the state's model.
+        state: the state.
+        shape: of a batch of images.
+    """
+    model.check_image(shape)
+    check_averaged(state)
+    try:
+        yield
+    except ScopeParamShapeError as error:
+        # Its first sentence; the others are about Flax.
+        raise ValueError(
+            f"images of shape {tuple(shape[1:])} do not fit the weights of model {model.name!r} "
+            f"({str(error).split('. ')[0]}); give such as it was trained on."
+        ) from error
 
 
 def predict(model: Network, state: TrainState, image: jax.Array) -> jax.Array:
@@ -114,11 +158,5 @@ def predict(model: Network, state: TrainState, image: jax.Array) -> jax.Array:
             schedule-free optimizer: its weights are those at which gradients are taken, with which
             every answer would be wrong.
     """
-    model.check_image(image.shape)
-    if is_schedule_free(state.opt_state) and int(state.step):
-        raise ValueError(
-            f"`state` is after {int(state.step)} steps of a schedule-free optimizer, whose weights "
-            "are not those to evaluate; predict with `lls_jax.evaluation.evaluation_state(model, "
-            "state, image_batches)`, with a few batches of training images."
-        )
-    return _predict(model, state.params, state.batch_stats, image)
+    with checked(model, state, image.shape):
+        return _predict(model, state.params, state.batch_stats, image)

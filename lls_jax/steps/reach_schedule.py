@@ -3,21 +3,23 @@
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from lls_jax.data.numbers import whole_number
 from lls_jax.rules import Rule, has_local_losses
 
 
-def check_reach(rule: Rule, reach: int) -> None:
-    """Raise ValueError unless a rule's losses can reach so far."""
-    if isinstance(reach, bool) or not isinstance(reach, int) or reach < 1:
-        raise ValueError(
-            f"`reach` is {reach!r}; it must be a whole number, at least 1: the blocks that a loss "
-            "teaches, its own and those below it."
-        )
+def check_reach(rule: Rule, reach: int) -> int:
+    """How many blocks a loss teaches, its own and those below it, as Python's own number.
+
+    Raises:
+        ValueError: the rule's losses cannot reach so far, or it is no number of blocks.
+    """
+    reach = whole_number("reach", reach, 1)
     if reach > 1 and isinstance(rule, Rule) and not has_local_losses(rule):
         raise ValueError(
             f"`reach` is {reach}, but rule {rule.name!r} has no local losses that could reach "
             "further; leave it out, or use a local rule."
         )
+    return reach
 
 
 class Move(NamedTuple):

@@ -80,8 +80,8 @@ class LocalBlock(eqx.Module):
             pool_size: bins along each spatial axis, or along the features.
             key: draws the rule's parameters.
             state: of the block, from ``eqx.nn.make_with_state``; None for none.
-            call: ``call(block, x, state, key) -> (output, state)`` of one example; None of it:
-                ``block(x)`` or ``block(x, state)``, with `key` where its ``__call__`` has that.
+            call: ``call(block, x, state, key) -> (output, state)`` of one example; left out, it
+                is ``block(x)`` or ``block(x, state)``, with `key` where its ``__call__`` has that.
         """
         self.block, self.rule, self.pool_size, self.call = block, rule, pool_size, call
         activation, _ = eqx.filter_eval_shape(self._run, example, state, key)

@@ -118,7 +118,7 @@ def localize(
         state: of the model, from ``eqx.nn.make_with_state``; None for none.
         pool_size: of all blocks' losses or of each; None: 4 bins along the axes of images and
             sequences, of vectors all features up to 2048.
-        call: ``call(model, x, state, key) -> (output, state)`` of one example; None of it:
+        call: ``call(model, x, state, key) -> (output, state)`` of one example; left out, it is
             ``model(x)`` or ``model(x, state)``, with `key` where its ``__call__`` has that.
         axis_name: that the model's BatchNorms are made with.
 

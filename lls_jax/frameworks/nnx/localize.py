@@ -109,7 +109,7 @@ def localize(
             in there is the activation of the block before, which its loss sees.
         pool_size: of all blocks' losses or of each; None: 4 bins along the axes of images and
             sequences, of vectors all features up to 2048.
-        call: ``call(model, x, rngs) -> logits [batch, classes]``; None of it: ``model(x)``, or
+        call: ``call(model, x, rngs) -> logits [batch, classes]``; left out, it is ``model(x)``, or
             ``model(x, rngs=rngs)`` where its ``__call__`` has `rngs`. Whether dropout and BatchNorm
             train is set on the model, as its ``train()`` and ``eval()`` do.
 
