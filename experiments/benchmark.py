@@ -17,11 +17,22 @@ from experiments.command_line import parse, run
 from experiments.config_checks import check_reaches, check_seeds
 from experiments.config_choices import KERNELS, PRECISIONS, option
 
-# Whose rules may be measured with several reaches.
-_REACHING = ("training", "epochs", "pipeline")
-# That measure in other precisions than float32.
-_PRECISE = ("training", "epochs")
 SUITES = ("training", "epochs", "kernels", "pipeline")
+# Options of some suites, which the others have no use for.
+_OF_SUITES = {
+    "precisions": ("training", "epochs"),
+    "kernels": ("training", "epochs"),
+    "reach": ("training", "epochs", "pipeline"),
+    "remat": ("training", "epochs", "pipeline"),
+    "slice": ("training", "epochs", "pipeline"),
+    "against": ("training",),
+    "torch_python": ("training",),
+    "dataset": ("epochs",),
+    "data_dir": ("epochs",),
+    "epochs": ("epochs",),
+    "turns": ("training", "kernels", "pipeline"),
+    "cpu": ("kernels",),
+}
 AGAINST = ("torch",)
 # That the PyTorch loop has.
 _TORCH_RULES = ("lls", "lls_m", "lls_mxm", "bp")
@@ -75,11 +86,13 @@ class BenchmarkConfig:
     epochs: int = 25
     """Of --suite epochs: passes over the training images, at least 2."""
     turns: int = 10
-    """Turns that each contestant takes; the figures are medians over them."""
+    """Of --suite training, kernels and pipeline, whose figures are medians over turns: those that
+    each contestant takes, five steps each with training; of the steps of kernels 5 at most; of
+    pipeline half as many, 3 at least."""
     cpu: bool = False
     """Run --suite kernels on a CPU, where there are no kernels to measure but XLA's own."""
     seed: int = 0
-    """Of the random images and weights."""
+    """Of the random images and weights; with --suite epochs of every random draw of a run."""
     out: str = "benchmark"
     """Folder for benchmark.json and benchmark.md."""
 
@@ -90,6 +103,7 @@ class BenchmarkConfig:
         for defaulted, default in _DEFAULTS[self.suite].items():
             if not getattr(self, defaulted):
                 object.__setattr__(self, defaulted, default)
+        self._check_suite()
         sizes: dict[str, list[int]] = {"batch_sizes": self.batch_sizes, "turns": [self.turns]}
         if self.epochs < 2:
             raise ValueError(
@@ -106,17 +120,21 @@ class BenchmarkConfig:
                 raise ValueError(
                     f"{option(name)} is {unknown[0]!r}; expected one of {', '.join(known)}."
                 )
-        if self.precisions != ["float32"] and self.suite not in _PRECISE:
-            raise ValueError(
-                f"--precisions is of --suite {', '.join(_PRECISE)}, not {self.suite}; leave it out."
-            )
         check_reaches(self.reach)
         check_seeds("--seed", [self.seed])
-        if self.reach != [1] and self.suite not in _REACHING:
-            raise ValueError(
-                f"--reach is of --suite {', '.join(_REACHING)}, not {self.suite}; leave it out."
-            )
         self._check_against()
+
+    def _check_suite(self) -> None:
+        """Raise ValueError for an option that the suite has no use for."""
+        for one in dataclasses.fields(self):
+            suites, default = _OF_SUITES.get(one.name, SUITES), one.default
+            if one.default_factory is not dataclasses.MISSING:
+                default = _DEFAULTS[self.suite].get(one.name) or one.default_factory()
+            if self.suite not in suites and getattr(self, one.name) != default:
+                raise ValueError(
+                    f"{option(one.name)} is of --suite {', '.join(suites)}, not {self.suite}; "
+                    "leave it out."
+                )
 
     def _check_against(self) -> None:
         """Raise ValueError where there is no race of the library against another."""
@@ -127,10 +145,6 @@ class BenchmarkConfig:
         if self.against not in AGAINST:
             raise ValueError(
                 f"--against is {self.against!r}; expected one of {', '.join(AGAINST)}."
-            )
-        if self.suite != "training":
-            raise ValueError(
-                f"--against {self.against} is of --suite training, not {self.suite}; leave it out."
             )
         given: tuple[tuple[str, list[Any], tuple[Any, ...]], ...] = (
             ("rules", self.rules, _TORCH_RULES),

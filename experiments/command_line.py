@@ -2,19 +2,22 @@
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from simple_parsing import ArgumentParser, SimpleHelpFormatter
-from simple_parsing.wrappers.field_wrapper import DashVariant
+from simple_parsing.wrappers.dataclass_wrapper import DataclassWrapper
+from simple_parsing.wrappers.field_wrapper import DashVariant, FieldWrapper
 
 from experiments import abort_message, determinism, option_files, output, run_config, startup
 from experiments.config import TrainConfig
+from experiments.config_choices import BASELINES, OF_LOCAL_LOSSES, OF_RULES, option
 from experiments.presets import default_config
 from lls_jax.errors import UserError
 from pallas_kernels.errors import KernelUnavailableError
@@ -24,12 +27,30 @@ Config = TypeVar("Config")
 _BAD_INPUT = 2
 # What a shell says of a command that SIGPIPE has ended.
 _NOBODY_READS = 141
+# An empty shell variable behind them is no wish for the default, or for the folder one is in.
+_NOT_EMPTY = ("workdir", "data_dir", "out")
 
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         hint = "" if message.endswith((".", "?")) else f"; see {self.prog} --help"
-        self.exit(_BAD_INPUT, f"error: {message}{hint}\n")
+        super().exit(_BAD_INPUT, f"error: {message}{hint}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message and not status:
+            # simple_parsing's of a --no-... that is given a value.
+            self.error(message)
+        super().exit(status, message)
+
+
+class _Field(FieldWrapper):
+    """Asks for a value, which an option that may be None could be typed without."""
+
+    def get_arg_options(self) -> dict[str, Any]:
+        options = super().get_arg_options()
+        if options.get("nargs") == "?":
+            options |= {"nargs": None, "metavar": options["metavar"].strip("[]")}
+        return options
 
 
 class _HelpFormatter(SimpleHelpFormatter):
@@ -82,13 +103,22 @@ def parse(
         add_option_string_dash_variants=DashVariant.DASH,
         allow_abbrev=False,
     )
-    parser.add_arguments(kind, dest="config", default=default)  # type: ignore[type-var]
+    parser.add_arguments(  # type: ignore[call-overload]
+        kind,
+        dest="config",
+        default=default,
+        dataclass_wrapper_class=functools.partial(DataclassWrapper, field_wrapper_class=_Field),
+    )
     add_more(parser)
     typed = sys.argv[1:] if arguments is None else arguments
     try:
-        return parser.parse_args([*map(_at_home, typed)]).config
+        config = parser.parse_args([*map(_at_home, typed)]).config
     except ValueError as error:
         parser.error(str(error))
+    for name in _NOT_EMPTY:
+        if getattr(config, name, None) == "":
+            parser.error(f"{option(name)} is empty; give a path, or leave it out.")
+    return config
 
 
 def run(command: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
@@ -157,14 +187,46 @@ def _add_elsewhere(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _default(named: str | None, preset: str | None, run: str | None) -> TrainConfig:
+def _default(found: argparse.Namespace) -> TrainConfig:
     """What is given neither on the command line nor in a file."""
+    run = found.set_from
     if run is None:
-        return default_config(named or TrainConfig.dataset, preset)
-    if preset is not None:
-        raise ValueError(f"--preset {preset} does not go with --set-from {run}; leave one out.")
+        return default_config(found.dataset or TrainConfig.dataset, found.preset)
+    if found.preset is not None:
+        raise ValueError(
+            f"--preset {found.preset} does not go with --set-from {run}; leave one out."
+        )
     config = run_config.begin_from(pathlib.Path(run))
-    return config if named is None else dataclasses.replace(config, dataset=named)
+    if found.rule in BASELINES and found.rule != config.rule:
+        # Nobody has typed them for it.
+        config = config.without((*OF_RULES, *OF_LOCAL_LOSSES))
+    return config if found.dataset is None else dataclasses.replace(config, dataset=found.dataset)
+
+
+def with_file(prog: str, typed: Sequence[str]) -> list[str]:
+    """A training command's options, those of the file that it names as if they were typed first.
+
+    Args:
+        prog: the experiment's name.
+        typed: the command line.
+    """
+    finder, typed = _finder(prog), [*map(_at_home, typed)]
+    path = finder.parse_known_args(typed)[0].options_file
+    try:
+        written = {} if path is None else option_files.read(pathlib.Path(path))
+    except ValueError as error:
+        finder.error(str(error))
+    # The last one counts.
+    return [*option_files.to_arguments(written), *typed]
+
+
+def _finder(prog: str) -> _Parser:
+    """Of the options by which it is known what the others are by default."""
+    finder = _Parser(prog=f"python -m experiments.{prog}", add_help=False, allow_abbrev=False)
+    _add_elsewhere(finder)
+    for name in ("--preset", "--dataset", "--rule"):
+        finder.add_argument(name)
+    return finder
 
 
 def parse_training(
@@ -179,18 +241,11 @@ def parse_training(
         arguments: the command line; None for ``sys.argv``.
     """
     prog = dataset or "run"
-    typed = [*map(_at_home, sys.argv[1:] if arguments is None else arguments)]
-    finder = _Parser(prog=f"python -m experiments.{prog}", add_help=False, allow_abbrev=False)
-    _add_elsewhere(finder)
-    finder.add_argument("--preset")
-    finder.add_argument("--dataset", default=dataset)
+    typed = with_file(prog, sys.argv[1:] if arguments is None else arguments)
+    finder = _finder(prog)
+    finder.set_defaults(dataset=dataset)
     try:
-        path = finder.parse_known_args(typed)[0].options_file
-        written = {} if path is None else option_files.read(pathlib.Path(path))
-        # The last one counts.
-        typed = [*option_files.to_arguments(written), *typed]
-        found = finder.parse_known_args(typed)[0]
-        default = _default(found.dataset, found.preset, found.set_from)
+        default = _default(finder.parse_known_args(typed)[0])
     except (ValueError, UserError) as error:
         finder.error(str(error))
     return parse(TrainConfig, prog, description, typed, default=default, add_more=_add_elsewhere)

@@ -1,6 +1,7 @@
 """The options of a training run. Imports nothing heavy: ``--help`` answers at once."""
 
 import dataclasses
+from collections.abc import Iterable
 
 from simple_parsing import flag
 
@@ -17,7 +18,8 @@ class TrainConfig:
 
     dataset: str = "cifar10"
     """Data set: cifar10, cifar100, digits, fashion_mnist, image_folder, imagenette, mnist,
-    tiny_imagenet, visual_wake_words; your own: package.module:function [default: the command's]."""
+    tiny_imagenet, visual_wake_words; your own: package.module:function [default: the command's;
+    cifar10 of experiments.run]."""
     preset: str | None = None
     """Other values for what is not given here: airbench: the 94 %% CIFAR-10 speed-run's network,
     optimizer, schedule and augmentation [default: the published recipe]."""
@@ -184,7 +186,15 @@ class TrainConfig:
         # Options that one tries out beside the default; runs of both have room.
         name += f"-reach{self.reach}" if self.reach > 1 else ""
         name += f"-{self.optimizer}" if self.optimizer != TrainConfig.optimizer else ""
-        return self.workdir or "runs/" + name.replace(":", ".").replace(",", "+").replace("/", ".")
+        return self.workdir or f"runs/{folder_name(name)}"
+
+    def without(self, names: Iterable[str]) -> "TrainConfig":
+        """The same run with some options as they are where nobody gives them.
+
+        Args:
+            names: of fields.
+        """
+        return dataclasses.replace(self, **{name: getattr(TrainConfig, name) for name in names})
 
     def measures(self) -> tuple[str, ...]:
         """What is measured after epochs, if anything was asked for."""
@@ -201,6 +211,15 @@ class TrainConfig:
     def stage_sizes(self) -> tuple[int, ...] | None:
         """Units a stage, if any were asked for; ValueError where they are no numbers."""
         return _sizes("--stages", self.stages)
+
+
+def folder_name(name: str) -> str:
+    """A folder's name of one that may hold a user's own parts.
+
+    >>> folder_name("digits-mynet:make-lls,lls_m-s0")
+    'digits-mynet.make-lls+lls_m-s0'
+    """
+    return name.replace(":", ".").replace(",", "+").replace("/", ".")
 
 
 def _sizes(name: str, text: str | None) -> tuple[int, ...] | None:

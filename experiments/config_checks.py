@@ -4,6 +4,7 @@ All that can be said of the options by themselves; what takes a data set or a ne
 they are made.
 """
 
+import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ _LEAST: dict[int, tuple[str, ...]] = {
 # Larger ones repeat smaller ones: jax.random.key takes 32 bits.
 SEEDS = 2**32
 _POSITIVE = ("learning_rate", "width", "other_learning_rate")
+_FINITE = ("weight_decay", "temperature")
 _CHOICES: dict[str, Sequence[str]] = {
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
@@ -98,6 +100,10 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
         value = values[name]
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{option(name)} is {value}; it must be positive.")
+    for name in _FINITE:
+        value = values[name]
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{option(name)} is {value}; it must be a finite number.")
     if values["clip_norm"] is not None and not values["clip_norm"] > 0:
         raise ValueError(f"--clip-norm is {values['clip_norm']}; it must be positive.")
     if not 0 <= values["momentum"] < 1:
@@ -123,6 +129,8 @@ def _check_names(values: Mapping[str, Any]) -> None:
                 f"{option(name)} has {unknown[0]!r}; expected some of {', '.join(known)}, joined "
                 "by commas."
             )
+        if len(set(given)) < len(given):
+            raise ValueError(f"{option(name)} is {values[name]!r}; give each of them once.")
 
 
 def _check_training(given: Any) -> None:

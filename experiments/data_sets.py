@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -68,7 +69,9 @@ def download(config: TrainConfig) -> None:
         return
     spec = data.get_spec(config.dataset)
     if spec.downloads and not storage.is_prepared(spec, folder(config)):
-        print(f"data set {spec.name!r} is not in {folder(config)}; downloading it", flush=True)
+        # What answers in JSON does so alone on standard output.
+        said = f"note: data set {spec.name!r} is not in {folder(config)}; downloading it"
+        print(said, file=sys.stderr, flush=True)
         prepare.prepare(spec, folder(config), progress=config.progress)
 
 

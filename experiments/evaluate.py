@@ -26,7 +26,7 @@ class EvaluateConfig:
     """Folder of the run."""
     checkpoint: str = "best"
     """best: the most accurate one; last: the newest one; or a step."""
-    json: bool = flag(default=False)
+    json: bool = flag(default=False, negative_prefix="--no-")
     """Print JSON."""
     eval_batch_size: int | None = None
     """Images a step [default: the run's]."""

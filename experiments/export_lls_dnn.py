@@ -18,6 +18,8 @@ class ExportConfig:
     """File to write."""
     checkpoint: str = "best"
     """best, last, or a step."""
+    data_dir: str | None = None
+    """Folder of prepared data sets [default: the run's]."""
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming option and value, for what cannot be."""
@@ -34,6 +36,8 @@ def export_lls_dnn(config: ExportConfig) -> int:
 
     folder = pathlib.Path(config.workdir)
     trained = read_config(folder)
+    if config.data_dir is not None:
+        trained = dataclasses.replace(trained, data_dir=config.data_dir)
     task = make_task(trained)
     example = example_image(task.spec)
     state, meta = restore(folder, task.model, task.rule, example, config.checkpoint)

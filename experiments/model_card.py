@@ -10,7 +10,7 @@ import numpy as np
 from experiments.commands import resume_command
 from experiments.config import TrainConfig
 from experiments.presets import default_config
-from experiments.run_config import NOT_COMPARED
+from experiments.run_config import NOT_COMPARED, OF_NEWEST_START
 from lls_jax.blocks import (
     ConvBlock,
     DenseBlock,
@@ -66,7 +66,7 @@ def describe_input(spec: DatasetSpec) -> str:
 def command_of(config: TrainConfig) -> str:
     """The command that repeats a run, wherever and on whatever it is trained."""
     default = default_config(config.dataset, config.preset)
-    elsewhere = {*NOT_COMPARED} - {"patience", "test_views"}
+    elsewhere = {*NOT_COMPARED} - {*OF_NEWEST_START}
     return resume_command(
         dataclasses.replace(config, **{name: getattr(default, name) for name in elsewhere})
     )

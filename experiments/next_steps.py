@@ -8,17 +8,15 @@ from typing import Any
 
 from experiments.commands import resume_command
 from experiments.config import TrainConfig
-from experiments.config_choices import BASELINES
+from experiments.config_choices import OF_LOCAL_LOSSES, OF_RULES
 from experiments.presets import BP_MEASURED, default_config
 from experiments.run_config import NOT_COMPARED, may_go_on, read_config
+from experiments.setup import has_local_losses
 from lls_jax.errors import UserError
 from lls_jax.runs import folder as folders
 
 # What a rule has and bp has not: runs that differ in these alone may be set side by side.
-_OF_RULES = (
-    *("rule", "reach", "kernels", "waveform", "temperature", "label_smoothing", "basis_rows"),
-    *("auxiliary_depth", "feedback_sign"),
-)
+_OF_RULES = ("rule", *OF_RULES, *OF_LOCAL_LOSSES)
 
 
 def next_steps(config: TrainConfig) -> list[str]:
@@ -103,9 +101,8 @@ def _try_next(config: TrainConfig, folder: pathlib.Path, others: list[_Sibling])
     elif ("bp", 1) not in done and config.dataset not in BP_MEASURED:
         what = "try next, to know how far backpropagation gets:"
         # Options of a local rule are of no use to it.
-        own = (*_OF_RULES, "remat", "slice")
-        changes = {**{name: getattr(TrainConfig, name) for name in own}, "rule": "bp"}
-    elif config.rule not in BASELINES and config.reach == 1:
+        changes = {**{name: getattr(TrainConfig, name) for name in _OF_RULES}, "rule": "bp"}
+    elif config.reach == 1 and has_local_losses(config):
         what, changes = "try next, each loss teaching the block below its own too:", {"reach": 2}
     else:
         return []

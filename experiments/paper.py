@@ -17,6 +17,7 @@ from experiments import startup
 from experiments.command_line import parse, run
 from experiments.config import TrainConfig
 from experiments.config_checks import check_seeds
+from experiments.config_choices import option
 from lls_jax.errors import UserError
 
 # The recipes' augmentation, by data set: of 100 epochs of a SmallConv, and of 300 of VGG8.
@@ -115,8 +116,10 @@ class PaperConfig:
         """Raise ValueError, naming option and value, for what cannot be."""
         if self.table not in TABLES:
             raise ValueError(f"--table is {self.table}; expected one of {', '.join(TABLES)}.")
-        if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"--epochs is {self.epochs}; it must be at least 1.")
+        for name in ("epochs", "train_examples", "eval_examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{option(name)} is {value}; it must be at least 1.")
         check_seeds("--seeds", self.seeds)
 
 
@@ -185,7 +188,8 @@ def rows(config: PaperConfig, entries: list[Entry]) -> list[dict[str, Any]]:
     """The table: means and deviations over seeds, and what is missing."""
     result = []
     for entry in entries:
-        states = [_state(train_config(config, entry, seed)) for seed in config.seeds]
+        runs = [train_config(config, entry, seed) for seed in config.seeds]
+        states = [*map(_state, runs)]
         finished = [state.accuracy for state in states if state.accuracy is not None]
         missing = [
             f"seed {seed} ({state.epochs} epochs{', diverged' if state.diverged else ''})"
@@ -195,7 +199,9 @@ def rows(config: PaperConfig, entries: list[Entry]) -> list[dict[str, Any]]:
         result.append(
             {
                 **dataclasses.asdict(entry),
-                "epochs": config.epochs or entry.epochs,
+                # None where the rule has no use for one.
+                "waveform": runs[0].waveform,
+                "epochs": runs[0].epochs,
                 "accuracy": statistics.mean(finished) if finished else None,
                 "deviation": statistics.stdev(finished) if len(finished) > 1 else None,
                 "runs": len(finished),

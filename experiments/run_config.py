@@ -28,6 +28,8 @@ NOT_COMPARED = (
     *("measure", "measure_every"),
     *("log", "profile"),
 )
+# Those of them that say when a run is over and what it has: config.json has its newest start's.
+OF_NEWEST_START = ("patience", "test_views")
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:

@@ -1,8 +1,10 @@
 """From a config to data, model, rule and optimizer: what training and evaluation share."""
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 
 from experiments import data_sets, execution, optimizers
 from experiments.config import TrainConfig
-from experiments.config_choices import option
+from experiments.config_choices import OF_CUTS, OF_LOCAL_LOSSES, OF_RULES, option
 from experiments.data_sets import Examples
 from lls_jax import data, models, placement, platforms, processes, rules, training
 from lls_jax.data import batches
@@ -53,6 +55,8 @@ class Run(NamedTuple):
     many_steps: bool
 
 
+# What a run has cannot be taken back on the command line.
+_LEAVE_OUT = "leave it out, or where --set-from brings it, give the options themselves."
 # `--loop`, as :func:`lls_jax.fit` names it.
 STEPS_A_LAUNCH: dict[str, Literal["auto", "one", "many"]] = {
     "auto": "auto",
@@ -91,27 +95,80 @@ def check_task(config: TrainConfig) -> None:
         UserError: an unknown name, or an option out of range.
     """
     with as_user_error():
-        spec = data_sets.sketch(config)
-        task = _make_task(config, spec)
-        for option, value in (("remat", config.remat), ("slice", config.slice)):
-            if value:
-                _check_cut(f"--{option} {value}", config, task)
-        batches.make_augment(spec, config.augmentation)
+        task = _sketch(config)
+        why = _why_uncut(config, task)
+        for name in OF_CUTS:
+            if why and (value := getattr(config, name)):
+                raise ValueError(f"{option(name)} {value} is of no use to {why}; {_LEAVE_OUT}")
+        batches.make_augment(task.spec, config.augmentation)
         optimizers.make(config, steps_per_epoch=1)
 
 
-def _check_cut(what: str, config: TrainConfig, task: Task) -> None:
-    """Raise ValueError where no block's batch can be cut, so that `what` would change nothing."""
+def has_local_losses(config: TrainConfig) -> bool:
+    """Whether blocks learn from losses of their own; a user's own rule is made to see.
+
+    Raises:
+        UserError: an unknown name, or an option out of range.
+    """
+    with as_user_error():
+        return rules.has_local_losses(_sketch(config).rule)
+
+
+def without_useless(config: TrainConfig) -> TrainConfig:
+    """A config without the options that its rule, or its network, has no use for.
+
+    For commands that ask several rules for what not all of them have.
+
+    Raises:
+        UserError: an unknown name, or an option out of range.
+    """
+    with as_user_error():
+        useful = _useful(config.rule.split(","))
+        config = config.without(name for name, own in OF_RULES.items() if own not in useful)
+        # A rule of a user's own says of no kernels that it has no use for them.
+        plain = config.without([*OF_LOCAL_LOSSES, "kernels"])
+        task = _sketch(plain)
+        if not rules.has_local_losses(task.rule):
+            return plain
+        return config if _why_uncut(config, task) is None else config.without(OF_CUTS)
+
+
+def of_rules(
+    config: TrainConfig, names: Iterable[str], reaches: Iterable[int]
+) -> list[TrainConfig]:
+    """Each rule with each reach, each once: without local losses there is one of 1 alone.
+
+    Args:
+        config: what they have in common.
+        names: of the rules.
+        reaches: of their losses.
+
+    Raises:
+        UserError: an unknown name, or an option out of range.
+    """
+    made = (
+        without_useless(dataclasses.replace(config, rule=rule, reach=reach))
+        for rule, reach in itertools.product(names, reaches)
+    )
+    return [*dict.fromkeys(made)]
+
+
+def _sketch(config: TrainConfig) -> Task:
+    """Network and rule, before the data set is there."""
+    return _make_task(config, data_sets.sketch(config))
+
+
+def _why_uncut(config: TrainConfig, task: Task) -> str | None:
+    """For whom no block's batch can be cut, so that asking for it would change nothing."""
     if not rules.has_local_losses(task.rule):
-        raise ValueError(
-            f"{what} is of no use to --rule {config.rule}, which has no local losses; leave it out."
-        )
+        return f"--rule {config.rule}, which has no local losses"
     specs, own = task.model.specs, task.model.block_rules(task.rule)
-    if not any(slice_plan.may_cut(spec, rule) for spec, rule in zip(specs, own)):
-        raise ValueError(
-            f"{what} is of no use to --rule {config.rule} with --model {config.model}: it is for "
-            "blocks of one convolution whose rule sees the pooled activation alone; leave it out."
-        )
+    if any(slice_plan.may_cut(spec, rule) for spec, rule in zip(specs, own)):
+        return None
+    return (
+        f"--rule {config.rule} with --model {config.model}: it is for blocks of one convolution "
+        "whose rule sees the pooled activation alone"
+    )
 
 
 @contextlib.contextmanager
@@ -150,16 +207,6 @@ def _make_task(config: TrainConfig, spec: data.DatasetSpec) -> Task:
     return Task(spec, model, rule)
 
 
-# Options of rules, by the fields of a config that hold them.
-_RULE_OPTIONS = {
-    "waveform": "waveform",
-    "temperature": "temperature",
-    "label_smoothing": "label_smoothing",
-    "basis_rows": "basis_rows",
-    "kernels": "implementation",
-    "feedback_sign": "sign",
-    "auxiliary_depth": "auxiliary_depth",
-}
 # What the published runs gave a rule that is made without it, and what the data set knows.
 _PUBLISHED = {
     "hidden_dim": lambda config, spec: published.hidden_dim(config.model, config.group_sizes()),
@@ -169,17 +216,22 @@ _PUBLISHED = {
 }
 
 
+def _useful(names: list[str]) -> frozenset[str]:
+    """Options that one of the rules at least has a use for."""
+    return frozenset().union(*map(rules.options_of, names))
+
+
 def _rule_options(config: TrainConfig, names: list[str]) -> dict[str, Any]:
     """The options that are given, each of use to one of the rules at least."""
-    useful = frozenset().union(*map(rules.options_of, names))
+    useful = _useful(names)
     given = {}
-    for field, name in _RULE_OPTIONS.items():
+    for field, name in OF_RULES.items():
         value = getattr(config, field)
         if value is None or value is False or (field == "kernels" and value == "auto"):
             continue
         if name not in useful:
             raise ValueError(
-                f"{option(field)} {value} is of no use to --rule {config.rule}; leave it out."
+                f"{option(field)} {value} is of no use to --rule {config.rule}; {_LEAVE_OUT}"
             )
         given[name] = value
     return given

@@ -15,7 +15,7 @@ from experiments.next_steps import next_steps
 from experiments.signals import Signals
 from lls_jax import fit, processes, trackers
 from lls_jax.runs import folder as folders
-from lls_jax.runs.callbacks import Callback, selection_accuracy
+from lls_jax.runs.callbacks import Callback, RunStart, selection_accuracy
 from lls_jax.runs.run import FitResult
 
 
@@ -86,9 +86,12 @@ def train(
     signals = Signals()
     with contextlib.ExitStack() as stack:
         if config.coordinator is not None:
-            stack.enter_context(
-                processes.initialize(config.coordinator, config.num_processes, config.process_id)
-            )
+            with setup.as_user_error():
+                stack.enter_context(
+                    processes.initialize(
+                        config.coordinator, config.num_processes, config.process_id
+                    )
+                )
             stack.enter_context(processes.peer_loss_as_error())
         settings = run_config.ConfigSettings(config)
         # Before anything is downloaded for it.
@@ -113,7 +116,7 @@ def train(
             spec=run.task.spec,
             seed=config.seed,
             workdir=folder,
-            callbacks=[*console.callbacks(config, run), *listeners],
+            callbacks=[_KeepOptions(config), *console.callbacks(config, run), *listeners],
             early_stopping=config.patience,
             checkpoint_every=config.checkpoint_every,
             reach=config.reach,
@@ -127,6 +130,19 @@ def train(
     if signals.is_signal(result.stopped):
         return Trained(run, result, result.stopped, 0)
     return Trained(run, result, 0, signals.received or 0)
+
+
+class _KeepOptions(Callback):
+    """Writes the options that a run has from each start anew into its config.json."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+
+    def on_start(self, event: RunStart) -> None:
+        """Only now: a start that is refused leaves all as it was."""
+        if event.folder is not None and processes.is_first():
+            own = {name: getattr(self._config, name) for name in run_config.OF_NEWEST_START}
+            folders.change_settings(event.folder, own)
 
 
 def _say_stopped(config: TrainConfig, trained: Trained) -> int:

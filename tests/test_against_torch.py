@@ -111,7 +111,7 @@ def test_without_pytorch_one_line_says_what_to_install(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"against": "jax"}, "--against is 'jax'; expected one of torch"),
-        ({"against": "torch", "suite": "epochs"}, "--against torch is of --suite training"),
+        ({"against": "torch", "suite": "epochs"}, "--against is of --suite training, not epochs"),
         ({"against": "torch", "rules": ["dfa"]}, "--rules dfa does not go with --against torch"),
         ({"against": "torch", "precisions": ["bfloat16"]}, "--precisions bfloat16 does not go"),
         ({"torch_python": "python"}, "--torch-python is of --against torch"),

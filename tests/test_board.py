@@ -13,14 +13,13 @@ import optax
 import pytest
 from scipy import stats
 
-from experiments import console, setup
+from experiments import console, run_config, setup
 from experiments.board import content, costs, outcome, paired, speed, summary
-from experiments.board.command import board
+from experiments.board.command import _Maker, board
 from experiments.board.config import BoardConfig
 from experiments.board.rows import Row, train_config
 from experiments.command_line import parse
 from experiments.config import TrainConfig
-from experiments.suites import training as suites_training
 from lls_jax import training
 from lls_jax.errors import DivergedError, UserError
 from lls_jax.runs import folder as folders
@@ -186,9 +185,8 @@ def test_a_seed_is_the_same_weights_for_every_row_and_a_baseline_its_own_step(mo
     assert outcome._with_step(dataclasses.replace(row, rule="bp"), run) is run
     own = train_config(TrainConfig(remat=8), row)
     # What saves a local rule's memory is of no use to bp.
-    assert (own.rule, own.remat, suites_training.local_only("bp", 8)) == ("bp", None, None)
+    assert (own.rule, own.remat) == ("bp", None)
     assert train_config(TrainConfig(remat=8), dataclasses.replace(row, rule="lls")).remat == 8
-    assert suites_training.local_only("lls", 8) == 8
 
 
 def test_the_paired_test_is_the_one_of_the_books():
@@ -243,6 +241,14 @@ def test_what_is_not_given_is_as_the_board_has_it_and_another_recipe_is_refused(
         ({"options": "--batch-size 64 --remat 4"}, "--remat None there, 4 here"),
         ({"options": "--batch-size 64 --test-views flip"}, "--test-views none there, flip here"),
         ({"options": "--seed=3"}, "--options has --seed"),
+        ({"options": "--no-progress"}, "--options has --no-progress"),
+        ({"options": "--pipeline 2"}, "--options has --pipeline, which no run of a board can"),
+        ({"options": "--pipeline 2 --stages=2,3"}, "--options has --pipeline"),
+        ({"options": "--data-parallel 2"}, "--options has --data-parallel"),
+        ({"options": "--coordinator auto"}, "--options has --coordinator"),
+        ({"options": "--num-processes 2"}, "--options has --num-processes"),
+        ({"options": "--process-id 0"}, "--options has --process-id"),
+        ({"options": "--deterministic"}, "--options has --deterministic"),
         ({"options": "--batch-size '64"}, "No closing quotation"),
         ({"dataset": "cifar11"}, "of cifar10, not of cifar11"),
     ):
@@ -251,12 +257,29 @@ def test_what_is_not_given_is_as_the_board_has_it_and_another_recipe_is_refused(
     with pytest.raises(UserError, match="unknown data set 'cifar11'"):
         extend(dataset="cifar11", epochs=1)
     assert content.recipe_of("mydata:load", "").dataset == "mydata:load"
-    (tmp_path / "options.toml").write_text("patience = 2")
-    with pytest.raises(UserError, match="--patience 2 from a file"):
-        content.recipe_of("digits", f"--config {tmp_path / 'options.toml'}")
-    (tmp_path / "options.toml").write_text("dataset = 'digits'")
-    with pytest.raises(UserError, match=r"--dataset digits from a file, .* of cifar10"):
-        content.recipe_of("cifar10", f"--config {tmp_path / 'options.toml'}")
+    file = tmp_path / "options.toml"
+    for written in (
+        *("patience = 2", "pipeline = 2", "rule = 'lls'", "seed = 0", "epochs = 3", "reach = 2"),
+        *("workdir = 'x'", "progress = false"),
+    ):
+        file.write_text(written)
+        name = written.split()[0]
+        with pytest.raises(UserError, match=f"--options has --(no-)?{name}, .* --config names"):
+            content.recipe_of("digits", f"--config {file}")
+    file.write_text("dataset = 'digits'\ndata-dir = 'there'")
+    with pytest.raises(UserError, match=r"--dataset digits, and the board is of cifar10"):
+        content.recipe_of("cifar10", f"--config {file}")
+    assert content.recipe_of("digits", f"--config {file}").data_dir == "there"
+    # Of a run what a board has several of does not count, and what it cannot have is refused.
+    run = TrainConfig(dataset="digits", rule="lls", seed=4, epochs=3, reach=2, batch_size=64)
+    folders.write_settings(tmp_path, run_config.ConfigSettings(run))
+    begun = content.recipe_of("digits", f"--set-from {tmp_path}")
+    assert (begun.batch_size, begun.seed, begun.epochs, begun.reach) == (64, 0, 30, 1)
+    (tmp_path / "config.json").unlink()
+    patient = dataclasses.replace(run, patience=2)
+    folders.write_settings(tmp_path, run_config.ConfigSettings(patient))
+    with pytest.raises(UserError, match="--patience 2 from a run, which no run of a board can"):
+        content.recipe_of("digits", f"--set-from {tmp_path}")
     with pytest.raises(UserError, match="into 4 parts"):
         board(
             config(
@@ -274,6 +297,33 @@ def test_bp_is_given_no_options_of_local_losses():
         one = train_config(recipe, Row("small_conv", rule, 1, "epochs", 2))
         assert (one.temperature, one.kernels, one.remat) == expected
         setup.check_task(one)
+
+
+def test_a_row_is_given_what_its_rule_has_a_use_for(tmp_path):
+    own_bp = "lls_jax.rules:Backpropagation"
+    new = config(
+        tmp_path, dataset="digits", rules=["lls", "predsim", own_bp], epochs=1,
+        options="--remat 4 --data-dir there",
+    )  # fmt: skip
+    made = content.extend(new, None)
+    assert [(row.rule, row.reach) for row in made.rows] == [
+        *(("lls", 1), ("lls", 2), ("predsim", 1), ("predsim", 2), (own_bp, 1)),
+    ]
+    runs = [train_config(made.recipe, row) for row in made.rows]
+    assert [one.remat for one in runs] == [4, 4, None, None, None]
+    for one in runs:
+        setup.check_task(one)
+    # Reaches of rows that could have another are those of a rule that is added.
+    rows = tuple(row for row in made.rows if (row.rule, row.reach) != ("lls", 1))
+    rows = tuple(row for row in rows if row.rule != "predsim")
+    more = content.extend(config(tmp_path, rules=["lls_m"]), made._replace(rows=rows))
+    assert [row.reach for row in more.rows if row.rule == "lls_m"] == [2]
+    # The folder of data is the recipe's where the board has none of its own.
+    assert _Maker(new, tmp_path, made)._recipe.data_dir == "there"
+    given = dataclasses.replace(new, data_dir="here")
+    assert _Maker(given, tmp_path, made)._recipe.data_dir == "here"
+    with pytest.raises(UserError, match="--remat 4, which is of no use to any of --rules predsim"):
+        content.extend(dataclasses.replace(new, rules=["predsim"]), None)
 
 
 def test_a_board_keeps_the_options_of_a_file_that_changes(tmp_path):

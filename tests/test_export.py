@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import export, train
+from experiments import export, run_config, train
 from experiments.config import TrainConfig
 from experiments.model_card import describe_input
 from lls_jax import interop, models, rules, training
@@ -25,6 +25,7 @@ from lls_jax.data.arrays import describe
 from lls_jax.errors import UserError
 from lls_jax.interop import torch_files
 from lls_jax.models import BlockSpec, Network
+from lls_jax.runs.callbacks import Callback
 
 RULE = rules.make("lls_mxm", num_classes=3)
 # Every kind of layer once, small.
@@ -262,3 +263,22 @@ def test_the_command_exports_a_run_and_its_card(tmp_path):
         export.export(export.ExportConfig(str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="--format is 'onnx'; expected safetensors or torch"):
         dataclasses.replace(last, format="onnx")
+
+
+def test_a_run_that_ends_by_a_patience_given_later_is_finished(tmp_path):
+    class Stop(Callback):
+        def on_epoch(self, event):
+            return True
+
+    config = TrainConfig(
+        dataset="digits", model="small_models:two_blocks", rule="lls", epochs=50, batch_size=16,
+        train_examples=32, eval_examples=20, augmentation="none", learning_rate=1e-9,
+        progress=False, workdir=str(tmp_path),
+    )  # fmt: skip
+    train.train(config, listeners=[Stop()])
+    with pytest.raises(UserError, match="unfinished: 1 of 50 epochs"):
+        export._check_finished(tmp_path, run_config.read_config(tmp_path))
+    patient = dataclasses.replace(config, patience=1, test_views="flip")
+    assert len(train.train(patient).result.records) < 50
+    assert run_config.read_config(tmp_path) == patient
+    export._check_finished(tmp_path, run_config.read_config(tmp_path))

@@ -13,6 +13,8 @@ import pytest
 from experiments import panels, presets, run_config, setup, train
 from experiments.config import TrainConfig
 from experiments.next_steps import next_steps
+from experiments.parameters import BlockParameters
+from experiments.report import sections
 from experiments.report.command import report
 from experiments.report.config import ReportConfig
 from lls_jax.errors import UserError
@@ -139,6 +141,8 @@ def test_what_to_do_next_depends_on_the_runs_that_are_there(tmp_path, monkeypatc
     config = dataclasses.replace(config, epochs=20, augmentation="none")
     assert "bp reached 98.70 % with the same options, once" in lines()
     assert "--reach 2 --workdir" in lines()
+    # A user's own rule is asked whether its blocks have losses that could reach further.
+    assert "try next" not in lines(rule="lls_jax.rules:Backpropagation")
     # Not into the folder of a run with other options.
     place = tmp_path / "mnist-small_conv-lls_mxm-s0-reach2"
     fake(place, dataclasses.replace(config, reach=2, learning_rate=1.0), 10.0)
@@ -155,6 +159,16 @@ def test_what_to_do_next_depends_on_the_runs_that_are_there(tmp_path, monkeypatc
     assert f"experiments.compare {tmp_path}/own {tmp_path}/c" in lines()
     fake(tmp_path / "e", dataclasses.replace(config, reach=2), 98.0)
     assert "try next" not in lines() and "try next" not in lines(reach=2)
+
+
+def test_a_network_of_fewer_blocks_than_the_records_is_not_counted():
+    record = {"layer_loss": [2.0, 1.5, 1.0], "train_loss": 0.5}
+    counted = [BlockParameters(name, 7, 5) for name in ("block_0", "block_1", "classifier")]
+    page = Page(sections.blocks([record], counted))
+    assert [row[0] for row in page.rows] == ["block", "L1", "L2", "L3", "classifier"]
+    assert "parameters" not in page.text
+    whole = Page(sections.blocks([{**record, "layer_loss": [2.0, 1.5]}], counted))
+    assert "parameters" in whole.text
 
 
 def test_pictures_show_what_the_records_have():

@@ -51,7 +51,9 @@ class _Maker:
     def __init__(self, config: BoardConfig, workdir: pathlib.Path, board: Board) -> None:
         self._config, self._workdir, self._board = config, workdir, board
         self._recipe = dataclasses.replace(
-            board.recipe, data_dir=config.data_dir, progress=config.progress
+            board.recipe,
+            data_dir=config.data_dir or board.recipe.data_dir,
+            progress=config.progress,
         )
 
     def make(self) -> int:

@@ -7,11 +7,11 @@ import shlex
 from typing import Any, NamedTuple
 
 from experiments.board.config import ACCUMULATED, CHECKPOINTED, BoardConfig
-from experiments.board.rows import Row, row_of, rows_of
-from experiments.command_line import parse_training
+from experiments.board.rows import Row, row_of, rows_of, train_config
+from experiments.command_line import parse_training, with_file
 from experiments.commands import changed_options
 from experiments.config import TrainConfig
-from experiments.config_choices import BASELINES, option
+from experiments.config_choices import BASELINES, OF_CUTS, OF_RULES, option
 from experiments.option_files import to_arguments
 from experiments.presets import default_config
 from experiments.run_config import NOT_COMPARED, from_dict
@@ -19,8 +19,13 @@ from lls_jax.errors import UserError
 
 _RULES = ("lls", "lls_mxm", "local_classifier", "bp", CHECKPOINTED, ACCUMULATED)
 _FORMAT = 1
-# Options of the training command that are the board's own, or would make budgets unequal.
-_OWN = ("rule", "reach", "seed", "epochs", "workdir", "dataset", "data_dir", "progress", "patience")
+# Options of the training command that are the board's own.
+_OWN = ("rule", "reach", "seed", "epochs", "workdir", "progress")
+# That no run of a board can have: budgets would be unequal, and one process on one device trains.
+_NEVER = (
+    *("patience", "pipeline", "stages", "data_parallel"),
+    *("coordinator", "num_processes", "process_id", "deterministic"),
+)
 # Options that change no training, but columns of the board.
 _SHOWN = ("remat", "slice", "test_views")
 
@@ -65,24 +70,31 @@ def recipe_of(dataset: str, options: str) -> TrainConfig:
         arguments = shlex.split(options)
     except ValueError as error:
         raise UserError(f"--options {options!r} has {error}; mend its quotes.") from error
-    given = {argument.split("=")[0] for argument in arguments}
-    if own := sorted(given & set(map(option, _OWN))):
-        raise UserError(
-            f"--options has {own[0]}, which is the board's to say; give it to the board, or leave "
-            "it out."
-        )
+    given = {argument.split("=")[0] for argument in with_file(dataset, arguments)}
+    for names, why in (
+        (_OWN, "is the board's to say; give it to the board, or leave it out"),
+        (_NEVER, "no run of a board can have; leave it out"),
+    ):
+        for name in names:
+            if found := given & {option(name), option(f"no_{name}")}:
+                raise UserError(
+                    f"--options has {found.pop()}, which {why}, also in a file that --config names."
+                )
     recipe = parse_training(dataset, "", arguments)
+    default = default_config(dataset)
     if recipe.dataset != dataset:
         raise UserError(
-            f"--options has --dataset {recipe.dataset} from a file, and the board is of {dataset}; "
-            f"leave it out there, or give --dataset {recipe.dataset} to a board of its own."
+            f"--options has --dataset {recipe.dataset}, and the board is of {dataset}; leave it "
+            f"out, or give --dataset {recipe.dataset} to a board of its own."
         )
-    if recipe.patience is not None:
-        raise UserError(
-            f"--options has --patience {recipe.patience} from a file or a run, and rows would have "
-            "unequal budgets; leave it out there."
-        )
-    return recipe
+    for name in _NEVER:
+        if (value := getattr(recipe, name)) != getattr(default, name):
+            raise UserError(
+                f"--options has {option(name)} {value} from a run, which no run of a board can "
+                "have; give that run's other options themselves."
+            )
+    # A run has one of each, and a board several; what a person wrote is refused above.
+    return dataclasses.replace(recipe, **{name: getattr(default, name) for name in _OWN})
 
 
 def read(folder: pathlib.Path) -> Board | None:
@@ -144,16 +156,18 @@ def extend(config: BoardConfig, stored: Board | None) -> Board:
         recipe = recipe_of(dataset, config.options or "")
         models = config.models or [recipe.model]
         rules, reaches = config.rules or list(_RULES), config.reach or [1, 2]
-        rows = rows_of(models, rules, reaches, budgets)
+        rows = rows_of(recipe, models, rules, reaches, budgets)
+        _check_used(recipe, rows)
         return Board(dataset, recipe, tuple(config.seeds or (0, 1, 2)), _unique(rows), {})
     _check_same(config, stored)
     rows = list(stored.rows)
     if config.rules or config.models or config.reach or budgets:
         for budget in [budgets] if budgets else [{r.budget: r.amount} for r in stored.rows]:
             rows += rows_of(
+                stored.recipe,
                 config.models or [row.model for row in stored.rows],
                 config.rules or [row.rule for row in stored.rows],
-                config.reach or _reaches(stored.rows),
+                config.reach or _reaches(stored),
                 budget,
             )
     seeds = dict.fromkeys((*stored.seeds, *config.seeds))
@@ -164,9 +178,30 @@ def _unique(rows: list[Row]) -> tuple[Row, ...]:
     return tuple(dict.fromkeys(rows))
 
 
-def _reaches(rows: tuple[Row, ...]) -> list[int]:
+def _check_used(recipe: TrainConfig, rows: list[Row]) -> None:
+    """Raise UserError for an option that no row has a use for."""
+    runs = [train_config(recipe, row) for row in rows]
+    for name in (*OF_RULES, *OF_CUTS):
+        value = getattr(recipe, name)
+        if all(getattr(one, name) != value for one in runs):
+            rules = ", ".join(dict.fromkeys(row.rule for row in rows))
+            raise UserError(
+                f"--options has {option(name)} {value}, which is of no use to any of --rules "
+                f"{rules}; leave it out."
+            )
+
+
+def _reaches(board: Board) -> list[int]:
     """Of those that could have any."""
-    return [row.reach for row in rows if row.trained_rule not in BASELINES] or [1]
+    return [row.reach for row in board.rows if _could_reach(board.recipe, row)] or [1]
+
+
+def _could_reach(recipe: TrainConfig, row: Row) -> bool:
+    try:
+        return train_config(recipe, dataclasses.replace(row, reach=2)).reach == 2
+    except UserError:
+        # A user's own rule that is gone, like what else its row needed once.
+        return True
 
 
 def _check_same(config: BoardConfig, stored: Board) -> None:

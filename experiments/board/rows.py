@@ -1,22 +1,17 @@
 """What a board's rows are: a rule with a reach on a network, at a budget."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from experiments import setup
 from experiments.board.config import ACCUMULATED, CHECKPOINTED
-from experiments.config import TrainConfig
-from experiments.config_choices import BASELINES
+from experiments.config import TrainConfig, folder_name
 
 # The rule that a row of another name trains with, and the way its step is made.
 _WAYS = {CHECKPOINTED: "checkpointed", ACCUMULATED: "accumulated"}
-
-# Options of use to rules with local losses alone.
-_OF_LOCAL_RULES = (
-    *("remat", "slice", "kernels", "auxiliary_depth", "basis_rows"),
-    *("waveform", "temperature", "label_smoothing"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +63,7 @@ class Row:
     @property
     def name(self) -> str:
         """Of its runs' folders, but for the seed."""
-        rule = self.runs.rule.replace(":", ".").replace(",", "+").replace("/", ".")
+        rule = folder_name(self.runs.rule)
         return f"{self.model}-{rule}-r{self.reach}-{self.amount:g}{self.budget}"
 
     def folder(self, workdir: pathlib.Path, seed: int) -> pathlib.Path:
@@ -86,29 +81,39 @@ def row_of(values: Mapping[str, Any]) -> Row:
 
 
 def rows_of(
-    models: list[str], rules: list[str], reaches: list[int], budgets: dict[str, float]
+    recipe: TrainConfig,
+    models: list[str],
+    rules: list[str],
+    reaches: list[int],
+    budgets: dict[str, float],
 ) -> list[Row]:
-    """All combinations; a rule without local losses has no reach."""
-    return [
+    """All combinations; a rule without local losses has a reach of 1 alone.
+
+    Raises:
+        UserError: an unknown name, or an option out of range.
+    """
+    asked = [
         Row(model, rule, reach, budget, amount)
-        for budget, amount in budgets.items()
-        for model in models
-        for rule in rules
-        for reach in ([1] if rule in (*BASELINES, *_WAYS) else reaches)
+        for (budget, amount), model, rule, reach in itertools.product(
+            budgets.items(), models, rules, reaches
+        )
     ]
+    rows = (dataclasses.replace(row, reach=train_config(recipe, row).reach) for row in asked)
+    return [*dict.fromkeys(rows)]
 
 
 def train_config(recipe: TrainConfig, row: Row, **changes: Any) -> TrainConfig:
-    """A run's config.
+    """A run's config, without what its rule or its network has no use for.
 
     Args:
         recipe: what all runs have in common.
         row: which line of the board it belongs to.
         **changes: fields of the config.
+
+    Raises:
+        UserError: an unknown name, or an option out of range.
     """
-    if row.trained_rule in BASELINES:
-        plain = TrainConfig()
-        changes = {name: getattr(plain, name) for name in _OF_LOCAL_RULES} | changes
-    return dataclasses.replace(
+    whole = dataclasses.replace(
         recipe, model=row.model, rule=row.trained_rule, reach=row.reach, **changes
     )
+    return setup.without_useless(whole)

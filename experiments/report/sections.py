@@ -108,7 +108,10 @@ def blocks(records: Sequence[Record], counted: Sequence[BlockParameters]) -> str
         for name in panels.MEASURED
         if any(record.get(name) for record in records)
     }
-    count = max([len(counted) - 1, losses, *map(len, measured.values())])
+    recorded = max([losses, *map(len, measured.values())])
+    # A user's own network may have fewer blocks by now than it was trained with.
+    counted = counted if len(counted) > recorded else []
+    count = max(len(counted) - 1, recorded)
     if count < 1:
         return ""
     columns = ["block"]

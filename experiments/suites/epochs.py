@@ -12,11 +12,10 @@ import tempfile
 import time
 from typing import Any
 
-from experiments import train
+from experiments import setup, train
 from experiments.config import TrainConfig
 from experiments.presets import default_config
 from experiments.suites import report
-from experiments.suites.training import kernels_of, local_only, with_reaches
 
 _COLUMNS = {
     "model": "model",
@@ -62,36 +61,45 @@ def measure(config: TrainConfig) -> report.Row:
     }
 
 
+def _groups(config: Any) -> list[list[TrainConfig]]:
+    """Models x batch sizes x precisions, in each a run for each rule, that of ``bp`` first."""
+    groups = []
+    for model, batch_size, precision in itertools.product(
+        config.models, config.batch_sizes, config.precisions
+    ):
+        common = dataclasses.replace(
+            default_config(config.dataset),
+            model=model,
+            epochs=config.epochs,
+            batch_size=batch_size,
+            precision=precision,
+            kernels=config.kernels,
+            remat=config.remat,
+            slice=config.slice,
+            seed=config.seed,
+            data_dir=config.data_dir,
+            progress=False,
+        )
+        groups.append(setup.of_rules(common, ["bp", *config.rules], config.reach))
+    return groups
+
+
 def run(config: Any) -> int:
-    """The suite: models x batch sizes x precisions, a run for each rule; exit status."""
-    named = with_reaches(["bp", *config.rules], config.reach)
-    rows: list[report.Row] = []
+    """The suite; returns the exit status."""
+    groups = _groups(config)
+    for one in itertools.chain(*groups):
+        setup.check_task(one)
+    out, rows = pathlib.Path(config.out), []
+    head = f"{report.device_line()}; {config.dataset}, {config.epochs} epochs, each evaluated\n\n"
     with tempfile.TemporaryDirectory() as folder:
-        for model, batch_size, precision in itertools.product(
-            config.models, config.batch_sizes, config.precisions
-        ):
+        numbers = itertools.count()
+        for group in groups:
             own = [
-                measure(
-                    dataclasses.replace(
-                        default_config(config.dataset),
-                        model=model,
-                        rule=rule,
-                        reach=reach,
-                        epochs=config.epochs,
-                        batch_size=batch_size,
-                        precision=precision,
-                        kernels=kernels_of(rule, config.kernels),
-                        remat=local_only(rule, config.remat),
-                        slice=local_only(rule, config.slice),
-                        seed=config.seed,
-                        data_dir=config.data_dir,
-                        progress=False,
-                        workdir=f"{folder}/{model}-{rule}-r{reach}-{batch_size}-{precision}",
-                    )
-                )
-                for rule, reach in named
+                measure(dataclasses.replace(one, workdir=f"{folder}/{next(numbers)}"))
+                for one in group
             ]
             rows += [{**row, "speed_over_bp": own[0]["seconds"] / row["seconds"]} for row in own]
-    head = f"{report.device_line()}; {config.dataset}, {config.epochs} epochs, each evaluated\n\n"
-    report.write(pathlib.Path(config.out), config, rows, head + report.markdown(_COLUMNS, rows))
+            # Whatever becomes of the next group.
+            report.keep(out, config, rows, head + report.markdown(_COLUMNS, rows))
+    report.write(out, config, rows, head + report.markdown(_COLUMNS, rows))
     return 0

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments import setup
 from experiments.config import TrainConfig
 from experiments.suites import report, training
+from experiments.suites.entrants import Entrant
 from lls_jax.errors import UserError
 from pallas_kernels import local_loss, timing
 from pallas_kernels.local_loss.shapes import LAYERS, MODULATIONS, Problem, problems
@@ -73,6 +75,24 @@ def _measure(case: _Case, names: list[str], turns: int, bandwidth: float) -> lis
     ]
 
 
+def _entrants(model: str, rules: list[str], names: list[str]) -> list[Entrant]:
+    """Each rule with each implementation that it has a use for, and at last ``bp``.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    local = [rule for rule in rules if rule != "bp"]
+    made = [
+        one
+        for name in names
+        for one in setup.of_rules(TrainConfig(model=model, kernels=name), local, [1])
+    ]
+    configs = [*dict.fromkeys(made), TrainConfig(model=model, rule="bp")]
+    for one in configs:
+        setup.check_task(one)
+    return [*map(Entrant, configs)]
+
+
 def run(config: Any) -> int:
     """The suite; returns the exit status."""
     platform = jax.devices()[0].platform
@@ -86,9 +106,10 @@ def run(config: Any) -> int:
             f"--suite kernels has no layers of model {unknown[0]!r}; expected some of "
             f"{', '.join(LAYERS)}."
         )
-    began = time.perf_counter()
     models = config.models
     names = list(_implementations())
+    raced = {model: _entrants(model, config.rules, names) for model in models}
+    began = time.perf_counter()
     bandwidth = timing.copy_bandwidth()
     print(f"{report.device_line()}, copies {bandwidth / 1e9:.0f} GB/s", flush=True)
     layers_of_models = [layer for model in models for layer in LAYERS[model]]
@@ -110,14 +131,7 @@ def run(config: Any) -> int:
         if time.perf_counter() - began > _STEP_SECONDS:
             print(f"out of time: no training steps of {model}")
             continue
-        entrants = [
-            training.Entrant(TrainConfig(model=model, rule=rule, kernels=kernels))
-            for kernels in names
-            for rule in config.rules
-            if rule != "bp"
-        ]
-        bp = training.Entrant(TrainConfig(model=model, rule="bp"))
-        steps += training.race([*entrants, bp], min(config.turns, 5), config.seed)
+        steps += training.race(raced[model], min(config.turns, 5), config.seed)
     text = f"{report.device_line()}, copies {bandwidth / 1e9:.0f} GB/s\n\n"
     text += report.markdown(_LAYER_COLUMNS, layers)
     for name in names:

@@ -8,6 +8,7 @@ difference. For comparison, what a GPipe schedule of backpropagation over stages
 would reach at its best: computed from the same times and a number of micro-batches, not measured.
 """
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import optimizers
+from experiments import optimizers, setup
 from experiments.config import TrainConfig
-from experiments.config_choices import BASELINES
 from experiments.execution import pipeline_options
 from experiments.suites import report
-from experiments.suites.training import make_benchmark_task, with_reaches
+from experiments.suites.training import make_benchmark_task
 from lls_jax import placement, training
 from lls_jax.errors import UserError
 from lls_jax.steps.reach_schedule import Move
@@ -97,32 +97,47 @@ def _milliseconds(execution: placement.Execution, state: Any, batch: Any, steps:
 
 def run(config: Any) -> int:
     """The suite; returns the exit status."""
-    devices = jax.devices()
+    runs, devices = _runs(config), jax.devices()
     if len(devices) < 2:
         raise UserError(
             f"--suite pipeline needs several devices and this machine has {len(devices)} "
             f"({devices[0].platform}); on a CPU XLA_FLAGS=--xla_force_host_platform_device_count=2 "
             "makes two of one, which share its threads."
         )
+    head, out = f"{report.device_line()}, {len(devices)} devices\n\n", pathlib.Path(config.out)
     rows: list[report.Row] = []
-    for model in config.models:
-        local = [name for name in config.rules if name not in BASELINES]
-        for rule, reach in with_reaches(local, config.reach):
-            for batch_size in config.batch_sizes:
-                rows += _measure(
-                    config,
-                    TrainConfig(
-                        model=model,
-                        rule=rule,
-                        reach=reach,
-                        batch_size=batch_size,
-                        remat=config.remat,
-                        slice=config.slice,
-                    ),
-                )
-    text = f"{report.device_line()}, {len(devices)} devices\n\n" + report.markdown(_COLUMNS, rows)
-    report.write(pathlib.Path(config.out), config, rows, text)
+    for one in runs:
+        rows += _measure(config, one)
+        # Whatever becomes of the next one.
+        report.keep(out, config, rows, head + report.markdown(_COLUMNS, rows))
+    report.write(out, config, rows, head + report.markdown(_COLUMNS, rows))
     return 0
+
+
+def _runs(config: Any) -> list[TrainConfig]:
+    """What is to be measured.
+
+    Raises:
+        UserError: a name is unknown, or no rule is local.
+    """
+    commons = [
+        TrainConfig(model=model, remat=config.remat, slice=config.slice) for model in config.models
+    ]
+    runs = [
+        dataclasses.replace(one, batch_size=batch_size)
+        for common in commons
+        for one in setup.of_rules(common, config.rules, config.reach)
+        if setup.has_local_losses(one)
+        for batch_size in config.batch_sizes
+    ]
+    if not runs:
+        raise UserError(
+            f"--suite pipeline has nothing to measure of --rules {', '.join(config.rules)}, whose "
+            "blocks have no losses of their own; give a local rule, like lls."
+        )
+    for one in runs:
+        setup.check_task(one)
+    return runs
 
 
 def _measure(config: Any, train_config: TrainConfig) -> list[report.Row]:

@@ -44,8 +44,8 @@ def device_line() -> str:
     return f"{device.platform} ({device.device_kind}), jax {jax.__version__}"
 
 
-def write(folder: pathlib.Path, config: Any, results: Any, text: str) -> None:
-    """Write ``benchmark.json`` and ``benchmark.md``, and print the latter."""
+def keep(folder: pathlib.Path, config: Any, results: Any, text: str) -> None:
+    """Write ``benchmark.json`` and ``benchmark.md``."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "config": dataclasses.asdict(config),
@@ -54,4 +54,9 @@ def write(folder: pathlib.Path, config: Any, results: Any, text: str) -> None:
     }
     folders.write_atomically(folder / "benchmark.json", folders.to_json(content))
     folders.write_atomically(folder / "benchmark.md", text)
+
+
+def write(folder: pathlib.Path, config: Any, results: Any, text: str) -> None:
+    """:func:`keep`, and print the table."""
+    keep(folder, config, results, text)
     print(f"{text}\nwritten: {folder / 'benchmark.json'}, benchmark.md")

@@ -26,9 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import optimizers
+from experiments import optimizers, setup
 from experiments.config import TrainConfig
-from experiments.config_choices import BASELINES
 from experiments.execution import bytes_above, slice_above
 from experiments.setup import Task, example_image, make_task
 from experiments.suites import against_torch, report
@@ -62,25 +61,6 @@ _COLUMNS = {
 }
 
 
-def kernels_of(rule: str, kernels: str) -> str:
-    """What computes a rule's losses, where that is asked of all: ``"auto"`` if it has none."""
-    return kernels if "implementation" in rules.options_of(rule) else "auto"
-
-
-def local_only(rule: str, mebibytes: int | None) -> int | None:
-    """--remat or --slice for a rule, where that is asked of all: None without local losses."""
-    return None if rule in BASELINES else mebibytes
-
-
-def with_reaches(names: Sequence[str], reaches: Sequence[int]) -> list[tuple[str, int]]:
-    """``(rule, reach)``: each rule with each reach, those without local losses once."""
-    return [
-        (name, reach)
-        for name in dict.fromkeys(names)
-        for reach in (dict.fromkeys(reaches) if name not in BASELINES else (1,))
-    ]
-
-
 def make_benchmark_task(config: TrainConfig) -> Task:
     """A config's task on random images of CIFAR-10's kind, of the size that its model is for."""
     task = make_task(config)
@@ -111,6 +91,7 @@ class Contestant:
         images = generator.integers(0, 256, (count, *task.spec.image_shape), np.uint8)
         labels = generator.integers(0, task.spec.num_classes, count).astype(np.int32)
         self.entrant = entrant
+        self.is_local = rules.has_local_losses(task.rule)
         self.times: list[float] = []
         self._index = 0
         self._data = batches.DeviceSplit(jnp.asarray(images), jnp.asarray(labels))
@@ -237,8 +218,8 @@ def race(
             "batch_size": config.batch_size,
             "precision": config.precision,
             "kernels": config.kernels,
-            "remat": None if config.rule in BASELINES else config.remat or 0,
-            "slice": None if config.rule in BASELINES else config.slice,
+            "remat": config.remat or 0 if contestant.is_local else None,
+            "slice": config.slice,
             "images_per_second": config.batch_size / step,
             "step_ms": 1e3 * step,
             "compile_seconds": contestant.compile_seconds,
@@ -255,59 +236,80 @@ def race(
 
 
 @contextlib.contextmanager
-def _rivals(config: Any, entrants: Sequence[Entrant]) -> Iterator[list[against_torch.Rival | None]]:
-    """The PyTorch loops of some entrants, where they are wanted; ended afterwards."""
+def _rivals(
+    config: Any, descriptions: Sequence[dict[str, Any] | None]
+) -> Iterator[list[against_torch.Rival | None]]:
+    """The PyTorch loops of what is described; ended afterwards."""
+    command = against_torch.command(config.torch_python)
     with contextlib.ExitStack() as stack:
-        rivals: list[against_torch.Rival | None] = []
-        for entrant in entrants:
-            if config.against is None or entrant.baseline is not None:
-                rivals.append(None)
-                continue
-            description = against_torch.describe(
-                make_benchmark_task(entrant.config), entrant.config, config.seed
-            )
-            command = against_torch.command(config.torch_python)
-            rivals.append(stack.enter_context(against_torch.Rival(command, description)))
-        yield rivals
+        yield [
+            None if one is None else stack.enter_context(against_torch.Rival(command, one))
+            for one in descriptions
+        ]
 
 
-def run(config: Any) -> int:
-    """The suite: models x batch sizes x precisions, the rules racing in each; exit status."""
-    named = with_reaches([*config.rules, "bp"], config.reach)
+def _groups(config: Any) -> list[list[Entrant]]:
+    """Models x batch sizes x precisions, in each the rules that race each other."""
     # Both sides step alike: PyTorch has no schedule-free optimizer of its own.
     optimizer = TrainConfig.optimizer if config.against is None else "adamw"
     groups: list[list[Entrant]] = []
     for model, batch_size, precision in itertools.product(
         config.models, config.batch_sizes, config.precisions
     ):
+        common = TrainConfig(
+            model=model,
+            batch_size=batch_size,
+            precision=precision,
+            kernels=config.kernels,
+            remat=config.remat,
+            slice=config.slice,
+            optimizer=optimizer,
+        )
         group: list[Entrant] = []
-        for rule, reach in named:
-            entrant = TrainConfig(
-                model=model,
-                rule=rule,
-                reach=reach,
-                batch_size=batch_size,
-                precision=precision,
-                kernels=kernels_of(rule, config.kernels),
-                remat=local_only(rule, config.remat),
-                slice=local_only(rule, config.slice),
-                optimizer=optimizer,
-            )
-            group += with_baselines(entrant) if rule == "bp" else [Entrant(entrant)]
+        for one in setup.of_rules(common, [*config.rules, "bp"], config.reach):
+            group += with_baselines(one) if one.rule == "bp" else [Entrant(one)]
         groups.append(group)
-    peaks = iter(allocator_peaks([entrant for group in groups for entrant in group], config.seed))
+    return groups
+
+
+def _describe(config: Any, entrant: Entrant) -> dict[str, Any] | None:
+    """What an entrant's PyTorch loop is told; None where none is wanted."""
+    if config.against is None or entrant.baseline is not None:
+        return None
+    task = make_benchmark_task(entrant.config)
+    return against_torch.describe(task, entrant.config, config.seed)
+
+
+def run(config: Any) -> int:
+    """The suite; returns the exit status."""
+    groups = _groups(config)
+    everybody = [entrant for group in groups for entrant in group]
+    for entrant in everybody:
+        setup.check_task(entrant.config)
+        make_benchmark_task(entrant.config)
+    peaks = iter(allocator_peaks(everybody, config.seed))
+    # After the peaks: it touches the device.
+    described = [[_describe(config, entrant) for entrant in group] for group in groups]
     rows: list[report.Row] = []
-    for group in groups:
-        with _rivals(config, group) as rivals:
+    for group, descriptions in zip(groups, described):
+        with _rivals(config, descriptions) as rivals:
             own_peaks = list(itertools.islice(peaks, len(group)))
             new = race(group, config.turns, config.seed, own_peaks, rivals)
         rows += new
+        # Whatever becomes of the next group.
+        report.keep(pathlib.Path(config.out), config, rows, _text(config, rows))
         best = max(new, key=lambda row: row["speed_over_bp"])
         print(
             f"{best['model']}, batch {best['batch_size']}, {best['precision']}: {best['rule']}, "
             f"reach {best['reach']}: {best['speed_over_bp']:.2f} times the speed of bp",
             flush=True,
         )
+    report.write(pathlib.Path(config.out), config, rows, _text(config, rows))
+    return 0
+
+
+def _text(config: Any, rows: Sequence[report.Row]) -> str:
+    """The table, and above it on what it was measured."""
     head, columns = f"{report.device_line()}", _COLUMNS
     if config.against is not None:
         raced = next(row for row in rows if "torch" in row)
@@ -316,5 +318,4 @@ def run(config: Any) -> int:
         head += raced["omp_wait_policy"] or "not set"
         columns = {**_COLUMNS, **against_torch.COLUMNS}
     head += f"; medians of {STEPS_A_TURN * config.turns} steps\n\n"
-    report.write(pathlib.Path(config.out), config, rows, head + report.markdown(columns, rows))
-    return 0
+    return head + report.markdown(columns, rows)
