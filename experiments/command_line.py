@@ -240,8 +240,13 @@ def parse_training(
         description: what ``--help`` says first.
         arguments: the command line; None for ``sys.argv``.
     """
+    typed = sys.argv[1:] if arguments is None else arguments
+    return parse_merged(dataset, description, with_file(dataset or "run", typed))
+
+
+def parse_merged(dataset: str | None, description: str, typed: Sequence[str]) -> TrainConfig:
+    """As :func:`parse_training`, of options that :func:`with_file` has put together."""
     prog = dataset or "run"
-    typed = with_file(prog, sys.argv[1:] if arguments is None else arguments)
     finder = _finder(prog)
     finder.set_defaults(dataset=dataset)
     try:

@@ -11,7 +11,7 @@ from experiments.config import TrainConfig
 from experiments.config_choices import OF_LOCAL_LOSSES, OF_RULES
 from experiments.presets import BP_MEASURED, default_config
 from experiments.run_config import NOT_COMPARED, may_go_on, read_config
-from experiments.setup import has_local_losses
+from experiments.several_rules import has_local_losses
 from lls_jax.errors import UserError
 from lls_jax.runs import folder as folders
 

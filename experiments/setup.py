@@ -1,10 +1,8 @@
 """From a config to data, model, rule and optimizer: what training and evaluation share."""
 
 import contextlib
-import dataclasses
 import functools
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 
 from experiments import data_sets, execution, optimizers
 from experiments.config import TrainConfig
-from experiments.config_choices import OF_CUTS, OF_LOCAL_LOSSES, OF_RULES, option
+from experiments.config_choices import OF_CUTS, OF_RULES, option
 from experiments.data_sets import Examples
 from lls_jax import data, models, placement, platforms, processes, rules, training
 from lls_jax.data import batches
@@ -95,8 +93,8 @@ def check_task(config: TrainConfig) -> None:
         UserError: an unknown name, or an option out of range.
     """
     with as_user_error():
-        task = _sketch(config)
-        why = _why_uncut(config, task)
+        task = sketch_task(config)
+        why = why_uncut(config, task)
         for name in OF_CUTS:
             if why and (value := getattr(config, name)):
                 raise ValueError(f"{option(name)} {value} is of no use to {why}; {_LEAVE_OUT}")
@@ -104,65 +102,20 @@ def check_task(config: TrainConfig) -> None:
         optimizers.make(config, steps_per_epoch=1)
 
 
-def has_local_losses(config: TrainConfig) -> bool:
-    """Whether blocks learn from losses of their own; a user's own rule is made to see.
-
-    Raises:
-        UserError: an unknown name, or an option out of range.
-    """
-    with as_user_error():
-        return rules.has_local_losses(_sketch(config).rule)
-
-
-def without_useless(config: TrainConfig) -> TrainConfig:
-    """A config without the options that its rule, or its network, has no use for.
-
-    For commands that ask several rules for what not all of them have.
-
-    Raises:
-        UserError: an unknown name, or an option out of range.
-    """
-    with as_user_error():
-        useful = _useful(config.rule.split(","))
-        config = config.without(name for name, own in OF_RULES.items() if own not in useful)
-        # A rule of a user's own says of no kernels that it has no use for them.
-        plain = config.without([*OF_LOCAL_LOSSES, "kernels"])
-        task = _sketch(plain)
-        if not rules.has_local_losses(task.rule):
-            return plain
-        return config if _why_uncut(config, task) is None else config.without(OF_CUTS)
-
-
-def of_rules(
-    config: TrainConfig, names: Iterable[str], reaches: Iterable[int]
-) -> list[TrainConfig]:
-    """Each rule with each reach, each once: without local losses there is one of 1 alone.
-
-    Args:
-        config: what they have in common.
-        names: of the rules.
-        reaches: of their losses.
-
-    Raises:
-        UserError: an unknown name, or an option out of range.
-    """
-    made = (
-        without_useless(dataclasses.replace(config, rule=rule, reach=reach))
-        for rule, reach in itertools.product(names, reaches)
-    )
-    return [*dict.fromkeys(made)]
-
-
-def _sketch(config: TrainConfig) -> Task:
+def sketch_task(config: TrainConfig) -> Task:
     """Network and rule, before the data set is there."""
     return _make_task(config, data_sets.sketch(config))
 
 
-def _why_uncut(config: TrainConfig, task: Task) -> str | None:
-    """For whom no block's batch can be cut, so that asking for it would change nothing."""
+def why_uncut(config: TrainConfig, task: Task) -> str | None:
+    """For whom no block's batch can be cut, so that what asks for it would change nothing."""
+    if not (config.remat or config.slice):
+        return None
     if not rules.has_local_losses(task.rule):
         return f"--rule {config.rule}, which has no local losses"
-    specs, own = task.model.specs, task.model.block_rules(task.rule)
+    # The data set's classes may not be known yet, so nothing is said of them here.
+    specs = task.model.specs
+    own: list[Any] = [task.rule.at_block(index, len(specs)) for index in range(len(specs))]
     if any(slice_plan.may_cut(spec, rule) for spec, rule in zip(specs, own)):
         return None
     return (
@@ -216,14 +169,14 @@ _PUBLISHED = {
 }
 
 
-def _useful(names: list[str]) -> frozenset[str]:
+def useful_options(names: list[str]) -> frozenset[str]:
     """Options that one of the rules at least has a use for."""
     return frozenset().union(*map(rules.options_of, names))
 
 
 def _rule_options(config: TrainConfig, names: list[str]) -> dict[str, Any]:
     """The options that are given, each of use to one of the rules at least."""
-    useful = _useful(names)
+    useful = useful_options(names)
     given = {}
     for field, name in OF_RULES.items():
         value = getattr(config, field)

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shlex
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -318,12 +320,28 @@ def test_a_row_is_given_what_its_rule_has_a_use_for(tmp_path):
     rows = tuple(row for row in rows if row.rule != "predsim")
     more = content.extend(config(tmp_path, rules=["lls_m"]), made._replace(rows=rows))
     assert [row.reach for row in more.rows if row.rule == "lls_m"] == [2]
+    # Commands that make it begin with options that are of use to their own rows.
+    again = None
+    for command in content.commands(content.extend(new, None), str(tmp_path)):
+        arguments = shlex.split(command.removeprefix("python -m experiments.board"))
+        again = content.extend(parse(BoardConfig, "board", "", arguments), again)
+    assert set(again.rows) == set(made.rows)
     # The folder of data is the recipe's where the board has none of its own.
     assert _Maker(new, tmp_path, made)._recipe.data_dir == "there"
     given = dataclasses.replace(new, data_dir="here")
     assert _Maker(given, tmp_path, made)._recipe.data_dir == "here"
-    with pytest.raises(UserError, match="--remat 4, which is of no use to any of --rules predsim"):
+    with pytest.raises(UserError, match="--remat 4 is of no use to any of --rules predsim"):
         content.extend(dataclasses.replace(new, rules=["predsim"]), None)
+    with pytest.raises(UserError, match="--data-dir there there, elsewhere here"):
+        content.extend(config(tmp_path, options="--remat 4 --data-dir elsewhere"), made)
+
+
+def test_a_boards_options_may_come_through_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("batch-size = 32",))
+    writer.start()
+    assert content.recipe_of("digits", f"--config {tmp_path / 'pipe'}").batch_size == 32
+    writer.join()
 
 
 def test_a_board_keeps_the_options_of_a_file_that_changes(tmp_path):

@@ -38,6 +38,7 @@ from experiments import (
     prepare_data,
     run_config,
     setup,
+    several_rules,
     startup,
     train,
 )
@@ -674,7 +675,7 @@ def test_each_rule_is_given_what_it_has_a_use_for():
     common = TrainConfig(remat=4, kernels="xla", temperature=0.3, feedback_sign=True)
     own_bp = "lls_jax.rules:Backpropagation"
     names = ["bp", "lls", "predsim", "dfa", own_bp, "bp"]
-    made = setup.of_rules(common, names, [1, 2])
+    made = several_rules.of_rules(common, names, [1, 2])
     shown = [(one.rule, one.reach, one.remat, one.kernels, one.temperature) for one in made]
     assert shown == [
         ("bp", 1, None, "auto", None),

@@ -385,7 +385,9 @@ def test_a_form_that_does_not_compile_ends_no_run(monkeypatch):
 
     monkeypatch.setattr(kernels, "_chain", chain)
     broken = ("pallas",)
-    assert measure().refused == {"pallas": "RuntimeError: RESOURCE_EXHAUSTED: shared memory"}
+    choice = measure()
+    assert choice.refused == {"pallas": "RuntimeError: RESOURCE_EXHAUSTED: shared memory"}
+    assert "(measured in part; " in str(choice) and "pallas failed: RuntimeError" in str(choice)
     # Without the plain form there is nothing to run.
     broken = ("xla",)
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):

@@ -14,7 +14,16 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import command_line, compare, evaluate, own_sources, run_config, setup, train
+from experiments import (
+    command_line,
+    compare,
+    evaluate,
+    own_sources,
+    run_config,
+    setup,
+    several_rules,
+    train,
+)
 from experiments.config import TrainConfig
 from experiments.presets import PRESETS
 from lls_jax import models, own_parts
@@ -130,6 +139,14 @@ def test_a_run_of_ones_own_parts_is_resumed_evaluated_and_compared(page, capsys)
     del sys.modules["mynet"]
 
 
+def test_of_classes_that_are_not_known_yet_nothing_is_said():
+    config = TrainConfig(
+        dataset="test_own_parts:wrong_labels", model="test_own_parts:of_three_classes", rule="lls"
+    )
+    setup.check_task(config)
+    assert several_rules.of_rules(config, ["lls", "bp"], [1, 2])
+
+
 # --- What the functions are given, and what is no such function ----------------------------------
 
 
@@ -142,7 +159,12 @@ def takes_nothing():
 
 
 def of_two_classes():
-    return Network("two", 2, ())
+    spec = BlockSpec(ConvBlock(8), pool_size=4, average_pool=1, flatten=True)
+    return Network("two", 2, (spec,))
+
+
+def of_three_classes():
+    return dataclasses.replace(of_two_classes(), num_classes=3)
 
 
 def a_list():

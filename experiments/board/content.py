@@ -1,14 +1,16 @@
 """What a board holds, in its folder and beyond one command."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import shlex
 from typing import Any, NamedTuple
 
+from experiments import several_rules
 from experiments.board.config import ACCUMULATED, CHECKPOINTED, BoardConfig
 from experiments.board.rows import Row, row_of, rows_of, train_config
-from experiments.command_line import parse_training, with_file
+from experiments.command_line import parse_merged, with_file
 from experiments.commands import changed_options
 from experiments.config import TrainConfig
 from experiments.config_choices import BASELINES, OF_CUTS, OF_RULES, option
@@ -70,7 +72,9 @@ def recipe_of(dataset: str, options: str) -> TrainConfig:
         arguments = shlex.split(options)
     except ValueError as error:
         raise UserError(f"--options {options!r} has {error}; mend its quotes.") from error
-    given = {argument.split("=")[0] for argument in with_file(dataset, arguments)}
+    # A file may be a pipe, which is read but once.
+    merged = with_file(dataset, arguments)
+    given = {argument.split("=")[0] for argument in merged}
     for names, why in (
         (_OWN, "is the board's to say; give it to the board, or leave it out"),
         (_NEVER, "no run of a board can have; leave it out"),
@@ -80,7 +84,7 @@ def recipe_of(dataset: str, options: str) -> TrainConfig:
                 raise UserError(
                     f"--options has {found.pop()}, which {why}, also in a file that --config names."
                 )
-    recipe = parse_training(dataset, "", arguments)
+    recipe = parse_merged(dataset, "", merged)
     default = default_config(dataset)
     if recipe.dataset != dataset:
         raise UserError(
@@ -157,7 +161,7 @@ def extend(config: BoardConfig, stored: Board | None) -> Board:
         models = config.models or [recipe.model]
         rules, reaches = config.rules or list(_RULES), config.reach or [1, 2]
         rows = rows_of(recipe, models, rules, reaches, budgets)
-        _check_used(recipe, rows)
+        several_rules.check_used(recipe, [train_config(recipe, row) for row in rows])
         return Board(dataset, recipe, tuple(config.seeds or (0, 1, 2)), _unique(rows), {})
     _check_same(config, stored)
     rows = list(stored.rows)
@@ -176,19 +180,6 @@ def extend(config: BoardConfig, stored: Board | None) -> Board:
 
 def _unique(rows: list[Row]) -> tuple[Row, ...]:
     return tuple(dict.fromkeys(rows))
-
-
-def _check_used(recipe: TrainConfig, rows: list[Row]) -> None:
-    """Raise UserError for an option that no row has a use for."""
-    runs = [train_config(recipe, row) for row in rows]
-    for name in (*OF_RULES, *OF_CUTS):
-        value = getattr(recipe, name)
-        if all(getattr(one, name) != value for one in runs):
-            rules = ", ".join(dict.fromkeys(row.rule for row in rows))
-            raise UserError(
-                f"--options has {option(name)} {value}, which is of no use to any of --rules "
-                f"{rules}; leave it out."
-            )
 
 
 def _reaches(board: Board) -> list[int]:
@@ -213,10 +204,11 @@ def _check_same(config: BoardConfig, stored: Board) -> None:
     if config.options is None:
         return
     ours, theirs = recipe_of(stored.dataset, config.options), stored.recipe
+    shown = _SHOWN if ours.data_dir is None else (*_SHOWN, "data_dir")
     differing = [
         f"{option(name)} {getattr(theirs, name)} there, {getattr(ours, name)} here"
         for name in (field.name for field in dataclasses.fields(ours))
-        if (name not in NOT_COMPARED or name in _SHOWN)
+        if (name not in NOT_COMPARED or name in shown)
         and name not in _OWN
         and getattr(ours, name) != getattr(theirs, name)
     ]
@@ -247,13 +239,33 @@ def _alike(board: Board) -> dict[tuple[Any, ...], tuple[list[str], list[str]]]:
     return grouped
 
 
+def _count_used(
+    recipe: TrainConfig, key: tuple[Any, ...], alike: tuple[list[str], list[str]]
+) -> int:
+    """How many of the options that not all rules take are of use to rows that are alike."""
+    (budget, amount, _, _), (models, rules) = key, alike
+    try:
+        runs = [
+            train_config(recipe, Row(model, rule, 1, budget, amount))
+            for model, rule in itertools.product(models, rules)
+        ]
+    except UserError:
+        # A user's own rule that is gone.
+        return 0
+    plain, names = TrainConfig(), (*OF_RULES, *OF_CUTS)
+    asked = {name: v for name in names if (v := getattr(recipe, name)) != getattr(plain, name)}
+    return sum(any(getattr(one, name) == v for one in runs) for name, v in asked.items())
+
+
 def commands(board: Board, workdir: str) -> list[str]:
     """Commands that make the same board: one for all rules that have the same rows otherwise."""
     # Not as typed: what they named may have changed.
     recipe = {k: v for k, v in changed_options(board.recipe).items() if k not in _OWN}
     options = shlex.join(to_arguments(recipe))
+    # A board begins with options that some of its rows have a use for.
+    groups = sorted(_alike(board).items(), key=lambda group: -_count_used(board.recipe, *group))
     lines = []
-    for (budget, amount, reaches, _), (models, rules) in _alike(board).items():
+    for (budget, amount, reaches, _), (models, rules) in groups:
         arguments = ["python", "-m", "experiments.board", "--workdir", workdir]
         arguments += ["--dataset", board.dataset, "--models", *models, "--rules", *rules]
         if reaches:

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import setup
+from experiments import several_rules
 from experiments.board.config import ACCUMULATED, CHECKPOINTED
 from experiments.config import TrainConfig, folder_name
 
@@ -116,4 +116,4 @@ def train_config(recipe: TrainConfig, row: Row, **changes: Any) -> TrainConfig:
     whole = dataclasses.replace(
         recipe, model=row.model, rule=row.trained_rule, reach=row.reach, **changes
     )
-    return setup.without_useless(whole)
+    return several_rules.without_useless(whole)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from typing import Any
 
-from experiments import setup, train
+from experiments import setup, several_rules, train
 from experiments.config import TrainConfig
 from experiments.presets import default_config
 from experiments.suites import report
@@ -80,14 +80,17 @@ def _groups(config: Any) -> list[list[TrainConfig]]:
             data_dir=config.data_dir,
             progress=False,
         )
-        groups.append(setup.of_rules(common, ["bp", *config.rules], config.reach))
+        groups.append(several_rules.of_rules(common, ["bp", *config.rules], config.reach))
     return groups
 
 
 def run(config: Any) -> int:
     """The suite; returns the exit status."""
     groups = _groups(config)
-    for one in itertools.chain(*groups):
+    runs = [*itertools.chain(*groups)]
+    asked = TrainConfig(kernels=config.kernels, remat=config.remat, slice=config.slice)
+    several_rules.check_used(asked, runs)
+    for one in runs:
         setup.check_task(one)
     out, rows = pathlib.Path(config.out), []
     head = f"{report.device_line()}; {config.dataset}, {config.epochs} epochs, each evaluated\n\n"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import setup
+from experiments import setup, several_rules
 from experiments.config import TrainConfig
 from experiments.suites import report, training
 from experiments.suites.entrants import Entrant
@@ -85,7 +85,7 @@ def _entrants(model: str, rules: list[str], names: list[str]) -> list[Entrant]:
     made = [
         one
         for name in names
-        for one in setup.of_rules(TrainConfig(model=model, kernels=name), local, [1])
+        for one in several_rules.of_rules(TrainConfig(model=model, kernels=name), local, [1])
     ]
     configs = [*dict.fromkeys(made), TrainConfig(model=model, rule="bp")]
     for one in configs:

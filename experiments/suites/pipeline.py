@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import optimizers, setup
+from experiments import optimizers, setup, several_rules
 from experiments.config import TrainConfig
 from experiments.execution import pipeline_options
 from experiments.suites import report
@@ -126,8 +126,8 @@ def _runs(config: Any) -> list[TrainConfig]:
     runs = [
         dataclasses.replace(one, batch_size=batch_size)
         for common in commons
-        for one in setup.of_rules(common, config.rules, config.reach)
-        if setup.has_local_losses(one)
+        for one in several_rules.of_rules(common, config.rules, config.reach)
+        if several_rules.has_local_losses(one)
         for batch_size in config.batch_sizes
     ]
     if not runs:
@@ -135,6 +135,7 @@ def _runs(config: Any) -> list[TrainConfig]:
             f"--suite pipeline has nothing to measure of --rules {', '.join(config.rules)}, whose "
             "blocks have no losses of their own; give a local rule, like lls."
         )
+    several_rules.check_used(TrainConfig(remat=config.remat, slice=config.slice), runs)
     for one in runs:
         setup.check_task(one)
     return runs

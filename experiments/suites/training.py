@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import optimizers, setup
+from experiments import optimizers, setup, several_rules
 from experiments.config import TrainConfig
 from experiments.execution import bytes_above, slice_above
 from experiments.setup import Task, example_image, make_task
@@ -266,7 +266,7 @@ def _groups(config: Any) -> list[list[Entrant]]:
             optimizer=optimizer,
         )
         group: list[Entrant] = []
-        for one in setup.of_rules(common, [*config.rules, "bp"], config.reach):
+        for one in several_rules.of_rules(common, [*config.rules, "bp"], config.reach):
             group += with_baselines(one) if one.rule == "bp" else [Entrant(one)]
         groups.append(group)
     return groups
@@ -284,6 +284,8 @@ def run(config: Any) -> int:
     """The suite; returns the exit status."""
     groups = _groups(config)
     everybody = [entrant for group in groups for entrant in group]
+    asked = TrainConfig(kernels=config.kernels, remat=config.remat, slice=config.slice)
+    several_rules.check_used(asked, [entrant.config for entrant in everybody])
     for entrant in everybody:
         setup.check_task(entrant.config)
         make_benchmark_task(entrant.config)

@@ -131,7 +131,8 @@ class LocalRule(Rule):
             pool_size: bins along each spatial axis, or along the features; None for latents.
 
         Raises:
-            ValueError: a label is no class (:func:`lls_jax.rules.checks.check_labels`).
+            ValueError: a label is no class of a rule that is made for some number of them
+                (:func:`lls_jax.rules.checks.check_labels`).
         """
         raise NotImplementedError
 

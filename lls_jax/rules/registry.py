@@ -20,6 +20,7 @@ from lls_jax.rules.infopro import InfoPro
 from lls_jax.rules.mono_forward import MonoForward
 from lls_jax.rules.periodic import LLS
 from lls_jax.rules.predsim import PredSim
+from pallas_kernels.local_loss import IMPLEMENTATIONS
 
 
 class _Maker(NamedTuple):
@@ -95,7 +96,7 @@ def _own(name: str) -> _Maker:
         rule = own.make_hashable({"num_classes": num_classes, **options}, Rule, _EXPECTED)
         if kernel is None:
             return rule
-        if rule.with_implementation(kernel) == rule:
+        if all(rule.with_implementation(name) == rule for name in IMPLEMENTATIONS):
             raise ValueError(
                 f"`implementation` is {kernel!r}; rule {name!r} has no use for it: leave it out."
             )

@@ -26,6 +26,7 @@ _PLAIN = "xla"
 _MARGIN = 1.05
 _STEPS, _TURNS = 8, 5
 _FILE = "kernels.json"
+_IN_PART = "measured in part"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ class KernelChoice:
         implementation: its name, as of :func:`pallas_kernels.local_loss.head_loss`.
         speeds: of a step with each form, over that with ``"xla"``.
         refused: why a form was not measured, by its name.
-        origin: ``"measured"``, ``"remembered"`` from an earlier run of the same kind, or
-            ``"resumed"`` with the run.
+        origin: ``"measured"``, ``"measured in part"`` where a form failed that could have run,
+            ``"remembered"`` from an earlier run of the same kind, or ``"resumed"`` with the run.
     """
 
     implementation: str
@@ -49,7 +50,12 @@ class KernelChoice:
         """For people, in one line."""
         rest = ", ".join(f"{name} {speed:.2f}" for name, speed in self.speeds.items())
         why = f" ({self.origin}; steps over xla: {rest})" if rest else f" ({self.origin})"
-        return f"local losses by {self.implementation}{why}"
+        failed = "".join(
+            f"; {name} failed: {text}"
+            for name, text in self.refused.items()
+            if self.origin == _IN_PART
+        )
+        return f"local losses by {self.implementation}{why}{failed}"
 
 
 class Work(NamedTuple):
@@ -108,7 +114,8 @@ def choose(
     taken = _of_first(choice.implementation)
     assert taken is not None
     choice = dataclasses.replace(choice, implementation=taken)
-    if processes.is_first():
+    # What failed may not the next time.
+    if processes.is_first() and choice.origin != _IN_PART:
         # Where nothing can be remembered, the next run measures again.
         with contextlib.suppress(OSError):
             _write(memory, {**_read(memory), key: dataclasses.asdict(choice)})
@@ -168,7 +175,7 @@ def measure(
     key = jax.random.key(1)
     state = create_train_state(work.model, work.rule, work.tx, key, image[:1])
     calls: dict[str, Callable[[], Any]] = {}
-    refused = {}
+    refused, origin = {}, "measured"
     for name in (_PLAIN, *(name for name in names if name != _PLAIN)):
         try:
             calls[name] = _chain(work, name, state, batch)
@@ -178,11 +185,13 @@ def measure(
             # A kernel that wants more memory than there is, for one. Nobody has asked for it.
             if name == _PLAIN:
                 raise
-            refused[name] = f"{type(error).__name__}: {error}"
+            refused[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            origin = _IN_PART
         if agree(int(name in refused)) and name in calls:
             del calls[name]
             refused[name] = "another process cannot run it"
-    return decide(dict(zip(calls, turns(list(calls.values()), _TURNS, agree))), refused)
+    choice = decide(dict(zip(calls, turns(list(calls.values()), _TURNS, agree))), refused)
+    return dataclasses.replace(choice, origin=origin)
 
 
 def decide(seconds: dict[str, float], refused: dict[str, str]) -> KernelChoice:

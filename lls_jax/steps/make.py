@@ -77,7 +77,8 @@ def make_train_step(
             eight slices at most, which are no slower, and for never elsewhere. Not of what is
             computed again (`remat_above`). Local rules only.
         in_order: whether a local block waits for the gradient of the block below, so that its
-            memory is free. Without, sums of gradients over devices may go on meanwhile.
+            memory is free. Without, sums of gradients over devices may go on meanwhile. Local rules
+            only.
         donate: whether the step takes the memory of the state that it is given, which is of no use
             afterwards. False where you want to go back to it, as in a notebook.
 
