@@ -115,8 +115,8 @@ def parse(
         config = parser.parse_args([*map(_at_home, typed)]).config
     except ValueError as error:
         parser.error(str(error))
-    for name in _NOT_EMPTY:
-        if getattr(config, name, None) == "":
+    for name, value in vars(config).items():
+        if name in _NOT_EMPTY and value == "":
             parser.error(f"{option(name)} is empty; give a path, or leave it out.")
     return config
 

@@ -13,6 +13,7 @@ _MODULES = (
     *(
         "accounting",
         "analysis",
+        "arguments",
         "blocks",
         "data",
         "errors",

@@ -507,7 +507,7 @@ def test_evaluation_state_of_another_optimizer_is_the_state():
                 f"`{next(iter(option))}` is .* rule '{name}' has no local losses",
             )
             for name in BASELINES
-            for option in ({"remat_above": 9}, {"slice_above": 9}, {"in_order": False})
+            for option in ({"remat_above": 9}, {"slice_above": 9})
         ),
     ],
 )

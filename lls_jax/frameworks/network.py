@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lls_jax.data.numbers import whole_number
+from lls_jax.arguments import whole_number
 from lls_jax.frameworks.cutting import CutModel
 from lls_jax.frameworks.tracing import Arrays
 from lls_jax.models import BlockSpec, Network

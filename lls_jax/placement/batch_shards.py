@@ -11,7 +11,7 @@ import jax
 from lls_jax import platforms, processes
 from lls_jax.models import Network
 from lls_jax.placement.execution import Execution
-from lls_jax.rules import Rule, has_local_losses
+from lls_jax.rules import Rule
 from lls_jax.training import Batch, Metrics, Optimizer, TrainState, make_train_step
 
 
@@ -69,10 +69,7 @@ def data_parallel(
     rule = rule.on_mesh(mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    # Without local losses there is no order to keep.
-    in_order = not has_local_losses(rule) or (
-        platforms.choices(devices[0].platform).ordered_collectives
-    )
+    in_order = platforms.choices(devices[0].platform).ordered_collectives
     # Whole: the sums over slices would be sums over devices, each.
     train_step = make_train_step(
         model, rule, tx, reach=reach, in_order=in_order, slice_above=sys.maxsize

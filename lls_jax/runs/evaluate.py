@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lls_jax.arguments import whole_number
 from lls_jax.data import DatasetSpec, Split, batches
 from lls_jax.data.arrays import describe, to_split
-from lls_jax.data.numbers import whole_number
 from lls_jax.models import Network
 from lls_jax.runs.checks import check_examples, check_of_images
 from lls_jax.runs.source import Arrays

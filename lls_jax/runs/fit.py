@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lls_jax import platforms, processes
+from lls_jax.arguments import whole_number
 from lls_jax.data import DatasetSpec, Split, batches
 from lls_jax.data.arrays import describe, to_split
-from lls_jax.data.numbers import whole_number
 from lls_jax.models import Network
 from lls_jax.placement import Execution, single
 from lls_jax.rules import Rule

@@ -21,19 +21,15 @@ from lls_jax.steps.slice_plan import check_bytes
 from lls_jax.steps.state import Optimizer, TrainState, TrainStep
 
 # What asks for nothing: no output has more bytes than the largest number.
-_ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
-    "remat_above": (None, sys.maxsize),
-    "slice_above": (None, sys.maxsize),
-    "in_order": (True,),
-}
+_ASKS_NOTHING = (None, sys.maxsize)
 
 
-def _check_local(rule: Rule, **options: Any) -> None:
+def _check_local(rule: Rule, **options: int | None) -> None:
     """Raise ValueError, naming it, for an option that asks for what local losses alone have."""
     if not isinstance(rule, Rule) or has_local_losses(rule):
         return
     for name, value in options.items():
-        if value not in _ASKS_NOTHING[name]:
+        if value not in _ASKS_NOTHING:
             raise ValueError(
                 f"`{name}` is {value}, but rule {rule.name!r} has no local losses, which it is "
                 "for; leave it out, or use a local rule."
@@ -77,8 +73,8 @@ def make_train_step(
             eight slices at most, which are no slower, and for never elsewhere. Not of what is
             computed again (`remat_above`). Local rules only.
         in_order: whether a local block waits for the gradient of the block below, so that its
-            memory is free. Without, sums of gradients over devices may go on meanwhile. Local rules
-            only.
+            memory is free. Without, sums of gradients over devices may go on meanwhile. Other
+            rules have no such order.
         donate: whether the step takes the memory of the state that it is given, which is of no use
             afterwards. False where you want to go back to it, as in a notebook.
 
@@ -105,10 +101,10 @@ def make_train_step(
     """
     reach = check_reach(rule, reach)
     check_bytes(remat_above, slice_above)
-    options = {"remat_above": remat_above, "slice_above": slice_above, "in_order": in_order}
+    options = {"remat_above": remat_above, "slice_above": slice_above}
     _check_local(rule, **options)
     step: Any = local_step if reach == 1 else functools.partial(reach_step, reach=reach)
-    step = functools.partial(step, **options)
+    step = functools.partial(step, in_order=in_order, **options)
     if isinstance(rule, Backpropagation):
         step = backpropagation_step
     elif isinstance(rule, DirectFeedback):

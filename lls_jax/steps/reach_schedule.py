@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from lls_jax.data.numbers import whole_number
+from lls_jax.arguments import whole_number
 from lls_jax.rules import Rule, has_local_losses
 
 

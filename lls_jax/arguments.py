@@ -1,4 +1,4 @@
-"""Numbers of things, as Python's own, whoever counts them."""
+"""What arguments of the library's functions must be like."""
 
 import operator
 from typing import Any
