@@ -5,6 +5,8 @@ A program may be compiled for another device than the default one; what is chose
 device that is asked about.
 """
 
+import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,3 +61,28 @@ def by_platform(*args: Any, cpu: Callable[..., Any], elsewhere: Callable[..., An
         elsewhere: the form for all other devices.
     """
     return jax.lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
+
+
+_CPU_INFO = pathlib.Path("/proc/cpuinfo")
+# Of x86, by Linux's name. What `avx512_bf16` alone would gain has not been measured.
+_MULTIPLIES_BFLOAT16 = "amx_bf16"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether products on a CPU have bfloat16 factors: it has units for them, which XLA then uses.
+
+    Asked while a program is traced; the same program on another CPU is as right, and slower. Never
+    in a run of several processes, whose programs must be one whatever their CPUs are.
+    """
+    return jax.process_count() == 1 and _has_bfloat16_units()
+
+
+@functools.cache
+def _has_bfloat16_units() -> bool:
+    """Of this machine, which may not say."""
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return _MULTIPLIES_BFLOAT16 in flags.split()

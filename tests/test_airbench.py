@@ -1,9 +1,11 @@
 """The speed-run network: whitening, its blocks, Muon, alternating flips, views, its preset."""
 
 import dataclasses
+import functools
 import math
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,11 @@ from experiments import command_line, optimizers, presets, train
 from experiments.config import TrainConfig
 from lls_jax import evaluation, fit, models, rules, training
 from lls_jax.accounting import account
+from lls_jax.blocks.speedrun import NormalizeGelu
 from lls_jax.data import Split, augment, batches, get_spec, streaming
 from lls_jax.data.order import epoch_order, epoch_permutation
-from lls_jax.layers.gelu import gelu
+from lls_jax.layers.gelu import biased_gelu, gelu
+from lls_jax.layers.normalized_gelu import apply_gelu, normalize_gelu
 from lls_jax.layers.whitening import whitening_filters
 from lls_jax.optimizers import NamedRate, muon, muon_for_kernels, schedule_free_adamw
 from lls_jax.runs import folder as folders
@@ -115,6 +119,88 @@ def test_gelu_and_its_gradient_are_those_of_float64():
     assert gelu(half).dtype == jnp.bfloat16
     wide = gelu(half.astype(jnp.float32)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(gelu(half), np.float32), np.asarray(wide, np.float32))
+
+
+def gelu_in_float64(x):
+    """GELU and its derivative."""
+    below = np.vectorize(lambda value: 0.5 * math.erfc(-value / math.sqrt(2)))(x)
+    return x * below, below + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_normalised_and_biased_gelu_are_those_of_float64(dtype):
+    """Of channels whose mean is not zero; the gradient goes through mean and deviation too."""
+    rng = random_generator()
+    channels, epsilon = 5, 1e-3
+    x = 3 + rng.normal(size=(6, 4, 3, channels)) * np.arange(1, channels + 1)
+    x, pull = (np.asarray(jnp.asarray(v, dtype), np.float64) for v in (x, rng.normal(size=x.shape)))
+    bias = rng.normal(size=channels).astype(np.float32).astype(np.float64)
+    narrow = [jnp.asarray(x, dtype), jnp.asarray(bias, jnp.float32)]
+    # Of values to 10, and of sums over 72 elements, in which a gradient is rounded to `dtype`.
+    tolerance = {jnp.float32: 2e-5, jnp.bfloat16: 0.06}[dtype]
+
+    @jax.jit
+    def both(x, bias, pull):
+        own, pull_own = jax.vjp(biased_gelu, x, bias)
+        (normal, *statistics), pull_normal = jax.vjp(
+            lambda x, bias: normalize_gelu(x, bias, epsilon), x, bias
+        )
+        zeros = jax.tree.map(jnp.zeros_like, statistics)
+        return own, pull_own(pull), normal, pull_normal((pull, *zeros)), statistics
+
+    own, d_own, normal, d_normal, statistics = both(*narrow, jnp.asarray(pull, dtype))
+    axes, mean, variance = (0, 1, 2), x.mean((0, 1, 2)), x.var((0, 1, 2))
+    deviation = np.sqrt(variance + epsilon)
+    white = (x - mean) / deviation
+    y, slope = gelu_in_float64(x + bias)
+    z, slope_z = gelu_in_float64(white + bias)
+    dz = pull * slope_z
+    dx = (dz - dz.mean(axes) - white * (dz * white).mean(axes)) / deviation
+    for ours, expected in (
+        (own, y), (d_own[0], pull * slope), (d_own[1], (pull * slope).sum(axes)),
+        (normal, z), (d_normal[0], dx), (d_normal[1], dz.sum(axes)),
+        (statistics[0], mean), (statistics[1], variance),
+    ):  # fmt: skip
+        ours = np.asarray(ours, np.float64)
+        np.testing.assert_allclose(ours, expected, rtol=tolerance, atol=tolerance)
+    assert own.dtype == normal.dtype == d_own[0].dtype == d_normal[0].dtype == dtype
+    # Rounded to `dtype` once, at the end.
+    rounded = jnp.asarray(gelu(narrow[0].astype(jnp.float32) + narrow[1][None, None, None]), dtype)
+    apart = np.asarray(own, np.float64) - np.asarray(rounded, np.float64)
+    assert np.mean(np.abs(apart) > 1e-5) < 0.02
+    running = np.asarray(apply_gelu(narrow[0], *statistics, narrow[1], epsilon), np.float64)
+    np.testing.assert_allclose(running, z, rtol=tolerance, atol=tolerance)
+
+
+def test_normalise_gelu_is_flaxs_batchnorm_and_gelu():
+    """By the same variables: so checkpoints of either are the other's."""
+    ours = NormalizeGelu()
+    theirs = nn.BatchNorm(momentum=0.6, epsilon=1e-12, use_scale=False)
+    rng = random_generator()
+    x, pull = (jnp.asarray(rng.normal(size=(6, 5, 4, 3)), jnp.float32) for _ in range(2))
+    variables = ours.init(jax.random.key(0), x, train=True)
+    made = theirs.init(jax.random.key(0), x, use_running_average=False)
+    assert jax.tree.structure(variables) == jax.tree.structure(made)
+    jax.tree.map(np.testing.assert_array_equal, variables, made)
+    state = jax.tree.map(lambda v: jnp.asarray(rng.uniform(1, 2, v.shape), v.dtype), variables)
+
+    def own(params, x):
+        return ours.apply({**state, "params": params}, x, train=True, mutable=["batch_stats"])
+
+    def flaxs(params, x):
+        y, new = theirs.apply(
+            {**state, "params": params}, x, use_running_average=False, mutable=["batch_stats"]
+        )
+        return gelu(y), new
+
+    results = []
+    for function in (own, flaxs):
+        y, pull_back, new = jax.vjp(function, state["params"], x, has_aux=True)
+        results.append((y, pull_back(pull), new))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, *results)
+    running = gelu(theirs.apply(state, x, use_running_average=True))
+    close(ours.apply(state, x, train=False), running)
 
 
 def test_airbench_has_its_published_shapes():

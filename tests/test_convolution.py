@@ -1,6 +1,7 @@
 """Convolutions, forward and back, against loops over taps in float64."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from seeds import random_generator
 
-from lls_jax.layers import winograd
+from lls_jax import platforms
+from lls_jax.layers import convolution, products, winograd
+from lls_jax.layers import slices as in_slices
 from lls_jax.layers.convolution import convolve_3x3
 from lls_jax.layers.depthwise import depthwise_3x3
 from lls_jax.layers.normalization import Statistics
@@ -32,11 +35,15 @@ def oracle(x, kernel, dy, stride):
 
 
 # On a CPU: gathered windows and a product, a product for each row of the kernel, one for each tap,
-# Winograd's form forward and back, of sizes that its tiles of two by two do not divide.
+# Winograd's form forward and back, of sizes that its tiles of two by two do not divide; in bfloat16
+# with factors of both dtypes, whichever this machine would take.
 @pytest.mark.parametrize("channels", [3, 8, 20, 70])
 @pytest.mark.parametrize(("stride", "size"), [(1, (5, 6)), (1, (4, 3)), (2, (6, 5))])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_equals_loops_over_taps(channels, stride, size, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "narrow"), [(jnp.float32, True), (jnp.bfloat16, False), (jnp.bfloat16, True)]
+)
+def test_equals_loops_over_taps(monkeypatch, channels, stride, size, dtype, narrow):
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: narrow)
     rng = random_generator()
     out = tuple(-(-side // stride) for side in size)
     x, kernel, dy = (
@@ -63,8 +70,8 @@ def test_equals_loops_over_taps(channels, stride, size, dtype):
 def test_winograd_in_slices_equals_loops_over_taps(monkeypatch, slices):
     """Which a batch of tiny images is never cut into otherwise."""
     batch, size, channels, features = 5, (6, 5), 16, 18
-    monkeypatch.setattr(winograd, "_SLICE_BYTES", 1)
-    monkeypatch.setattr(winograd, "_FEWEST_TILES", batch * 9 // slices)
+    monkeypatch.setattr(in_slices, "_SLICE_BYTES", 1)
+    monkeypatch.setattr(in_slices, "_FEWEST_ROWS", batch * 9 // slices)
     rng = random_generator()
     x, kernel, dy = (
         jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -81,6 +88,82 @@ def test_winograd_in_slices_equals_loops_over_taps(monkeypatch, slices):
     np.testing.assert_allclose(ours, y, atol=tolerance)
     gradient = jax.jit(lambda x, dy: winograd.weight_gradient(x, dy))(x, dy)
     np.testing.assert_allclose(gradient, d_kernel, atol=tolerance)
+
+
+# Each forward and for both gradients: packed rows' one product, Winograd's sixteen.
+@pytest.mark.parametrize(
+    ("channels", "narrow", "factors", "error"),
+    [
+        (24, True, ["bf16"] * 3, 2.0**-9),
+        (40, True, ["bf16"] * 48, 2.0**-7.5),
+        (40, False, ["f32"] * 48, 2.0**-9),
+    ],
+)
+def test_factors_are_bfloat16_where_the_machine_multiplies_it(
+    monkeypatch, channels, narrow, factors, error
+):
+    """The results' own rounding is up to 2^-9 of them; Winograd's factors are rounded before."""
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: narrow)
+    rng = random_generator()
+    x, kernel, dy = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+        for shape in ((2, 6, 5, channels), (3, 3, channels, channels), (2, 6, 5, channels))
+    )
+
+    @jax.jit
+    def both(x, kernel, dy):
+        y, pullback = jax.vjp(lambda x, k: convolution._convolve_on_cpu(x, k, 1), x, kernel)
+        return y, *pullback(dy)
+
+    text = both.lower(x, kernel, dy).as_text()
+    assert re.findall(r"dot_general .*: \(tensor<[\dx]*x(\w+)>", text) == factors
+    exact = oracle(*(np.asarray(value, np.float64) for value in (x, kernel, dy)), 1)
+    for ours, expected in zip(both(x, kernel, dy), exact, strict=True):
+        apart = np.asarray(ours, np.float64) - expected
+        assert np.std(apart) < error * np.std(expected)
+
+
+# One slice; two, and an example that is left over; one example each.
+@pytest.mark.parametrize("slices", [1, 2, 5])
+def test_packed_rows_in_slices_equal_loops_over_taps(monkeypatch, slices):
+    """Of few channels in bfloat16, of a width that four do not divide."""
+    batch, size, channels, features = 5, (6, 5), 24, 18
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(in_slices, "_SLICE_BYTES", 1)
+    monkeypatch.setattr(in_slices, "_FEWEST_ROWS", batch * 7 // slices)
+    assert convolution._count_packed_slices(jnp.zeros((batch, *size, channels)), features) == slices
+    rng = random_generator()
+    x, kernel, dy = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+        for shape in (
+            (batch, *size, channels),
+            (3, 3, channels, features),
+            (batch, *size, features),
+        )
+    )
+    y, _, d_kernel = oracle(*(np.asarray(value, np.float64) for value in (x, kernel, dy)), 1)
+    # Factors are as they came, sums are float32: what is rounded is the output.
+    ours = jax.jit(lambda x, kernel: convolution._by_packed_slices(x, kernel))(x, kernel)
+    np.testing.assert_allclose(np.asarray(ours, np.float64), y, rtol=2.0**-8, atol=1e-4)
+    gradient = jax.jit(lambda x, dy: convolution._gradient_by_packed_slices(x, dy))(x, dy)
+    np.testing.assert_allclose(gradient, d_kernel, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "multiplies"),
+    [
+        ("processor: 0\nflags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n", True),
+        ("processor: 0\nflags\t\t: fpu avx512_bf16 amx_bf16x\n", False),
+        ("processor: 0\nFeatures\t: fp asimd bf16\n", False),
+        (None, False),
+    ],
+)
+def test_asks_the_cpu_for_products_of_bfloat16(monkeypatch, tmp_path, text, multiplies):
+    info = tmp_path / "cpuinfo"
+    if text is not None:
+        info.write_text(text)
+    monkeypatch.setattr(platforms, "_CPU_INFO", info)
+    assert platforms._has_bfloat16_units.__wrapped__() == multiplies
 
 
 # Rows that are added up by two, and one by one.

@@ -59,7 +59,8 @@ def _residual(x: Shape, out: Shape) -> BlockCost:
 def _pair(x: Shape, out: Shape) -> BlockCost:
     width = out[-1]
     first, second = 9 * math.prod(x) * width, 9 * math.prod(out) * width
-    kept = math.prod(x) + math.prod(x[:-1]) * width + 4 * math.prod(out)
+    # Inputs of the convolutions, of the maxima, and of BatchNorm and GELU, which keep no more.
+    kept = math.prod(x) + math.prod(x[:-1]) * width + 3 * math.prod(out)
     return BlockCost(first + second, first + 2 * second, first, kept, within=second)
 
 

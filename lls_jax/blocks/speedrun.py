@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.layers.convolution import convolve_3x3
-from lls_jax.layers.gelu import gelu
+from lls_jax.layers.gelu import biased_gelu
 from lls_jax.layers.initializers import fan_in_uniform
+from lls_jax.layers.normalized_gelu import apply_gelu, normalize_gelu
 from lls_jax.layers.pooling import max_pool
 
 # Beside the statistics of batches: what was taken from training images before the first step, and
@@ -40,12 +41,34 @@ def identity_first(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.floa
     return jnp.concatenate([identity, drawn[..., same:]], axis=3)
 
 
+class NormalizeGelu(nn.Module):
+    """BatchNorm with a bias and no scale, then GELU.
+
+    Running statistics are six tenths old and four tenths new, and the variance is divided by as it
+    is (epsilon 1e-12).
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """``[..., channels]`` to the activation, in the shape and dtype of `x`."""
+        channels = (x.shape[-1],)
+        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        variance = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        if not train:
+            return apply_gelu(x, mean.value, variance.value, bias, _EPSILON)
+        y, batch_mean, batch_variance = normalize_gelu(x, bias, _EPSILON)
+        if not self.is_initializing():
+            for running, own in ((mean, batch_mean), (variance, batch_variance)):
+                running.value = _KEPT_STATISTICS * running.value + (1 - _KEPT_STATISTICS) * own
+        return y
+
+
 class ConvPair(nn.Module):
     """Convolution, 2x2 max-pooling, BatchNorm, GELU, convolution, BatchNorm, GELU.
 
     The convolutions are 3x3, without a bias, and start as the identity on their first outputs;
-    BatchNorm has a bias and no scale, keeps 0.6 of its running statistics, and divides by the
-    deviation itself (epsilon 1e-12).
+    BatchNorm and GELU are :class:`NormalizeGelu`.
 
     Attributes:
         features: number of output channels.
@@ -67,15 +90,7 @@ class ConvPair(nn.Module):
             kernel = self.param(f"kernel_{index}", identity_first, shape)
             x = convolve_3x3(x.astype(self.dtype), kernel.astype(self.dtype))
             x = x if index else max_pool(x)
-            normalize = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=_KEPT_STATISTICS,
-                epsilon=_EPSILON,
-                use_scale=False,
-                dtype=self.dtype,
-                name=f"norm_{index}",
-            )
-            x = gelu(normalize(x))
+            x = NormalizeGelu(name=f"norm_{index}")(x, train=train)
         return x
 
 
@@ -113,7 +128,7 @@ class WhitenedConvPair(nn.Module):
             "VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        x = gelu(x + bias.astype(self.dtype)[None, None, None, :])
+        x = biased_gelu(x, bias)
         return ConvPair(self.features, self.dtype, name="pair")(x, train=train)
 
 

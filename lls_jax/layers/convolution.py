@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from lls_jax.layers import winograd
 from lls_jax.layers.ordering import slice_after, token_of, wait_for
+from lls_jax.layers.products import product_dtype, sum_over_rows
+from lls_jax.layers.slices import count_for_cache, map_slices, sum_slices
 from lls_jax.platforms import by_platform
 
 
@@ -104,9 +106,24 @@ def _packed_kernel(kernel: jax.Array) -> jax.Array:
 
 def _by_packed_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
     windows = _packed_windows(x)
-    out = windows.reshape(-1, windows.shape[-1]) @ _packed_kernel(kernel)
+    rows = windows.reshape(-1, windows.shape[-1])
+    out = jnp.matmul(rows, _packed_kernel(kernel), preferred_element_type=jnp.float32)
     batch, height, groups, _ = windows.shape
-    return out.reshape(batch, height, groups * _PACKED, -1)[:, :, : x.shape[2]]
+    return out.astype(x.dtype).reshape(batch, height, groups * _PACKED, -1)[:, :, : x.shape[2]]
+
+
+def _by_packed_slices(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    convolve_slice = functools.partial(_by_packed_rows, kernel=kernel)
+    # Written before the loop, which else finds it a slice at a time, on one thread.
+    x = jax.lax.optimization_barrier(x)
+    return map_slices(convolve_slice, (x,), _count_packed_slices(x, kernel.shape[-1]), after=kernel)
+
+
+def _count_packed_slices(x: jax.Array, features: int) -> int:
+    batch, height, width, channels = x.shape
+    # A pixel has 18 / 4 packed inputs, twice with their transpose, and its sums in float32.
+    between = x.dtype.itemsize * batch * height * width * (9 * channels + 2 * features)
+    return count_for_cache(batch, between, batch * height * width // _PACKED)
 
 
 def _gradient_by_packed_rows(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -115,14 +132,15 @@ def _gradient_by_packed_rows(x: jax.Array, dy: jax.Array) -> jax.Array:
     channels, features = x.shape[-1], dy.shape[-1]
     right = windows.shape[2] * _PACKED - dy.shape[2]
     dy = jax.lax.optimization_barrier(jnp.pad(dy, ((0, 0), (0, 0), (0, right), (0, 0))))
-    over_windows = (((0,), (0,)), ((), ()))
-    product = jax.lax.dot_general(
-        windows.reshape(-1, windows.shape[-1]),
-        dy.reshape(-1, _PACKED * features),
-        over_windows,
-        preferred_element_type=jnp.float32,
+    product = sum_over_rows(
+        windows.reshape(-1, windows.shape[-1]), dy.reshape(-1, _PACKED * features)
     ).reshape(3, 2 + _PACKED, channels, _PACKED, features)
     return functools.reduce(jnp.add, [product[:, i : i + 3, :, i] for i in range(_PACKED)])
+
+
+def _gradient_by_packed_slices(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """``[3, 3, channels, features]``, float32."""
+    return sum_slices(_gradient_by_packed_rows, (x, dy), _count_packed_slices(x, dy.shape[-1]))
 
 
 def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bool) -> jax.Array:
@@ -131,7 +149,7 @@ def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bo
     columns = [_every(padded, 2, j, dy.shape[2], stride) for j in range(3)]
     if a_row:
         columns = [jax.lax.optimization_barrier(jnp.concatenate(columns, axis=-1))]
-    over_examples = (((0, 1, 2), (0, 1, 2)), ((), ()))
+    dy_rows = dy.reshape(-1, dy.shape[-1])
     span = (dy.shape[1] - 1) * stride + 1
     products: list[jax.Array] = []
     for row, column in itertools.product(range(3), columns):
@@ -139,9 +157,7 @@ def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bo
         rows = slice_after(token_of(products[-1:]), column, row, span, axis=1)
         # The barrier gives the product to the matrix library.
         tap = jax.lax.optimization_barrier(_every(rows, 1, 0, dy.shape[1], stride))
-        products.append(
-            jax.lax.dot_general(tap, dy, over_examples, preferred_element_type=jnp.float32)
-        )
+        products.append(sum_over_rows(tap.reshape(-1, tap.shape[-1]), dy_rows))
     return jnp.stack(products).reshape(3, 3, x.shape[-1], dy.shape[-1])
 
 
@@ -182,11 +198,33 @@ def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bo
 #    32, 32x32, 128 to 256  103, 62       570, 149, 80
 #    32,   4x4, 512 to 512   14,  9        30,  26, 15
 #
+# In bfloat16 by AMX (two cores of an Intel Xeon, jax 0.12.0.1; Winograd in float32 beside it).
+# Packed rows are for fewer than 32 channels: a gather of nine windows is as fast here and there,
+# and takes twice their memory.
+#
+#                           float32    Winograd   packed    gathered   XLA / taps
+#   forward
+#   500, 31x31,  24 to  64    168        180        116        109        123
+#   500, 31x31,  64 to  24    171        102        119        146        175
+#   500, 15x15,  64 to  64     71         37         -          33         46
+#   500,   7x7, 256 to 256    151         54         -          68        275
+#   128, 16x16,  32 to  64      9.8        7.3       -           6.1        7.4
+#   gradient of the kernel
+#   500, 31x31,  24 to  64    205        243        113        144        367
+#   500, 15x15,  64 to  64    108         52         -          76        100
+#   500,   7x7, 256 to 256    159         89         -         109        125
+#   128, 16x16,  32 to  64     16         13         -          10         18
+#
 # (PyTorch 2.14 gets through 3x3 convolutions at 100 to 120 GFLOP/s on such cores; 82 ms of the
 # third line are 235.)
 FEW_CHANNELS = 4
 _WINOGRAD_FROM = 16
 _SMALL_MAP = 16
+_BFLOAT16_WINOGRAD_FROM = 32
+
+
+def _multiplies_in_bfloat16(x: jax.Array) -> bool:
+    return product_dtype(x.dtype) == jnp.bfloat16
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -196,6 +234,8 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
         return _by_packed_rows(x, kernel)
     if channels <= FEW_CHANNELS or (small and channels >= _WINOGRAD_FROM):
         return _by_matmul(x, kernel, stride)
+    if stride == 1 and channels < _BFLOAT16_WINOGRAD_FROM and _multiplies_in_bfloat16(x):
+        return _by_packed_slices(x, kernel)
     if stride == 1 and min(channels, features) >= _WINOGRAD_FROM:
         return winograd.convolve(x, kernel)
     return by_convolution(x, kernel, stride, 1)
@@ -205,9 +245,17 @@ def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
     channels = x.shape[-1]
     if channels <= FEW_CHANNELS and stride == 1:
         return _gradient_by_packed_rows(x, dy)
+    small = dy.shape[1] * dy.shape[2] <= _SMALL_MAP
+    if (
+        stride == 1
+        and channels < _BFLOAT16_WINOGRAD_FROM
+        and not small
+        and _multiplies_in_bfloat16(x)
+    ):
+        return _gradient_by_packed_slices(x, dy)
     if channels < _WINOGRAD_FROM:
         return _gradient_by_products(x, dy, stride, a_row=True)
-    if stride == 1 and dy.shape[1] * dy.shape[2] > _SMALL_MAP:
+    if stride == 1 and not small:
         return winograd.weight_gradient(x, dy)
     return _gradient_by_products(x, dy, stride, a_row=False)
 
@@ -247,7 +295,7 @@ def convolve_3x3(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     Differentiable in reverse.
 
     Args:
-        x: ``[batch, height, width, channels]``.
+        x: ``[batch, height, width, channels]``, float32 or bfloat16.
         kernel: ``[3, 3, channels, features]``, in the dtype of `x`.
         stride: pixels from one output to the next.
 

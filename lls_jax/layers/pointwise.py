@@ -1,8 +1,8 @@
 """1x1 convolutions whose gradient is fast on CPUs too."""
 
 import jax
-import jax.numpy as jnp
 
+from lls_jax.layers.products import sum_over_rows
 from lls_jax.platforms import by_platform
 
 
@@ -23,13 +23,10 @@ def _pointwise_backward(residuals: tuple, dy: jax.Array) -> tuple:
     x, kernel = residuals
     x_rows, dy_rows = (array.reshape(-1, array.shape[-1]) for array in (x, dy))
     dx = jax.lax.dot_general(dy_rows, kernel, (((1,), (1,)), ((), ())))
-    # Over the rows of both as they are. Automatic differentiation asks for the transpose, for
+    # Automatic differentiation asks for the transpose, for
     # which XLA computes all of `dy` again, transposed. The barrier keeps the transpose that an
     # optimizer's passes may prefer away from the product.
-    over_rows = (((0,), (0,)), ((), ()))
-    d_kernel = jax.lax.optimization_barrier(
-        jax.lax.dot_general(x_rows, dy_rows, over_rows, preferred_element_type=jnp.float32)
-    )
+    d_kernel = jax.lax.optimization_barrier(sum_over_rows(x_rows, dy_rows))
     return dx.reshape(x.shape), d_kernel.astype(kernel.dtype)
 
 

@@ -1,7 +1,7 @@
 """Maxima and means over windows, read once and in any layout.
 
 Nothing here merges an axis with the channels or transposes an activation, so that a GPU may keep
-the layout that its convolutions want; and nothing but sums is in float32.
+the layout that its convolutions want; and nothing of an activation's size is in float32.
 """
 
 import functools
@@ -30,8 +30,9 @@ def _max_pool_in_halves(x: jax.Array) -> jax.Array:
     rows, columns = height // 2, width // 2
     # Two maxima of contiguous halves: XLA's window reduction is 10 times slower backward on a CPU.
     pairs = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2 * channels)
+    pairs = pairs.astype(_wide_dtype(x.dtype))
     pairs = jnp.maximum(pairs[:, :, 0], pairs[:, :, 1])
-    return jnp.maximum(pairs[..., :channels], pairs[..., channels:])
+    return jnp.maximum(pairs[..., :channels], pairs[..., channels:]).astype(x.dtype)
 
 
 def _quarters(x: jax.Array) -> list[jax.Array]:
@@ -80,9 +81,15 @@ def _winners(quarters: list[jax.Array]) -> list[jax.Array]:
     return [functools.reduce(jnp.logical_and, [own >= one for one in quarters]) for own in quarters]
 
 
+def _wide_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """The dtype that maxima are taken and shared in: XLA's CPU backend rounds each bfloat16 in
+    between, at some cost, though it changes nothing."""
+    return jnp.float32 if dtype == jnp.bfloat16 else dtype
+
+
 def _share(winners: list[jax.Array], dy: jax.Array) -> jax.Array:
-    equals = functools.reduce(jnp.add, [own.astype(dy.dtype) for own in winners])
-    return dy / jnp.maximum(equals, 1)
+    equals = functools.reduce(jnp.add, [own.astype(_wide_dtype(dy.dtype)) for own in winners])
+    return (dy.astype(equals.dtype) / jnp.maximum(equals, 1)).astype(dy.dtype)
 
 
 # Automatic differentiation pads and adds the gradients of halves: on two cores of an AMD EPYC, for

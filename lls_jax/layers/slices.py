@@ -14,6 +14,11 @@ import jax.numpy as jnp
 
 from lls_jax.layers.ordering import token_of
 
+# What a slice of the batch takes in between, in a near cache.
+_SLICE_BYTES = 8 * 2**20
+# Rows of a slice's products, of which the matrix library wants some hundreds.
+_FEWEST_ROWS = 512
+
 
 def choose_count(batch: int, count: int) -> int:
     """How many slices: `count` or more, up to twice as many, that the batch divides into.
@@ -27,6 +32,17 @@ def choose_count(batch: int, count: int) -> int:
     count = max(1, min(batch, count))
     fewest_left = batch // (batch // count)
     return next((n for n in range(count, 2 * count + 1) if batch % n == 0), fewest_left)
+
+
+def count_for_cache(batch: int, between: int, rows: int) -> int:
+    """How many slices, for what is in between to stay in a near cache.
+
+    Args:
+        batch: examples.
+        between: bytes of all that is in between, for the whole batch.
+        rows: of the products, for the whole batch; slices are not so small that these are few.
+    """
+    return choose_count(batch, min(-(-between // _SLICE_BYTES), rows // _FEWEST_ROWS))
 
 
 def _bodies(arrays: Any, count: int) -> Any:

@@ -9,7 +9,10 @@ With many channels the middle is sixteen matrix products over ``[tiles, channels
 the kernel has the same form: ``G' ((A' dY A) * (B d B')) G``.
 
 The matrices hold 0, 1, -1 and a half only, so that rounding is that of the direct form. (Larger
-tiles would take fewer products still, and lose two or three digits.)
+tiles would take fewer products still, and lose two or three digits.) Where the products are of
+bfloat16 (:func:`~lls_jax.layers.products.product_dtype`), the sums of inputs and of the kernel are
+rounded to it, which the direct form's factors are not: an error of two to three times that of the
+output's own rounding to bfloat16.
 
 References:
     Lavin, Gray, "Fast Algorithms for Convolutional Neural Networks",
@@ -22,19 +25,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lls_jax.layers.slices import choose_count, map_slices, sum_slices
+from lls_jax.layers.products import product_dtype, sum_over_rows
+from lls_jax.layers.slices import count_for_cache, map_slices, sum_slices
 
 Matrix = tuple[tuple[float, ...], ...]
 
 _OF_INPUT: Matrix = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 _OF_KERNEL: Matrix = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _OF_OUTPUT: Matrix = ((1, 1, 1, 0), (0, 1, -1, -1))
-
-# What a slice of the batch takes in between, in a near cache. Sixteen elements for four are four
-# arrays of the size of the input, and four of the output's.
-_SLICE_BYTES = 8 * 2**20
-# Tiles of a slice, the rows of its products, of which the matrix library wants some hundreds.
-_FEWEST_TILES = 512
 
 
 def _transposed(matrix: Matrix) -> Matrix:
@@ -57,14 +55,16 @@ def _sandwich(matrix: Matrix, grid: Sequence[Sequence[jax.Array]]) -> list[list[
     return [[_combine(row, line) for row in matrix] for line in left]
 
 
-def _as_rows(grid: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
-    """The arrays of a grid as ``[tiles, channels]``, each written to memory.
+def _as_factors(
+    grid: Sequence[Sequence[jax.Array]], dtype: jax.typing.DTypeLike
+) -> list[jax.Array]:
+    """The arrays of a grid as ``[tiles, channels]``, each written to memory for a product.
 
     The barrier keeps XLA from fusing the sums into the products, which would take the products out
     of the matrix library.
     """
     rows = [array.reshape(-1, array.shape[-1]) for line in grid for array in line]
-    return [jax.lax.optimization_barrier(array) for array in rows]
+    return [jax.lax.optimization_barrier(array.astype(product_dtype(dtype))) for array in rows]
 
 
 def _as_grid(arrays: Sequence[jax.Array]) -> list[list[jax.Array]]:
@@ -77,7 +77,7 @@ def _input_tiles(x: jax.Array) -> list[jax.Array]:
         x.astype(jnp.float32), ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0))
     )
     grid = [[padded[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)]
-    return _as_rows(_sandwich(_OF_INPUT, grid))
+    return _as_factors(_sandwich(_OF_INPUT, grid), x.dtype)
 
 
 def _output_tiles(dy: jax.Array) -> list[jax.Array]:
@@ -89,7 +89,7 @@ def _output_tiles(dy: jax.Array) -> list[jax.Array]:
         [padded[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2] for j in range(2)]
         for i in range(2)
     ]
-    return _as_rows(_sandwich(_transposed(_OF_OUTPUT), grid))
+    return _as_factors(_sandwich(_transposed(_OF_OUTPUT), grid), dy.dtype)
 
 
 def _interleaved(grid: Sequence[Sequence[jax.Array]], shape: tuple[int, ...]) -> jax.Array:
@@ -103,9 +103,10 @@ def _interleaved(grid: Sequence[Sequence[jax.Array]], shape: tuple[int, ...]) ->
 
 def _count_slices(x: jax.Array, features: int) -> int:
     batch, height, width, channels = x.shape
+    # Sixteen elements for four are four arrays of the size of the input, and four of the output's.
     between = 4 * 4 * (x.size + x.size // channels * features)
     tiles = batch * -(-height // 2) * -(-width // 2)
-    return choose_count(batch, min(-(-between // _SLICE_BYTES), tiles // _FEWEST_TILES))
+    return count_for_cache(batch, between, tiles)
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -116,19 +117,17 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         kernel: ``[3, 3, channels, features]``.
 
     Returns:
-        ``[batch, height, width, features]``, in the dtype of `x`; the arithmetic is float32.
+        ``[batch, height, width, features]``, in the dtype of `x`; all sums are float32.
     """
     taps = [list(row) for row in kernel.astype(jnp.float32)]
-    kernels = [
-        jax.lax.optimization_barrier(array)
-        for line in _sandwich(_OF_KERNEL, taps)
-        for array in line
-    ]
+    kernels = _as_factors(_sandwich(_OF_KERNEL, taps), x.dtype)
     features = kernel.shape[-1]
 
     def convolve_slice(part: jax.Array) -> jax.Array:
         products = [
-            jax.lax.optimization_barrier(tiles @ transformed)
+            jax.lax.optimization_barrier(
+                jnp.matmul(tiles, transformed, preferred_element_type=jnp.float32)
+            )
             for tiles, transformed in zip(_input_tiles(part), kernels)
         ]
         grid = _sandwich(_OF_OUTPUT, _as_grid(products))
@@ -150,10 +149,8 @@ def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     """
 
     def products(x: jax.Array, dy: jax.Array) -> list[jax.Array]:
-        over_tiles = (((0,), (0,)), ((), ()))
         return [
-            jax.lax.dot_general(below, above, over_tiles)
-            for below, above in zip(_input_tiles(x), _output_tiles(dy))
+            sum_over_rows(below, above) for below, above in zip(_input_tiles(x), _output_tiles(dy))
         ]
 
     total = sum_slices(products, (x, dy), _count_slices(x, dy.shape[-1]))
