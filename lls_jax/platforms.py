@@ -69,7 +69,7 @@ _MULTIPLIES_BFLOAT16 = "amx_bf16"
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether products on a CPU have bfloat16 factors: it has units for them, which XLA then uses.
+    """Whether products on a CPU take bfloat16 factors: XLA uses the units that this machine has.
 
     Asked while a program is traced; the same program on another CPU is as right, and slower. Never
     in a run of several processes, whose programs must be one whatever their CPUs are.
@@ -79,7 +79,7 @@ def multiplies_bfloat16() -> bool:
 
 @functools.cache
 def _has_bfloat16_units() -> bool:
-    """Of this machine, which may not say."""
+    """Of this machine's CPU, by what Linux says of it; False where there is no Linux to ask."""
     try:
         lines = _CPU_INFO.read_text().splitlines()
     except OSError:

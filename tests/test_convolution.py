@@ -34,6 +34,15 @@ def oracle(x, kernel, dy, stride):
     return y, d_padded[:, 1:-1, 1:-1], d_kernel
 
 
+def draw(batch, size, channels, features, dtype, stride=1):
+    """Random input, kernel and gradient of the output; and what they give in float64."""
+    rng = random_generator()
+    out = tuple(-(-side // stride) for side in size)
+    shapes = ((batch, *size, channels), (3, 3, channels, features), (batch, *out, features))
+    given = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    return given, oracle(*(np.asarray(value, np.float64) for value in given), stride)
+
+
 # On a CPU: gathered windows and a product, a product for each row of the kernel, one for each tap,
 # Winograd's form forward and back, of sizes that its tiles of two by two do not divide; in bfloat16
 # with factors of both dtypes, whichever this machine would take.
@@ -44,50 +53,52 @@ def oracle(x, kernel, dy, stride):
 )
 def test_equals_loops_over_taps(monkeypatch, channels, stride, size, dtype, narrow):
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: narrow)
-    rng = random_generator()
-    out = tuple(-(-side // stride) for side in size)
-    x, kernel, dy = (
-        jnp.asarray(rng.normal(size=shape), dtype)
-        for shape in ((2, *size, channels), (3, 3, channels, 20), (2, *out, 20))
-    )
+    given, exact = draw(2, size, channels, 20, dtype, stride)
 
     @jax.jit
     def both(x, kernel, dy):
         y, pullback = jax.vjp(lambda x, k: convolve_3x3(x, k, stride), x, kernel)
         return y, *pullback(dy)
 
-    wide = (np.asarray(value, np.float64) for value in (x, kernel, dy))
     # Of the sums' longest, and of the result's own rounding.
-    terms = max(9 * channels, 2 * out[0] * out[1])
+    terms = max(9 * channels, exact[0].size // 20)
     tolerance = (1e-6 if dtype == jnp.float32 else 2e-2) * np.sqrt(terms) * 4
-    for ours, expected in zip(both(x, kernel, dy), oracle(*wide, stride), strict=True):
+    for ours, expected in zip(both(*given), exact, strict=True):
         assert ours.dtype == dtype
         np.testing.assert_allclose(np.asarray(ours, np.float64), expected, atol=tolerance)
 
 
 # One slice; two, and an example that is left over; one example each.
 @pytest.mark.parametrize("slices", [1, 2, 5])
-def test_winograd_in_slices_equals_loops_over_taps(monkeypatch, slices):
+@pytest.mark.parametrize(
+    ("forward", "gradient", "dtype", "rows"),
+    [
+        # Rows of products: three by three tiles, and two fours of columns in part.
+        (winograd.convolve, winograd.weight_gradient, jnp.float32, 9),
+        (
+            *(convolution._by_packed_slices, convolution._gradient_by_packed_slices),
+            *(jnp.bfloat16, 7),
+        ),
+    ],
+)
+def test_slices_equal_loops_over_taps(monkeypatch, slices, forward, gradient, dtype, rows):
     """Which a batch of tiny images is never cut into otherwise."""
-    batch, size, channels, features = 5, (6, 5), 16, 18
+    batch, size, channels = 5, (6, 5), 24
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(in_slices, "_SLICE_BYTES", 1)
-    monkeypatch.setattr(in_slices, "_FEWEST_ROWS", batch * 9 // slices)
-    rng = random_generator()
-    x, kernel, dy = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32)
-        for shape in (
-            (batch, *size, channels),
-            (3, 3, channels, features),
-            (batch, *size, features),
-        )
-    )
-    y, _, d_kernel = oracle(*(np.asarray(value, np.float64) for value in (x, kernel, dy)), 1)
+    monkeypatch.setattr(in_slices, "_FEWEST_ROWS", batch * rows // slices)
+    (x, kernel, dy), (y, _, d_kernel) = draw(batch, size, channels, 18, dtype)
+    # Factors are as they came, sums are float32: what is rounded is the output.
     tolerance = 4e-6 * np.sqrt(max(9 * channels, batch * size[0] * size[1]))
-    # Not compiled before with another number of slices.
-    ours = jax.jit(lambda x, kernel: winograd.convolve(x, kernel))(x, kernel)
-    np.testing.assert_allclose(ours, y, atol=tolerance)
-    gradient = jax.jit(lambda x, dy: winograd.weight_gradient(x, dy))(x, dy)
-    np.testing.assert_allclose(gradient, d_kernel, atol=tolerance)
+    rounding = 2.0**-8 if dtype == jnp.bfloat16 else 0.0
+    # Functions that were not compiled before, with another number of slices.
+    run = jax.jit(lambda x, kernel: forward(x, kernel))
+    ours = np.asarray(run(x, kernel), np.float64)
+    np.testing.assert_allclose(ours, y, rtol=rounding, atol=tolerance)
+    # All but one slice go through a loop.
+    assert ("while" in run.lower(x, kernel).as_text()) == (slices > 1)
+    ours = jax.jit(lambda x, dy: gradient(x, dy))(x, dy)
+    np.testing.assert_allclose(ours, d_kernel, atol=tolerance)
 
 
 # Each forward and for both gradients: packed rows' one product, Winograd's sixteen.
@@ -104,49 +115,18 @@ def test_factors_are_bfloat16_where_the_machine_multiplies_it(
 ):
     """The results' own rounding is up to 2^-9 of them; Winograd's factors are rounded before."""
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: narrow)
-    rng = random_generator()
-    x, kernel, dy = (
-        jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-        for shape in ((2, 6, 5, channels), (3, 3, channels, channels), (2, 6, 5, channels))
-    )
+    given, exact = draw(2, (6, 5), channels, channels, jnp.bfloat16)
 
     @jax.jit
     def both(x, kernel, dy):
         y, pullback = jax.vjp(lambda x, k: convolution._convolve_on_cpu(x, k, 1), x, kernel)
         return y, *pullback(dy)
 
-    text = both.lower(x, kernel, dy).as_text()
+    text = both.lower(*given).as_text()
     assert re.findall(r"dot_general .*: \(tensor<[\dx]*x(\w+)>", text) == factors
-    exact = oracle(*(np.asarray(value, np.float64) for value in (x, kernel, dy)), 1)
-    for ours, expected in zip(both(x, kernel, dy), exact, strict=True):
+    for ours, expected in zip(both(*given), exact, strict=True):
         apart = np.asarray(ours, np.float64) - expected
         assert np.std(apart) < error * np.std(expected)
-
-
-# One slice; two, and an example that is left over; one example each.
-@pytest.mark.parametrize("slices", [1, 2, 5])
-def test_packed_rows_in_slices_equal_loops_over_taps(monkeypatch, slices):
-    """Of few channels in bfloat16, of a width that four do not divide."""
-    batch, size, channels, features = 5, (6, 5), 24, 18
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(in_slices, "_SLICE_BYTES", 1)
-    monkeypatch.setattr(in_slices, "_FEWEST_ROWS", batch * 7 // slices)
-    assert convolution._count_packed_slices(jnp.zeros((batch, *size, channels)), features) == slices
-    rng = random_generator()
-    x, kernel, dy = (
-        jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-        for shape in (
-            (batch, *size, channels),
-            (3, 3, channels, features),
-            (batch, *size, features),
-        )
-    )
-    y, _, d_kernel = oracle(*(np.asarray(value, np.float64) for value in (x, kernel, dy)), 1)
-    # Factors are as they came, sums are float32: what is rounded is the output.
-    ours = jax.jit(lambda x, kernel: convolution._by_packed_slices(x, kernel))(x, kernel)
-    np.testing.assert_allclose(np.asarray(ours, np.float64), y, rtol=2.0**-8, atol=1e-4)
-    gradient = jax.jit(lambda x, dy: convolution._gradient_by_packed_slices(x, dy))(x, dy)
-    np.testing.assert_allclose(gradient, d_kernel, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +143,11 @@ def test_asks_the_cpu_for_products_of_bfloat16(monkeypatch, tmp_path, text, mult
     if text is not None:
         info.write_text(text)
     monkeypatch.setattr(platforms, "_CPU_INFO", info)
-    assert platforms._has_bfloat16_units.__wrapped__() == multiplies
+    monkeypatch.setattr(platforms, "_has_bfloat16_units", platforms._has_bfloat16_units.__wrapped__)
+    assert platforms.multiplies_bfloat16() == multiplies
+    # Several processes may have unlike CPUs, and need one program.
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert not platforms.multiplies_bfloat16()
 
 
 # Rows that are added up by two, and one by one.

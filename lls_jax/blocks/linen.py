@@ -20,7 +20,10 @@ _RUNNING_AVERAGE = 0.9
 
 
 def running_average(
-    running: dict[str, jax.Array], mean: jax.Array, variance: jax.Array
+    running: dict[str, jax.Array],
+    mean: jax.Array,
+    variance: jax.Array,
+    kept: float = _RUNNING_AVERAGE,
 ) -> dict[str, jax.Array]:
     """BatchNorm's running statistics after a batch: nine tenths old, one tenth new.
 
@@ -28,10 +31,10 @@ def running_average(
         running: ``{"mean", "var"}``, float32 ``[channels]`` each.
         mean: the batch's.
         variance: the batch's.
+        kept: the share that is old, in [0, 1], where it is not nine tenths.
     """
     batch = {"mean": mean, "var": variance}
-    kept, new = _RUNNING_AVERAGE, 1 - _RUNNING_AVERAGE
-    return {name: kept * running[name] + new * batch[name] for name in running}
+    return {name: kept * running[name] + (1 - kept) * batch[name] for name in running}
 
 
 class Linear(nn.Module):

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lls_jax.blocks.linen import running_average
 from lls_jax.layers.convolution import convolve_3x3
 from lls_jax.layers.gelu import biased_gelu
 from lls_jax.layers.initializers import fan_in_uniform
@@ -59,8 +60,9 @@ class NormalizeGelu(nn.Module):
             return apply_gelu(x, mean.value, variance.value, bias, _EPSILON)
         y, batch_mean, batch_variance = normalize_gelu(x, bias, _EPSILON)
         if not self.is_initializing():
-            for running, own in ((mean, batch_mean), (variance, batch_variance)):
-                running.value = _KEPT_STATISTICS * running.value + (1 - _KEPT_STATISTICS) * own
+            running = {"mean": mean.value, "var": variance.value}
+            running = running_average(running, batch_mean, batch_variance, _KEPT_STATISTICS)
+            mean.value, variance.value = running["mean"], running["var"]
         return y
 
 

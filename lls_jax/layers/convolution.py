@@ -223,18 +223,22 @@ _SMALL_MAP = 16
 _BFLOAT16_WINOGRAD_FROM = 32
 
 
-def _multiplies_in_bfloat16(x: jax.Array) -> bool:
-    return product_dtype(x.dtype) == jnp.bfloat16
+def _is_small(x: jax.Array) -> bool:
+    return x.shape[1] * x.shape[2] <= _SMALL_MAP
+
+
+def _packs_slices(x: jax.Array, stride: int) -> bool:
+    few = x.shape[-1] < _BFLOAT16_WINOGRAD_FROM
+    return stride == 1 and few and not _is_small(x) and product_dtype(x.dtype) == jnp.bfloat16
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     channels, features = kernel.shape[2:]
-    small = x.shape[1] * x.shape[2] <= _SMALL_MAP
     if channels <= FEW_CHANNELS and stride == 1:
         return _by_packed_rows(x, kernel)
-    if channels <= FEW_CHANNELS or (small and channels >= _WINOGRAD_FROM):
+    if channels <= FEW_CHANNELS or (_is_small(x) and channels >= _WINOGRAD_FROM):
         return _by_matmul(x, kernel, stride)
-    if stride == 1 and channels < _BFLOAT16_WINOGRAD_FROM and _multiplies_in_bfloat16(x):
+    if _packs_slices(x, stride):
         return _by_packed_slices(x, kernel)
     if stride == 1 and min(channels, features) >= _WINOGRAD_FROM:
         return winograd.convolve(x, kernel)
@@ -245,17 +249,11 @@ def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
     channels = x.shape[-1]
     if channels <= FEW_CHANNELS and stride == 1:
         return _gradient_by_packed_rows(x, dy)
-    small = dy.shape[1] * dy.shape[2] <= _SMALL_MAP
-    if (
-        stride == 1
-        and channels < _BFLOAT16_WINOGRAD_FROM
-        and not small
-        and _multiplies_in_bfloat16(x)
-    ):
+    if _packs_slices(x, stride):
         return _gradient_by_packed_slices(x, dy)
     if channels < _WINOGRAD_FROM:
         return _gradient_by_products(x, dy, stride, a_row=True)
-    if stride == 1 and not small:
+    if stride == 1 and not _is_small(dy):
         return winograd.weight_gradient(x, dy)
     return _gradient_by_products(x, dy, stride, a_row=False)
 

@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lls_jax.layers.normalization import along
+
 _ROOT_OF_HALF = math.sqrt(0.5)
 _NORMAL_AT_ZERO = 1 / math.sqrt(2 * math.pi)
 
@@ -14,7 +16,7 @@ def _normal_below(x: jax.Array) -> jax.Array:
 
 
 def gelu_slope(x: jax.Array) -> jax.Array:
-    """The derivative of :func:`gelu` at `x`, float32."""
+    """The derivative of :func:`gelu` at `x`, float32 of any shape."""
     return _normal_below(x) + x * (_NORMAL_AT_ZERO * jnp.exp(-0.5 * x * x))
 
 
@@ -64,7 +66,7 @@ def biased_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _biased(x: jax.Array, bias: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+    return x.astype(jnp.float32) + along(bias, x)
 
 
 def _biased_forward(x: jax.Array, bias: jax.Array) -> tuple:

@@ -80,13 +80,18 @@ def normalize_activate(
     return forward(x, scale, bias)[0]
 
 
-def forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple:
-    """Results of :func:`normalize_activate`, and what :func:`backward` needs."""
+def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of each channel, float32 ``[channels]``, of ``[..., channels]``."""
     axes = tuple(range(x.ndim - 1))
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide, axes)
     # One pass over the input instead of two; rounding must not make it negative.
-    variance = jnp.maximum(jnp.mean(jnp.square(wide), axes) - jnp.square(mean), 0.0)
+    return mean, jnp.maximum(jnp.mean(jnp.square(wide), axes) - jnp.square(mean), 0.0)
+
+
+def forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple:
+    """Results of :func:`normalize_activate`, and what :func:`backward` needs."""
+    mean, variance = moments(x)
     y = apply_statistics(x, mean, variance, scale, bias)
     return (y, mean, variance), (x, mean, variance, scale, bias)
 
@@ -162,10 +167,37 @@ def input_gradient(
     """
     slope, _ = affine(*statistics)
     inverse_std = jax.lax.rsqrt(statistics.variance + EPSILON)
-    per_deviation = slope * inverse_std * gradients.scale / count
     dy = _before_activation(x, statistics, d_activation)
-    # slope * (dy - d_bias / count) - (x - mean) * per_deviation
-    constant = statistics.mean * per_deviation - slope * gradients.bias / count
+    return through_statistics(x, dy, statistics.mean, slope, inverse_std, gradients, count)
+
+
+def through_statistics(
+    x: jax.Array,
+    dy: jax.Array,
+    mean: jax.Array,
+    slope: jax.Array,
+    inverse_std: jax.Array,
+    gradients: NormGradients,
+    count: int,
+) -> jax.Array:
+    """The gradient of what is normalised, through its mean and deviation too.
+
+    ``slope (dy - d_bias / count) - (x - mean) slope inverse_std d_scale / count``
+
+    Args:
+        x: ``[..., channels]``, the whole batch or a slice.
+        dy: float32, in the shape of `x`: the gradient of what BatchNorm gives.
+        mean: of the whole batch, float32 ``[channels]``, like `slope` and `inverse_std`.
+        slope: the scale over the deviation.
+        inverse_std: one over the deviation.
+        gradients: of scale and bias, of the whole batch.
+        count: elements a channel of the whole batch.
+
+    Returns:
+        In the shape and dtype of `x`.
+    """
+    per_deviation = slope * inverse_std * gradients.scale / count
+    constant = mean * per_deviation - slope * gradients.bias / count
     wide = x.astype(jnp.float32)
     dx = along(slope, x) * dy - wide * along(per_deviation, x) + along(constant, x)
     return dx.astype(x.dtype)

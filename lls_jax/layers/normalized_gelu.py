@@ -6,13 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.layers.gelu import gelu, gelu_slope
-from lls_jax.layers.normalization import along
+from lls_jax.layers.normalization import NormGradients, along, moments, through_statistics
 
 
 def apply_gelu(
     x: jax.Array, mean: jax.Array, variance: jax.Array, bias: jax.Array, epsilon: float
 ) -> jax.Array:
-    """Normalise with given statistics, then GELU; ``[..., channels]``, in the dtype of `x`."""
+    """Normalise with given statistics, then GELU, in the shape and dtype of `x`.
+
+    Args:
+        x: ``[..., channels]``.
+        mean: float32 ``[channels]``, like `variance` and `bias`.
+        variance: biased.
+        bias: added to what is normalised.
+        epsilon: added to the variance.
+    """
     return gelu(_normalized(x, mean, variance, bias, epsilon)).astype(x.dtype)
 
 
@@ -42,16 +50,16 @@ def normalize_gelu(
     Returns:
         ``(y, mean, variance)``: `y` in the shape and dtype of `x`; the batch's own statistics,
         float32 ``[channels]``.
+
+    References:
+        Ioffe, Szegedy, https://arxiv.org/abs/1502.03167; Hendrycks, Gimpel,
+        https://arxiv.org/abs/1606.08415.
     """
     return _forward(x, bias, epsilon)[0]
 
 
 def _forward(x: jax.Array, bias: jax.Array, epsilon: float) -> tuple:
-    axes = tuple(range(x.ndim - 1))
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(wide, axes)
-    # One pass over the input instead of two; rounding must not make it negative.
-    variance = jnp.maximum(jnp.mean(jnp.square(wide), axes) - jnp.square(mean), 0.0)
+    mean, variance = moments(x)
     y = apply_gelu(x, mean, variance, bias, epsilon)
     return (y, mean, variance), (x, mean, variance, bias)
 
@@ -63,15 +71,13 @@ def _backward(epsilon: float, residuals: tuple, cotangents: tuple) -> tuple:
     slope = gelu_slope(_normalized(x, mean, variance, bias, epsilon))
     # Written to memory once, where each of three passes would find erf and exp again.
     dz = jax.lax.optimization_barrier((cotangents[0].astype(jnp.float32) * slope).astype(x.dtype))
-    wide_dz, wide = dz.astype(jnp.float32), x.astype(jnp.float32)
-    d_bias = jnp.sum(wide_dz, axes)
-    # Of dz and the normalised input, without writing x - mean to memory.
-    product = (jnp.sum(wide_dz * wide, axes) - mean * d_bias) * inverse_std
-    # inverse_std * (dz - d_bias / count - (x - mean) * inverse_std * product / count)
-    per_deviation = inverse_std * inverse_std * product / count
-    constant = mean * per_deviation - inverse_std * d_bias / count
-    dx = along(inverse_std, x) * wide_dz - along(per_deviation, x) * wide + along(constant, x)
-    return dx.astype(x.dtype), d_bias
+    wide = dz.astype(jnp.float32)
+    d_bias = jnp.sum(wide, axes)
+    # That of a scale, if there were one; without writing x - mean to memory.
+    d_scale = (jnp.sum(wide * x.astype(jnp.float32), axes) - mean * d_bias) * inverse_std
+    gradients = NormGradients(d_scale, d_bias)
+    dx = through_statistics(x, wide, mean, inverse_std, inverse_std, gradients, count)
+    return dx, d_bias
 
 
 normalize_gelu.defvjp(_forward, _backward)
