@@ -10,9 +10,9 @@ import json
 
 from simple_parsing import field, flag
 
+from experiments import reaches
 from experiments.command_line import parse, run
 from experiments.config import TrainConfig
-from experiments.config_checks import check_reaches
 from lls_jax.errors import UserError
 
 _RULES = (
@@ -31,9 +31,9 @@ class AccountingConfig:
     """Data set, for the size of its images and the number of classes."""
     rules: list[str] = field(default_factory=lambda: list(_RULES))
     """Rules to count; bp and local_classifier are added for the ratios."""
-    reach: list[int] = field(default_factory=lambda: [1])
-    """Blocks that a local loss teaches, its own and those below it, like 1 2: each rule with local
-    losses is counted with each."""
+    reach: list[reaches.Reach] = field(default_factory=lambda: [1], type=reaches.parse, nargs="*")
+    """Blocks that a local loss teaches, its own and those below it, like 1 2, or 1,2,2,1,1 as of a
+    training run: each rule with local losses is counted with each."""
     data_dir: str | None = None
     """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
     json: bool = flag(default=False, negative_prefix="--no-")
@@ -41,7 +41,7 @@ class AccountingConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming option and value, for what cannot be."""
-        check_reaches(self.reach)
+        reaches.check(self.reach)
 
 
 def accounting(config: AccountingConfig) -> int:
@@ -60,10 +60,11 @@ def accounting(config: AccountingConfig) -> int:
             )
         )
         # What is compared to is counted with a reach of 1 in any case.
-        reaches = [*dict.fromkeys([*config.reach, *([1] if name == "local_classifier" else [])])]
-        for reach in reaches if has_local_losses(task.rule) else [1]:
+        own = [*dict.fromkeys([*config.reach, *([1] if name == "local_classifier" else [])])]
+        for reach in own if has_local_losses(task.rule) else [1]:
+            taught, shape = reaches.of_losses(reach), task.spec.input_shape
             try:
-                accounts[name, reach] = account(task.model, task.rule, task.spec.input_shape, reach)
+                accounts[name, reach] = account(task.model, task.rule, shape, taught)
             except ValueError as error:
                 raise UserError(str(error)) from error
     bp, classifier = accounts["bp", 1], accounts["local_classifier", 1]

@@ -12,14 +12,15 @@ from typing import Any
 
 from simple_parsing import field
 
-from experiments import startup
+from experiments import reaches, startup
 from experiments.command_line import parse, run
-from experiments.config_checks import check_reaches, check_seeds
+from experiments.config_checks import check_seeds
 from experiments.config_choices import KERNELS, PRECISIONS, option
 
 SUITES = ("training", "epochs", "kernels", "pipeline")
 # Options of some suites, which the others have no use for.
 _OF_SUITES = {
+    "width": ("training", "epochs"),
     "precisions": ("training", "epochs"),
     "kernels": ("training", "epochs"),
     "reach": ("training", "epochs", "pipeline"),
@@ -62,14 +63,18 @@ class BenchmarkConfig:
     """Networks [default: small_conv; all that kernels are for with --suite kernels]."""
     batch_sizes: list[int] = field(default_factory=list)
     """Images a step [default: 128; 64 128 with --suite epochs; 128 1024 with --suite kernels]."""
+    width: float = 1.0
+    """Of --suite training and epochs: factor of the networks' published widths."""
     precisions: list[str] = field(default_factory=list)
-    """Of --suite training and epochs: float32, bfloat16 [default: float32]."""
+    """Of --suite training and epochs: float32, bfloat16, or both, which race each other [default:
+    float32]."""
     kernels: str = "auto"
     """Of --suite training and epochs, what computes the local losses: auto, xla, split, pallas,
     triton."""
-    reach: list[int] = field(default_factory=lambda: [1])
+    reach: list[reaches.Reach] = field(default_factory=lambda: [1], type=reaches.parse, nargs="*")
     """Of --suite training, epochs and pipeline: blocks that a local loss teaches, its own and those
-    below it, like 1 2; each rule with local losses is measured with each."""
+    below it, like 1 2, or 1,2,2,1,1 as of a training run; each rule with local losses is measured
+    with each."""
     remat: int | None = None
     """Of --suite training, epochs and pipeline: as of a training run; of local rules."""
     slice: int | None = None
@@ -120,7 +125,7 @@ class BenchmarkConfig:
                 raise ValueError(
                     f"{option(name)} is {unknown[0]!r}; expected one of {', '.join(known)}."
                 )
-        check_reaches(self.reach)
+        reaches.check(self.reach)
         check_seeds("--seed", [self.seed])
         self._check_against()
 
@@ -149,10 +154,9 @@ class BenchmarkConfig:
         given: tuple[tuple[str, list[Any], tuple[Any, ...]], ...] = (
             ("rules", self.rules, _TORCH_RULES),
             ("reach", self.reach, (1,)),
-            ("precisions", self.precisions, ("float32",)),
         )
         for name, values, known in given:
-            if unknown := sorted(set(values) - set(known)):
+            if unknown := sorted(set(values) - set(known), key=str):
                 raise ValueError(
                     f"{option(name)} {unknown[0]} does not go with --against {self.against}, "
                     f"which races {', '.join(map(str, known))}."

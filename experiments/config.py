@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Iterable
 
-from simple_parsing import flag
+from simple_parsing import field, flag
 
+from experiments import reaches
 from experiments.config_checks import check_values
 
 # Of what a run folder's config means. 2: schedule_free_adamw is the published optimizer, and not
@@ -36,9 +37,10 @@ class TrainConfig:
     groups: str | None = None
     """Blocks that share one local loss, like 2,2; with the classifier in the last one if they add
     up to one more than there are blocks [default: each block by itself]."""
-    reach: int = 1
+    reach: reaches.Reach = field(default=1, type=reaches.parse)
     """Blocks that a local loss teaches: its own and N - 1 below it; the classifier counts as the
-    block after the last. A local rule only."""
+    block after the last; or one number for the loss of each block and at last the classifier's,
+    like 1,2,2,1,1. A local rule only."""
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 128
@@ -185,7 +187,7 @@ class TrainConfig:
         """The folder of this run."""
         name = f"{self.dataset}-{self.model}-{self.rule}-s{self.seed}"
         # Options that one tries out beside the default; runs of both have room.
-        name += f"-reach{self.reach}" if self.reach > 1 else ""
+        name += f"-reach{self.reach}" if self.reach != 1 else ""
         name += f"-{self.optimizer}" if self.optimizer != TrainConfig.optimizer else ""
         return self.workdir or f"runs/{folder_name(name)}"
 

@@ -9,6 +9,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments import reaches
 from experiments.config_choices import (
     AVERAGING,
     KERNELS,
@@ -29,7 +30,7 @@ _LEAST: dict[int, tuple[str, ...]] = {
         "weight_decay",
     ),
     1: (
-        *("reach", "epochs", "batch_size", "eval_batch_size", "train_examples", "eval_examples"),
+        *("epochs", "batch_size", "eval_batch_size", "train_examples", "eval_examples"),
         *("validation_examples", "measure_every", "patience", "auxiliary_depth", "pipeline"),
         *("data_parallel", "num_processes", "profile"),
     ),
@@ -83,12 +84,6 @@ def check_checkpoint(wanted: str) -> None:
         raise ValueError(f"--checkpoint is {wanted!r}; expected best, last or a step.")
 
 
-def check_reaches(reaches: Sequence[int]) -> None:
-    """Raise ValueError unless there are reaches to compare, each a number of blocks."""
-    if not reaches or min(reaches) < 1:
-        raise ValueError(f"--reach is {reaches}; expected one or more, each at least 1.")
-
-
 def _check_ranges(values: Mapping[str, Any]) -> None:
     for smallest, names in _LEAST.items():
         for name in names:
@@ -96,6 +91,7 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             if value is not None and value < smallest:
                 raise ValueError(f"{option(name)} is {value}; it must be at least {smallest}.")
     check_seeds("--seed", [values["seed"]])
+    reaches.of_losses(values["reach"])
     for name in _POSITIVE:
         value = values[name]
         if value is not None and not 0 < value < float("inf"):

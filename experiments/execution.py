@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.config import TrainConfig
+from experiments.reaches import of_losses
 from lls_jax import data, placement, training
 from lls_jax.errors import UserError
 from lls_jax.models import Network
@@ -30,7 +31,7 @@ def pipeline_options(config: TrainConfig) -> dict[str, Any]:
     """What :func:`lls_jax.placement.pipeline` and the measurements for it are told."""
     return {
         "remat_above": bytes_above(config.remat),
-        "reach": config.reach,
+        "reach": of_losses(config.reach),
         "slice_above": slice_above(config),
     }
 
@@ -66,7 +67,7 @@ def make(
                 raise ValueError(
                     f"--batch-size is {config.batch_size}, which {wanted} devices do not divide."
                 )
-            return placement.data_parallel(model, rule, tx, devices, config.reach)
+            return placement.data_parallel(model, rule, tx, devices, of_losses(config.reach))
         sizes = config.stage_sizes() or _balanced(config, spec, model, rule, tx)
         print(f"stages of {', '.join(map(str, sizes))} units", flush=True)
         return placement.pipeline(model, rule, tx, devices, sizes, **pipeline_options(config))

@@ -15,14 +15,14 @@ from experiments.config_choices import option
 _IN_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def _kind(annotation: Any) -> type:
-    """The type of a field's value, where there is one: ``int`` of ``int | None``."""
+def _kinds(annotation: Any) -> tuple[type, ...]:
+    """The types that a field's value may have, where there is one: ``int`` of ``int | None``."""
     if isinstance(annotation, types.UnionType):
-        (annotation,) = (one for one in typing.get_args(annotation) if one is not type(None))
-    return annotation
+        return tuple(one for one in typing.get_args(annotation) if one is not type(None))
+    return (annotation,)
 
 
-KINDS = {field.name: _kind(field.type) for field in dataclasses.fields(TrainConfig)}
+KINDS = {field.name: _kinds(field.type) for field in dataclasses.fields(TrainConfig)}
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -52,11 +52,12 @@ def read(path: pathlib.Path) -> dict[str, Any]:
             )
         if name in values:
             raise ValueError(f"--config {path} has {option(name)} twice; leave one out.")
-        kind = KINDS[name]
+        kinds = KINDS[name]
         # TOML's 1 is a number too; its true is none, though Python's is.
-        fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"--config {path} has {key} = {value!r}; expected {_IN_WORDS[kind]}.")
+        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join(_IN_WORDS[kind] for kind in kinds)
+            raise ValueError(f"--config {path} has {key} = {value!r}; expected {expected}.")
         values[name] = value
     return values
 

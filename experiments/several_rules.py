@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from experiments.config import TrainConfig
 from experiments.config_choices import OF_CUTS, OF_LOCAL_LOSSES, OF_RULES, option
+from experiments.reaches import Reach
 from experiments.setup import as_user_error, sketch_task, useful_options, why_uncut
 from lls_jax import rules
 from lls_jax.errors import UserError
@@ -41,7 +42,7 @@ def without_useless(config: TrainConfig) -> TrainConfig:
 
 
 def of_rules(
-    config: TrainConfig, names: Iterable[str], reaches: Iterable[int]
+    config: TrainConfig, names: Iterable[str], reaches: Iterable[Reach]
 ) -> list[TrainConfig]:
     """Each rule with each reach, each once: without local losses there is one of 1 alone.
 

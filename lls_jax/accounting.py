@@ -35,7 +35,7 @@ from lls_jax.rules import (
 )
 from lls_jax.rules.auglocal import copy_stride
 from lls_jax.rules.infopro import classifier_stride
-from lls_jax.steps.reach_schedule import brings_own_loss, check_reach, schedule
+from lls_jax.steps.reach_schedule import Reach, brings_own_loss, check_reach, schedule
 from pallas_kernels.local_loss import latent_dim
 
 Shape = tuple[int, ...]
@@ -189,12 +189,12 @@ def _size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _from_above(blocks: list[BlockCost], reach: int) -> list[int]:
+def _from_above(blocks: list[BlockCost], reach: Reach) -> list[int]:
     """MACs of the gradients that come to each unit's activation from the losses above it.
 
     Args:
         blocks: the units, the classifier at last.
-        reach: how many of them a loss teaches.
+        reach: how many of them a loss teaches, or each loss.
     """
     passes = [move for move in schedule(len(blocks), reach) if move.kind == "pass"]
     macs = [0] * len(blocks)
@@ -207,7 +207,24 @@ def _from_above(blocks: list[BlockCost], reach: int) -> list[int]:
     return macs
 
 
-def account(model: Network, rule: Rule, image_shape: Shape, reach: int = 1) -> Account:
+def _peak(sizes: list[int], reach: Reach) -> int:
+    """The most that units which have run, and have still to learn, keep at once.
+
+    Args:
+        sizes: what each keeps, the classifier at last.
+        reach: how many of them a loss teaches, or each loss.
+    """
+    kept, peak = 0, 0
+    for move in schedule(len(sizes), reach):
+        if move.kind == "run":
+            kept += sizes[move.unit]
+            peak = max(peak, kept)
+        elif move.kind == "update":
+            kept -= sizes[move.unit]
+    return peak
+
+
+def account(model: Network, rule: Rule, image_shape: Shape, reach: Reach = 1) -> Account:
     """Count what training an image costs.
 
     Args:
@@ -218,7 +235,7 @@ def account(model: Network, rule: Rule, image_shape: Shape, reach: int = 1) -> A
 
     Raises:
         ValueError: a block or a rule whose operations are not known here; or `reach` is no number
-            of blocks, or the rule has no losses that could reach.
+            of blocks, or not one a loss, or the rule has no losses that could reach.
 
     >>> from lls_jax import models, rules
     >>> vgg8 = models.make("vgg8", num_classes=10)
@@ -226,7 +243,7 @@ def account(model: Network, rule: Rule, image_shape: Shape, reach: int = 1) -> A
     >>> counts.blocks[0].forward, counts.blocks[0].signal
     (3538944, 40960)
     """
-    check_reach(rule, reach)
+    reach = check_reach(model, rule, reach)
     params, _ = jax.eval_shape(
         lambda key: model.init(rule, key, jnp.zeros((1, *image_shape))), jax.random.key(0)
     )
@@ -273,16 +290,13 @@ def account(model: Network, rule: Rule, image_shape: Shape, reach: int = 1) -> A
     size = _size(params["classifier"])
     costs.append(Cost("classifier", size, 0, counts.forward, counts.gradient, 0, 4 * x.shape[-1]))
     sizes = [cost.activation_bytes for cost in costs]
-    window = len(costs)
-    if has_local_losses(rule):
-        window = min(reach, window)
-    elif isinstance(rule, DirectFeedback) and rule.signal != "error":
-        window = 1
-    # Backpropagation's is the gradient to the next block's input.
-    way_down = window if isinstance(rule, Backpropagation) else reach
+    # Until when a unit keeps what its update needs; and for backpropagation, how far gradients go.
+    waits: Reach = reach
+    if not has_local_losses(rule):
+        waits = 1 if isinstance(rule, DirectFeedback) and rule.signal != "error" else len(costs)
+    way_down = waits if isinstance(rule, Backpropagation) else reach
     costs = [
         cost._replace(signal=cost.signal + above)
         for cost, above in zip(costs, _from_above(blocks, way_down))
     ]
-    peak = max(sum(sizes[i : i + window]) for i in range(len(sizes) - window + 1))
-    return Account(rule.name, tuple(costs), peak)
+    return Account(rule.name, tuple(costs), _peak(sizes, waits))

@@ -5,6 +5,7 @@
 
 from lls_jax.steps.block import BlockOutput, BlockState, classifier_loss, local_update, start_block
 from lls_jax.steps.make import make_train_step, predict
+from lls_jax.steps.reach_schedule import Reach
 from lls_jax.steps.state import (
     Batch,
     Metrics,
@@ -23,6 +24,7 @@ __all__ = [
     "BlockState",
     "Metrics",
     "Optimizer",
+    "Reach",
     "TrainState",
     "TrainStep",
     "classifier_loss",

@@ -39,8 +39,8 @@ def program(folder, text):
     return [sys.executable, str(path)]
 
 
-def described(rule="lls_mxm", model="small_conv"):
-    config = TrainConfig(rule=rule, model=model, batch_size=4)
+def described(rule="lls_mxm", model="small_conv", precision="float32"):
+    config = TrainConfig(rule=rule, model=model, batch_size=4, precision=precision)
     return against_torch.describe(suites_training.make_benchmark_task(config), config, 0)
 
 
@@ -113,7 +113,6 @@ def test_without_pytorch_one_line_says_what_to_install(tmp_path, monkeypatch):
         ({"against": "jax"}, "--against is 'jax'; expected one of torch"),
         ({"against": "torch", "suite": "epochs"}, "--against is of --suite training, not epochs"),
         ({"against": "torch", "rules": ["dfa"]}, "--rules dfa does not go with --against torch"),
-        ({"against": "torch", "precisions": ["bfloat16"]}, "--precisions bfloat16 does not go"),
         ({"torch_python": "python"}, "--torch-python is of --against torch"),
         ({"suite": "pipeline", "precisions": ["bfloat16"]}, "--precisions is of --suite training"),
     ],
@@ -176,10 +175,17 @@ def test_the_loss_is_the_librarys():
     assert found.item() == pytest.approx(float(expected), abs=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["lls", "lls_m", "lls_mxm", "bp"])
-def test_the_pytorch_loop_learns(rule):
+@pytest.mark.parametrize(
+    ("rule", "precision"),
+    [
+        *((rule, "float32") for rule in ("lls", "lls_m", "lls_mxm", "bp")),
+        ("lls_mxm", "bfloat16"),
+        ("bp", "bfloat16"),
+    ],
+)
+def test_the_pytorch_loop_learns(rule, precision):
     torch = pytest.importorskip("torch")
-    description = described(rule)
+    description = described(rule, precision=precision)
     answers = io.StringIO()
     lines = io.StringIO(json.dumps(description) + "\n2\n")
     torch_loop.serve(lines, answers)
@@ -191,6 +197,11 @@ def test_the_pytorch_loop_learns(rule):
     loop.step()
     changed = [not torch.equal(old, new) for old, new in zip(before, loop.blocks[0].parameters())]
     assert all(changed)
+    assert {parameter.dtype for parameter in loop.blocks[0].parameters()} == {torch.float32}
+    computed = []
+    loop.blocks[0].layers[0].register_forward_hook(lambda *call: computed.append(call[2].dtype))
+    loop.step()
+    assert computed == [getattr(torch, precision)]
     assert loop.losses.shape == ((1,) if rule == "bp" else (5,))
 
 

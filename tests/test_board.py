@@ -231,11 +231,13 @@ def test_what_is_not_given_is_as_the_board_has_it_and_another_recipe_is_refused(
     # Commands make these rows and no others, though they are no product.
     ragged = extend(made, models=["vgg8"], rules=["lls"], reach=[1])
     ragged = extend(ragged, models=["vgg8"], rules=["bp"])
+    ragged = extend(ragged, models=["small_conv"], rules=["lls"], reach=["1,2,1,1,1"])
+    assert ragged.rows[-1].name == "small_conv-lls-r1+2+1+1+1-2epochs"
     again = None
     for command in content.commands(ragged, str(tmp_path)):
         arguments = shlex.split(command.removeprefix("python -m experiments.board"))
         again = content.extend(parse(BoardConfig, "board", "", arguments), again)
-    assert set(again.rows) == set(ragged.rows) and len(ragged.rows) == 5
+    assert set(again.rows) == set(ragged.rows) and len(ragged.rows) == 6
     for options, message in (
         ({"dataset": "digits"}, "a board of cifar10, not of digits"),
         ({"options": "--batch-size 32"}, "--batch-size 64 there, 32 here"),

@@ -598,6 +598,50 @@ def test_benchmark_reports_every_rule(tmp_path, capsys, few_steps):
     assert "| small_models:two_blocks | lls | 2 | 4 |" in capsys.readouterr().out
 
 
+def test_a_race_of_precisions_compares_each_with_its_like(monkeypatch):
+    step_seconds = {
+        ("lls", 1, "float32"): 6.0, ("lls", 2, "float32"): 8.0, ("bp", 1, "float32"): 12.0,
+        ("lls", 1, "bfloat16"): 2.0, ("lls", 2, "bfloat16"): 5.0, ("bp", 1, "bfloat16"): 3.0,
+    }  # fmt: skip
+
+    class Timed:
+        compile_seconds, is_local = 0.0, True
+
+        def __init__(self, entrant, seed, make):
+            self.entrant, self.times = entrant, []
+            config = entrant.config
+            self.key = config.rule, config.reach, config.precision
+            assert config.width == 0.5
+            self.temporary_bytes = self.peak_bytes = len(step_seconds)
+
+        def advance(self, steps, *, keep):
+            self.times += [step_seconds[self.key]] * (steps * keep)
+
+    monkeypatch.setattr(suites_training, "Contestant", Timed)
+    monkeypatch.setattr(
+        suites_training, "with_baselines", lambda one: [suites_training.Entrant(one)]
+    )
+    config = benchmark.BenchmarkConfig(
+        rules=["lls"], reach=[1, 2], precisions=["float32", "bfloat16"], width=0.5
+    )
+    (group,) = suites_training._groups(config)
+    rows = suites_training.race(group, 1, 0)
+    found = {
+        (row["rule"], row["reach"], row["precision"]): (
+            row["speed_over_bp"], row["speed_over_float32"],
+        )
+        for row in rows
+    }  # fmt: skip
+    assert found == {
+        ("lls", 1, "float32"): (2.0, 1.0), ("lls", 2, "float32"): (1.5, 1.0),
+        ("bp", 1, "float32"): (1.0, 1.0), ("lls", 1, "bfloat16"): (1.5, 3.0),
+        ("lls", 2, "bfloat16"): (0.6, 1.6), ("bp", 1, "bfloat16"): (1.0, 4.0),
+    }  # fmt: skip
+    assert "over float32" in suites_training._text(config, rows)
+    alone = [row for row in rows if row["precision"] == "float32"]
+    assert "over float32" not in suites_training._text(config, alone)
+
+
 def test_benchmark_takes_the_peak_of_an_allocator_that_counts(monkeypatch):
     entrant = suites_training.Entrant(TrainConfig(rule="bp", batch_size=4))
     assert suites_training.allocator_peak(entrant, 0) is None
@@ -944,7 +988,9 @@ def run_import():
         (run_benchmark, "--precisions float16", ["'float16'", "bfloat16"]),
         (run_benchmark, "--suite epochs --epochs 1", ["--epochs is 1", "at least 2"]),
         (run_benchmark, "--batch-sizes 0", ["--batch-sizes is 0"]),
-        (run_benchmark, "--reach 2 0", ["--reach is [2, 0]", "at least 1"]),
+        (run_benchmark, "--reach 2 0", ["--reach is 0", "at least 1"]),
+        (run_benchmark, "--reach", ["--reach is empty"]),
+        (run_benchmark, "--reach 2 1,2", ["`reach` has 2 numbers, 1, 2; expected 5"]),
         (run_benchmark, "--suite kernels --reach 2", ["training, epochs, pipeline, not kernels"]),
         (run_benchmark, "--against torch --reach 2", ["--reach 2 does not go", "races 1"]),
         (run_digits, "--loop while", ["'while'", "auto, dispatch, scan"]),
@@ -954,6 +1000,8 @@ def run_import():
         (run_digits, "--pipeline 1 --rule bp", ["'bp' has no local losses"]),
         (run_digits, "--data-parallel 2 --remat 4", ["--remat 4 does not go"]),
         (run_digits, "--reach 0", ["--reach is 0", "at least 1"]),
+        (run_digits, "--reach 1,two", ["--reach is 1,two", "like 1,2,1,2"]),
+        (run_digits, "--reach 1,2,1", ["`reach` has 3 numbers", "4 blocks and the classifier"]),
         (run_digits, "--reach 2 --rule bp", ["`reach` is 2, but rule 'bp' has no local losses"]),
         (run_digits, "--measure norm", ["--measure has 'norm'", "alignment, norms, probes, heads"]),
         (run_digits, "--measure-every 2", ["--measure-every 2 is given without --measure"]),

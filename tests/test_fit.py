@@ -418,6 +418,15 @@ def test_numbers_may_be_those_of_numpy(tmp_path):
     assert_equal(numpy.state, fit(MODEL, RULE, TX, train=blobs(60), **counts).state)
 
 
+def test_a_run_whose_losses_reach_differently_goes_on(tmp_path):
+    options = {"train": blobs(60), "batch_size": 15, "workdir": tmp_path}
+    fit(MODEL, RULE, TX, epochs=1, reach=(1, 2, 1), **options)
+    whole = fit(MODEL, RULE, TX, epochs=2, reach=[1, 2, 1], **options)
+    assert whole.records[0]["epoch"] == 1 and int(whole.state.step) == 8
+    with pytest.raises(UserError, match="reach \\[1, 2, 1\\] there, 2 here"):
+        fit(MODEL, RULE, TX, epochs=2, reach=2, **options)
+
+
 def test_a_folder_knows_the_size_of_batches_that_others_make(tmp_path):
     options = {"epochs": 1, "workdir": tmp_path}
     fit(MODEL, RULE, TX, train=batches_of(blobs(30), 15), **options)

@@ -245,6 +245,7 @@ def test_a_function_gets_what_it_asks_for():
         ("--config {tmp}/unknown.toml", ["'bach-size'", "the nearest is 'batch-size'"]),
         ("--config {tmp}/type.toml", ["epochs = 'many'", "a whole number"]),
         ("--config {tmp}/truth.toml", ["epochs = True", "a whole number"]),
+        ("--config {tmp}/both.toml", ["reach = True", "a whole number or text"]),
         ("--config {tmp}/twice.toml", ["--batch-size twice"]),
         ("--config {tmp}/broken.toml", ["broken.toml is no TOML"]),
         ("--set-from {tmp}", ["{tmp} holds no run"]),
@@ -254,6 +255,7 @@ def test_a_function_gets_what_it_asks_for():
 def test_a_mistake_is_one_clear_line(tmp_path, monkeypatch, capsys, arguments, parts):
     for name, text in {
         "unknown": "bach-size = 3", "type": 'epochs = "many"', "truth": "epochs = true",
+        "both": "reach = true",
         "twice": "batch-size = 1\nbatch_size = 2", "broken": "epochs =",
     }.items():  # fmt: skip
         (tmp_path / f"{name}.toml").write_text(text)
@@ -311,11 +313,14 @@ def test_a_longer_run_is_another_where_its_updates_depend_on_its_length(tmp_path
 def test_the_nearer_stands_before_the_farther(tmp_path):
     """Data set's defaults < preset < file < command line; and of a run, run < file < line."""
     file = tmp_path / "options.toml"
-    file.write_text('preset = "airbench"\nepochs = 5\nmomentum = 0\ndata-dir = "~/data"\n')
+    file.write_text(
+        'preset = "airbench"\nepochs = 5\nmomentum = 0\nreach = "1,2,1,2"\ndata-dir = "~/data"\n'
+    )
     config = command_line.parse_training(
         "digits", "", ["--config", str(file), "--epochs", "7", "--seed", "1"]
     )
     assert (config.epochs, config.momentum, config.model) == (7, 0.0, "airbench")
+    assert config.reach == "1,2,1,2"
     # No shell sees a file, or what stands behind `=`.
     assert config.data_dir == os.path.expanduser("~/data")
     typed = parse("python -m experiments.digits --workdir=~/run")

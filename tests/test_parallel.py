@@ -162,6 +162,9 @@ def test_stages_are_balanced(seconds, stages, sizes):
         (2, (1, 1, 6), 0),
         (2, (1, 1, 1), 1),
         (3, (1, 1, 1, 1), 2),
+        # The second loss alone goes down: to another stage, within one.
+        ((1, 2, 1), (1, 1, 1), 1),
+        ((1, 2, 1), (2, 1), 0),
     ],
 )
 def test_a_stage_waits_for_gradients_only_with_nothing_else_to_do(reach, sizes, waiting):
@@ -194,6 +197,7 @@ def test_wrong_stages_are_refused():
         (8192, 1, [(1, 2, 2)]),
         # A gradient goes down through a stage of one unit, and to a stage further down.
         (None, 3, [(2, 1, 2)]),
+        (None, (1, 2, 1, 3, 1), [(2, 1, 2)]),
     ],
 )
 def test_a_pipeline_is_bit_identical_to_its_units_on_one_device(remat_above, reach, cuts):

@@ -12,7 +12,7 @@ import pytest
 from lls_jax import models, placement, rules, training
 from lls_jax.blocks import ConvBlock, DenseBlock, DepthwiseSeparableBlock, apply_module
 from lls_jax.models import BlockSpec, Network
-from lls_jax.steps import slice_plan
+from lls_jax.steps import reach_schedule, slice_plan
 
 CLASSES = 5
 # Plain gradient descent: the new parameters show the gradients.
@@ -108,7 +108,8 @@ def expected_params(model, rule, state, batch, reach):
     def gradient(names, first):
         def total(own):
             params = {**state.params, **own}
-            losses = range(first, min(first + reach, count))
+            reaches = [reach] * count if isinstance(reach, int) else reach
+            losses = [i for i in range(first, count) if i - reaches[i] < first]
             return sum(loss_of(i, first, model, rule, state, batch, params) for i in losses)
 
         return jax.jit(jax.grad(total))({name: state.params[name] for name in names})
@@ -132,8 +133,12 @@ def assert_close(ours, theirs, tolerance=2e-4):
         np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=0, err_msg=str(path))
 
 
+# The fourth goes as far down as the second, the fifth as the third; the last teaches no block.
+OF_EACH = (1, 2, 2, 4, 3, 1)
+
+
 @pytest.mark.parametrize(
-    "reach", [2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 3, 9))]
+    "reach", [2, OF_EACH, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 3, 9))]
 )
 def test_a_block_learns_from_the_losses_that_reach_it(reach):
     model, rule, batch = mixed(dropout=0.3), make_rule(*MIXED_RULES), make_batch()
@@ -146,13 +151,14 @@ def test_a_block_learns_from_the_losses_that_reach_it(reach):
     assert_close(new.batch_stats, one.batch_stats)
 
 
-def test_classifier_and_last_group_reach_down_as_one():
+@pytest.mark.parametrize("reach", [2, (1, 2, 1)])
+def test_classifier_and_last_group_reach_down_as_one(reach):
     model, rule = mixed().grouped((2, 1, 3)), make_rule("lls_mxm", "decoupled", "lls_random")
     batch = make_batch()
     # An optimizer with a state for what it trains, and for nothing else.
     state = start(model, rule, batch, optax.sgd(0.1, momentum=0.0))
-    new, metrics = train(model, rule, batch, optax.sgd(0.1, momentum=0.0), state, reach=2)
-    assert_close(new.params, expected_params(model, rule, state, batch, 2))
+    new, metrics = train(model, rule, batch, optax.sgd(0.1, momentum=0.0), state, reach=reach)
+    assert_close(new.params, expected_params(model, rule, state, batch, reach))
     assert metrics["layer_loss"].shape == (2,)
 
 
@@ -276,6 +282,10 @@ def test_slices_take_less_memory_than_the_whole_batch():
     [
         ("lls", 0, "`reach` is 0"),
         ("lls", 1.5, "`reach` is 1.5"),
+        ("lls", "2", "`reach` is '2'"),
+        ("lls", (1, 2, 0, 1, 1, 1), "`reach` is 0"),
+        ("lls", (1, 2), "`reach` has 2 numbers, 1, 2; expected 6, one for .* 5 blocks and the cl"),
+        ("bp", OF_EACH, "has no local losses"),
         *((name, 2, "has no local losses") for name in ("bp", "dfa", "drtp")),
     ],
 )
@@ -297,3 +307,41 @@ def test_slices_are_of_outputs_that_are_kept():
         ):
             with pytest.raises(ValueError, match=f"`{name}` is 0; it must be a number of bytes"):
                 make({name: 0})
+
+
+def units_after(moves):
+    """What is kept at once, and which unit each gradient comes to, if moves are as they should."""
+    kept, most, arrived = set(), 0, {}
+    for move in moves:
+        if move.kind == "run":
+            kept.add(move.unit)
+        assert move.unit in kept, "of what has not run, or is gone"
+        if move.kind == "pass":
+            arrived.setdefault(move.unit - 1, set()).add(move.loss)
+        most = max(most, len(kept))
+        if move.kind == "update":
+            kept.remove(move.unit)
+    assert not kept, "did not learn"
+    return most, arrived
+
+
+def test_a_schedule_teaches_each_unit_once_and_keeps_no_more_than_it_must():
+    seed = np.random.SeedSequence().entropy % 2**32
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    for _ in range(200):
+        units = int(rng.integers(1, 8))
+        reach = tuple(int(own) for own in rng.integers(1, units + 2, units))
+        most, arrived = units_after(reach_schedule.schedule(units, reach))
+        lowest = [max(loss - own + 1, 0) for loss, own in enumerate(reach)]
+        last = [max(i for i in range(unit, units) if lowest[i] <= unit) for unit in range(units)]
+        waiting = [sum(unit <= now <= last[unit] for unit in range(units)) for now in range(units)]
+        assert most == max(waiting), reach
+        for unit in range(units):
+            # By way of the highest loss of those that stop at the same unit.
+            above = {
+                max(i for i in range(units) if lowest[i] == lowest[one])
+                for one in range(unit + 1, units)
+                if lowest[one] <= unit
+            }
+            assert arrived.get(unit, set()) == above, reach

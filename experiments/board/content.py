@@ -16,6 +16,7 @@ from experiments.config import TrainConfig
 from experiments.config_choices import BASELINES, OF_CUTS, OF_RULES, option
 from experiments.option_files import to_arguments
 from experiments.presets import default_config
+from experiments.reaches import Reach
 from experiments.run_config import NOT_COMPARED, from_dict
 from lls_jax.errors import UserError
 
@@ -31,7 +32,7 @@ _NEVER = (
 # Options that change no training, but columns of the board.
 _SHOWN = ("remat", "slice", "test_views")
 
-Key = tuple[str, str, int]
+Key = tuple[str, str, Reach]
 
 
 class Board(NamedTuple):
@@ -182,7 +183,7 @@ def _unique(rows: list[Row]) -> tuple[Row, ...]:
     return tuple(dict.fromkeys(rows))
 
 
-def _reaches(board: Board) -> list[int]:
+def _reaches(board: Board) -> list[Reach]:
     """Of those that could have any."""
     return [row.reach for row in board.rows if _could_reach(board.recipe, row)] or [1]
 
@@ -221,7 +222,7 @@ def _check_same(config: BoardConfig, stored: Board) -> None:
 
 def _alike(board: Board) -> dict[tuple[Any, ...], tuple[list[str], list[str]]]:
     """By budget and reaches, models and rules of which all pairs are rows of the board."""
-    reaches: dict[tuple[Any, ...], list[int]] = {}
+    reaches: dict[tuple[Any, ...], list[Reach]] = {}
     for row in board.rows:
         has_reach = row.trained_rule not in BASELINES
         cell = row.budget, row.amount, has_reach, row.rule, row.model

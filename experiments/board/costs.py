@@ -5,6 +5,7 @@ from typing import NamedTuple
 from experiments.board.config import CHECKPOINTED
 from experiments.board.rows import Row
 from experiments.parameters import count_parameters
+from experiments.reaches import of_losses
 from experiments.setup import Task
 from lls_jax.accounting import Account, account
 from lls_jax.rules import Backpropagation
@@ -33,7 +34,7 @@ def count(task: Task, row: Row) -> Costs:
     extra = sum(block.rule for block in count_parameters(task))
     shape, whole = task.spec.input_shape, Backpropagation(task.spec.num_classes)
     try:
-        ours = account(task.model, task.rule, shape, row.reach)
+        ours = account(task.model, task.rule, shape, of_losses(row.reach))
         bp = account(task.model, whole, shape)
     except ValueError:
         return Costs(extra, None)

@@ -32,7 +32,7 @@ def draw(summary: Sequence[dict[str, Any]], title: str, path: pathlib.Path) -> N
     if not groups:
         return
     rules = list(dict.fromkeys(entry["rule"] for entry in summary))
-    reaches = sorted({entry["reach"] for entry in summary})
+    reaches = sorted({entry["reach"] for entry in summary}, key=str)
     figure = plots.new_figure(12, 4.2 * len(groups) + 0.4)
     figure.suptitle(title)
     grid = figure.subplots(len(groups), 2, squeeze=False)

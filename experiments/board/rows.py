@@ -9,6 +9,7 @@ from typing import Any
 from experiments import several_rules
 from experiments.board.config import ACCUMULATED, CHECKPOINTED
 from experiments.config import TrainConfig, folder_name
+from experiments.reaches import Reach
 
 # The rule that a row of another name trains with, and the way its step is made.
 _WAYS = {CHECKPOINTED: "checkpointed", ACCUMULATED: "accumulated"}
@@ -21,14 +22,14 @@ class Row:
     Attributes:
         model: network.
         rule: rule, or a way to save memory with ``bp``.
-        reach: blocks that a local loss teaches.
+        reach: blocks that a local loss teaches, as of a training run.
         budget: ``epochs`` or ``seconds``.
         amount: of the budget.
     """
 
     model: str
     rule: str
-    reach: int
+    reach: Reach
     budget: str
     amount: float
 
@@ -51,7 +52,7 @@ class Row:
     @property
     def label(self) -> str:
         """For a legend."""
-        return f"{self.rule}, reach {self.reach}" if self.reach > 1 else self.rule
+        return f"{self.rule}, reach {self.reach}" if self.reach != 1 else self.rule
 
     @property
     def runs(self) -> "Row":
@@ -64,7 +65,8 @@ class Row:
     def name(self) -> str:
         """Of its runs' folders, but for the seed."""
         rule = folder_name(self.runs.rule)
-        return f"{self.model}-{rule}-r{self.reach}-{self.amount:g}{self.budget}"
+        reach = folder_name(str(self.reach))
+        return f"{self.model}-{rule}-r{reach}-{self.amount:g}{self.budget}"
 
     def folder(self, workdir: pathlib.Path, seed: int) -> pathlib.Path:
         """Of one of its runs."""
@@ -84,7 +86,7 @@ def rows_of(
     recipe: TrainConfig,
     models: list[str],
     rules: list[str],
-    reaches: list[int],
+    reaches: list[Reach],
     budgets: dict[str, float],
 ) -> list[Row]:
     """All combinations; a rule without local losses has a reach of 1 alone.

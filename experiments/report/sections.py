@@ -23,7 +23,7 @@ def head(config: TrainConfig, records: Sequence[Record]) -> str:
     last = records[-1]
     best = max(records, key=lambda record: (selection_accuracy(record) or 0.0, record["epoch"]))
     by = "validation" if config.validation_examples else "test"
-    reach = f", reach {config.reach}" if config.reach > 1 else ""
+    reach = f", reach {config.reach}" if config.reach != 1 else ""
     figures = {
         f"test accuracy after epoch {last['epoch']}": f"{last['test_accuracy']:.2f} %",
         f"best {by} accuracy, epoch {best['epoch']}": f"{selection_accuracy(best) or 0.0:.2f} %",

@@ -63,7 +63,7 @@ def describe(task: Task, config: TrainConfig, seed: int) -> dict[str, Any]:
 
     Args:
         task: its model, rule, image shape, and normalisation count.
-        config: its batch size, learning rate and weight decay count.
+        config: its batch size, precision, learning rate and weight decay count.
         seed: of the random images and weights.
 
     Raises:
@@ -111,6 +111,7 @@ def describe(task: Task, config: TrainConfig, seed: int) -> dict[str, Any]:
         "mean": task.spec.mean,
         "std": task.spec.std,
         "batch_size": config.batch_size,
+        "precision": config.precision,
         "learning_rate": config.learning_rate,
         "weight_decay": config.weight_decay,
         "seed": seed,

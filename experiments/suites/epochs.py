@@ -70,6 +70,7 @@ def _groups(config: Any) -> list[list[TrainConfig]]:
         common = dataclasses.replace(
             default_config(config.dataset),
             model=model,
+            width=config.width,
             epochs=config.epochs,
             batch_size=batch_size,
             precision=precision,

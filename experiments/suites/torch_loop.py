@@ -38,7 +38,7 @@ def local_loss(
         pooled = functional.adaptive_avg_pool2d(activation, pool_size).flatten(1)
     else:
         pooled = functional.adaptive_avg_pool1d(activation, pool_size)
-    scores = functional.normalize(pooled) @ basis.T
+    scores = functional.normalize(pooled.float()) @ basis.T
     if modulation is not None:
         scores = scores @ modulation if modulation.dim() == 2 else scores * modulation
     return functional.cross_entropy(scores / temperature, labels)
@@ -136,6 +136,7 @@ class Loop:
         torch.manual_seed(description["seed"])
         self._device = description["device"]
         self._local = description["rule"]["local"]
+        self._bfloat16 = description["precision"] == "bfloat16"
         self._batch_size = description["batch_size"]
         self.blocks = [
             Block(block, description["rule"], self._device) for block in description["blocks"]
@@ -182,10 +183,17 @@ class Loop:
         x = images.float().div_(255).sub_(self._mean).div_(self._std)
         return x, self._labels[chosen]
 
+    def _run(self, layers: Any, x: Any) -> Any:
+        """Layers on their input, in the loop's precision; what they learn is float32."""
+        import torch
+
+        with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._bfloat16):
+            return layers(x)
+
     def _train_locally(self, x: Any, labels: Any) -> tuple[list[Any], Any]:
         losses = []
         for block, optimizer in zip(self.blocks, self._optimizers):
-            activation = block.layers(x)
+            activation = self._run(block.layers, x)
             loss = block.loss(activation, labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -197,7 +205,7 @@ class Loop:
 
     def _train_whole(self, x: Any, labels: Any) -> tuple[list[Any], Any]:
         for block in self.blocks:
-            x = block.transition(block.layers(x))
+            x = block.transition(self._run(block.layers, x))
         loss, logits = self._train_with_classifier(x, labels)
         return [loss], logits
 
@@ -206,7 +214,7 @@ class Loop:
         from torch.nn import functional
 
         optimizer = self._optimizers[-1]
-        logits = self.classifier(features)
+        logits = self._run(self.classifier, features).float()
         loss = functional.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -29,6 +29,7 @@ import numpy as np
 from experiments import optimizers, setup, several_rules
 from experiments.config import TrainConfig
 from experiments.execution import bytes_above, slice_above
+from experiments.reaches import of_losses
 from experiments.setup import Task, example_image, make_task
 from experiments.suites import against_torch, report
 from experiments.suites.entrants import BASELINE_STEPS, Entrant, with_baselines
@@ -58,6 +59,7 @@ _COLUMNS = {
     "peak_mb": "peak memory [MB]",
     "peak_over_bp": "peak over bp",
     "speed_over_bp": "speed over bp",
+    "speed_over_float32": "over float32",
 }
 
 
@@ -107,7 +109,7 @@ class Contestant:
                 task.model,
                 task.rule,
                 tx,
-                reach=config.reach,
+                reach=of_losses(config.reach),
                 remat_above=bytes_above(config.remat),
                 slice_above=slice_above(config),
             )
@@ -169,10 +171,11 @@ def race(
     rivals: Sequence[against_torch.Rival | None] | None = None,
     make: Callable[[TrainConfig], Task] = make_benchmark_task,
 ) -> list[report.Row]:
-    """Measure some entrants in turns; plain ``bp`` is what the others are compared to.
+    """Measure some entrants in turns, each compared to plain ``bp`` of its own precision.
 
     Args:
-        entrants: of one model and batch size.
+        entrants: of one model and batch size; in several precisions, those of bfloat16 are compared
+            to their like of float32 too.
         turns: that each takes.
         seed: of the random images and weights.
         peaks: from :func:`allocator_peaks`.
@@ -196,16 +199,17 @@ def race(
         contestant.peak_bytes if peak is None else peak
         for contestant, peak in zip(contestants, peaks or [None] * len(entrants))
     ]
-    (bp,) = (
-        index
-        for index, (config, baseline) in enumerate(entrants)
-        if config.rule == "bp" and baseline is None
-    )
+    index_of = {
+        (entrant.label, entrant.config.reach, entrant.config.precision): index
+        for index, entrant in enumerate(entrants)
+    }
 
     def row(
         contestant: Contestant, step: float, peak: int, rival: against_torch.Rival | None
     ) -> report.Row:
         config, used = contestant.entrant.config, contestant.temporary_bytes
+        bp = index_of["bp", 1, config.precision]
+        float32 = index_of.get((contestant.entrant.label, config.reach, "float32"))
         against: report.Row = {}
         if rival is not None:
             against = against_torch.compare(
@@ -228,6 +232,7 @@ def race(
             "peak_mb": peak / 1e6,
             "peak_over_bp": peak / peak_bytes[bp],
             "speed_over_bp": seconds[bp] / step,
+            "speed_over_float32": None if float32 is None else seconds[float32] / step,
             "all_step_ms": [1e3 * value for value in contestant.times],
             **against,
         }
@@ -249,25 +254,25 @@ def _rivals(
 
 
 def _groups(config: Any) -> list[list[Entrant]]:
-    """Models x batch sizes x precisions, in each the rules that race each other."""
+    """Models x batch sizes, in each the rules that race each other, in every precision."""
     # Both sides step alike: PyTorch has no schedule-free optimizer of its own.
     optimizer = TrainConfig.optimizer if config.against is None else "adamw"
     groups: list[list[Entrant]] = []
-    for model, batch_size, precision in itertools.product(
-        config.models, config.batch_sizes, config.precisions
-    ):
-        common = TrainConfig(
-            model=model,
-            batch_size=batch_size,
-            precision=precision,
-            kernels=config.kernels,
-            remat=config.remat,
-            slice=config.slice,
-            optimizer=optimizer,
-        )
+    for model, batch_size in itertools.product(config.models, config.batch_sizes):
         group: list[Entrant] = []
-        for one in several_rules.of_rules(common, [*config.rules, "bp"], config.reach):
-            group += with_baselines(one) if one.rule == "bp" else [Entrant(one)]
+        for precision in dict.fromkeys(config.precisions):
+            common = TrainConfig(
+                model=model,
+                width=config.width,
+                batch_size=batch_size,
+                precision=precision,
+                kernels=config.kernels,
+                remat=config.remat,
+                slice=config.slice,
+                optimizer=optimizer,
+            )
+            for one in several_rules.of_rules(common, [*config.rules, "bp"], config.reach):
+                group += with_baselines(one) if one.rule == "bp" else [Entrant(one)]
         groups.append(group)
     return groups
 
@@ -312,12 +317,16 @@ def run(config: Any) -> int:
 
 def _text(config: Any, rows: Sequence[report.Row]) -> str:
     """The table, and above it on what it was measured."""
-    head, columns = f"{report.device_line()}", _COLUMNS
+    head, columns = f"{report.device_line()}", dict(_COLUMNS)
+    if all(row["speed_over_float32"] in (None, 1) for row in rows):
+        del columns["speed_over_float32"]
+    if config.width != 1:
+        head += f", {config.width:g} times the published width"
     if config.against is not None:
         raced = next(row for row in rows if "torch" in row)
         head += f", torch {raced['torch']} ({raced['torch_threads']} threads), both with adamw"
         head += f", load {raced['load_before']:.1f} before, OMP_WAIT_POLICY "
         head += raced["omp_wait_policy"] or "not set"
-        columns = {**_COLUMNS, **against_torch.COLUMNS}
+        columns |= against_torch.COLUMNS
     head += f"; medians of {STEPS_A_TURN * config.turns} steps\n\n"
     return head + report.markdown(columns, rows)

@@ -10,7 +10,7 @@ import optax
 
 from lls_jax.models import Network
 from lls_jax.rules import Backpropagation, Rule
-from lls_jax.training import Batch, TrainState, make_train_step
+from lls_jax.training import Batch, Reach, TrainState, make_train_step
 
 Gradients = dict[str, Any]
 MakeGradients = Callable[[TrainState, Batch], Gradients]
@@ -22,7 +22,7 @@ _KEEP = optax.GradientTransformation(
 )
 
 
-def make_gradients(model: Network, rule: Rule, *, reach: int = 1) -> MakeGradients:
+def make_gradients(model: Network, rule: Rule, *, reach: Reach = 1) -> MakeGradients:
     """A compiled function that gives what a training step gives to the optimizers.
 
     It is the training step itself that is run, of any rule, ``bp`` included, with an optimizer that

@@ -83,6 +83,11 @@ class Network:
         """The blocks' keys in parameters and statistics: ``block_0``, ``block_1``, ..."""
         return tuple(f"block_{i}" for i in range(len(self.specs)))
 
+    @property
+    def num_units(self) -> int:
+        """What is updated at once: the blocks, and the classifier where it is not with the last."""
+        return len(self.specs) + 1 - self.classifier_in_last_group
+
     def grouped(self, sizes: tuple[int, ...]) -> "Network":
         """The same network with consecutive blocks put together, each group with one loss.
 

@@ -12,7 +12,7 @@ from lls_jax import platforms, processes
 from lls_jax.models import Network
 from lls_jax.placement.execution import Execution
 from lls_jax.rules import Rule
-from lls_jax.training import Batch, Metrics, Optimizer, TrainState, make_train_step
+from lls_jax.training import Batch, Metrics, Optimizer, Reach, TrainState, make_train_step
 
 
 def _cpu_threads() -> int:
@@ -39,7 +39,7 @@ def _check_threads(devices: Sequence[Any]) -> None:
 
 
 def data_parallel(
-    model: Network, rule: Rule, tx: Optimizer, devices: Sequence[Any], reach: int = 1
+    model: Network, rule: Rule, tx: Optimizer, devices: Sequence[Any], reach: Reach = 1
 ) -> Execution:
     """One program over a mesh: the batch is sharded, the state is on every device.
 
@@ -87,6 +87,6 @@ def data_parallel(
 
 
 def _with_rule(
-    model: Network, tx: Optimizer, devices: Sequence[Any], reach: int, rule: Rule
+    model: Network, tx: Optimizer, devices: Sequence[Any], reach: Reach, rule: Rule
 ) -> Execution:
     return data_parallel(model, rule, tx, devices, reach)

@@ -26,7 +26,7 @@ from lls_jax.placement.unit_work import States, Work, make_pieces
 from lls_jax.rules import Rule, labels_of
 from lls_jax.steps.reach_schedule import Move
 from lls_jax.steps.state import block_state, join_states, targets_of
-from lls_jax.training import Batch, Metrics, Optimizer, TrainState
+from lls_jax.training import Batch, Metrics, Optimizer, Reach, TrainState
 
 # Batches that may be under way in a pipeline, beside one a stage.
 _SPARE = 2
@@ -62,7 +62,7 @@ def pipeline(
     devices: Sequence[Any],
     sizes: Sequence[int],
     remat_above: int | None = None,
-    reach: int = 1,
+    reach: Reach = 1,
     slice_above: int | None = None,
 ) -> Execution:
     """Consecutive blocks on several devices, each learning as soon as it can.
@@ -147,7 +147,7 @@ def measure_moves(
     batch: Batch,
     repeats: int = 3,
     remat_above: int | None = None,
-    reach: int = 1,
+    reach: Reach = 1,
     slice_above: int | None = None,
 ) -> dict[Move, float]:
     """Seconds of each piece of a step on the default device: the least of a few, compilation apart.

@@ -7,7 +7,15 @@ import jax
 
 from lls_jax.models import Network
 from lls_jax.rules import Rule
-from lls_jax.training import Batch, Metrics, Optimizer, TrainState, TrainStep, make_train_step
+from lls_jax.training import (
+    Batch,
+    Metrics,
+    Optimizer,
+    Reach,
+    TrainState,
+    TrainStep,
+    make_train_step,
+)
 
 
 class Execution(NamedTuple):
@@ -40,7 +48,7 @@ def single(
     rule: Rule,
     tx: Optimizer,
     remat_above: int | None = None,
-    reach: int = 1,
+    reach: Reach = 1,
     slice_above: int | None = None,
 ) -> Execution:
     """One compiled step for the whole network, on the default device.

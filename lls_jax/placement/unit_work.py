@@ -13,7 +13,7 @@ from lls_jax.models import Network
 from lls_jax.rules import Rule, Targets
 from lls_jax.steps.local import make_units
 from lls_jax.steps.reach import ReachingUnit, UnitRun, make_reaching_units
-from lls_jax.steps.reach_schedule import Move, brings_own_loss, check_reach, schedule
+from lls_jax.steps.reach_schedule import Move, Reach, brings_own_loss, check_reach, schedule
 from lls_jax.steps.slice_plan import check_bytes
 from lls_jax.training import BlockState, Optimizer
 
@@ -63,7 +63,7 @@ def make_pieces(
     model: Network,
     rule: Rule,
     tx: Optimizer,
-    reach: int = 1,
+    reach: Reach = 1,
     remat_above: int | None = None,
     slice_above: int | None = None,
 ) -> Pieces:
@@ -75,10 +75,10 @@ def make_pieces(
     Args are those of :func:`lls_jax.training.make_train_step`.
 
     Raises:
-        ValueError: `reach` is no number of blocks, or the rule has no local losses; or
-            `remat_above` or `slice_above` is below 1, or both are given.
+        ValueError: `reach` is no number of blocks, or not one a loss, or the rule has no local
+            losses; or `remat_above` or `slice_above` is below 1, or both are given.
     """
-    reach = check_reach(rule, reach)
+    reach = check_reach(model, rule, reach)
     check_bytes(remat_above, slice_above)
     units = make_units(model, rule, tx, remat_above, slice_above)
     names = [unit.names for unit in units]
@@ -138,7 +138,7 @@ def _compile(unit: ReachingUnit) -> _Compiled:
     )
 
 
-def _learn_later(units: list[ReachingUnit], reach: int) -> Callable[..., tuple[States, Work]]:
+def _learn_later(units: list[ReachingUnit], reach: Reach) -> Callable[..., tuple[States, Work]]:
     compiled = [_compile(unit) for unit in units]
     add = jax.jit(jnp.add)
 

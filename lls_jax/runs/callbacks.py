@@ -9,7 +9,7 @@ from lls_jax.models import Network
 from lls_jax.rules import Rule
 from lls_jax.runs.epoch_sums import EpochSums
 from lls_jax.runs.kernels import KernelChoice
-from lls_jax.training import Batch, Metrics, TrainState
+from lls_jax.training import Batch, Metrics, Reach, TrainState
 
 Record = dict[str, Any]
 
@@ -28,7 +28,7 @@ class RunStart(NamedTuple):
         records: of the epochs before; the run's own list, which it adds to.
         resumed: whether it goes on from a checkpoint.
         folder: of the run; None where nothing is written.
-        reach: how many blocks a local loss teaches.
+        reach: how many blocks a local loss teaches, or each of them.
         spec: how images are normalised and cut.
         evaluation_sets: what each epoch is evaluated on, by name: ``validation``, ``test``.
         sample: ``sample(count)``: some training batches, always the same, each whole and on this
@@ -45,7 +45,7 @@ class RunStart(NamedTuple):
     records: list[Record]
     resumed: bool
     folder: pathlib.Path | None
-    reach: int
+    reach: Reach
     spec: DatasetSpec
     evaluation_sets: Mapping[str, Split | batches.DeviceSplit]
     sample: Callable[[int], Iterator[Batch]]

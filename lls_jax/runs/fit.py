@@ -27,7 +27,7 @@ from lls_jax.runs.run import Compiled, FitResult, Run
 from lls_jax.runs.views import check_views
 from lls_jax.steps.loop import make_loop, make_statistics_loop
 from lls_jax.steps.reach_schedule import check_reach
-from lls_jax.training import Optimizer
+from lls_jax.training import Optimizer, Reach
 
 # Larger ones repeat smaller ones: jax.random.key takes 32 bits.
 _SEEDS = 2**32
@@ -60,7 +60,7 @@ def fit(
     callbacks: Sequence[listening.Callback] = (),
     early_stopping: int | None = None,
     checkpoint_every: int = 0,
-    reach: int = 1,
+    reach: Reach = 1,
     remat_above: int | None = None,
     slice_above: int | None = None,
     execution: Execution | None = None,
@@ -137,7 +137,7 @@ def fit(
     >>> [record["epoch"] for record in result.records], int(result.state.step)
     ([1, 2], 4)
     """
-    reach = check_reach(rule, reach)
+    reach = check_reach(model, rule, reach)
     check_views("test_views", test_views)
     epochs = whole_number("epochs", epochs, 1)
     batch_size = whole_number("batch_size", batch_size, 1)
@@ -224,7 +224,9 @@ def fit(
                 "batch_size": source.batch_size,
                 "augmentation": augmentation,
                 # Folders of before it was there have reach 1.
-                **({"reach": reach} if reach > 1 else {}),
+                **(
+                    {"reach": [*reach] if isinstance(reach, tuple) else reach} if reach != 1 else {}
+                ),
                 "seed": seed,
                 "validation": held_out,
             }

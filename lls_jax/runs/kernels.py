@@ -17,7 +17,7 @@ from lls_jax.models import Network
 from lls_jax.placement import Execution
 from lls_jax.rules import HeadRule, PerBlock, Rule
 from lls_jax.runs.folder import describe
-from lls_jax.training import Optimizer, create_train_state, make_train_step
+from lls_jax.training import Optimizer, Reach, create_train_state, make_train_step
 from pallas_kernels import timing
 from pallas_kernels.local_loss import IMPLEMENTATIONS, KernelUnavailableError, require
 
@@ -78,7 +78,7 @@ class Work(NamedTuple):
     tx: Optimizer
     image_shape: tuple[int, ...]
     batch_size: int
-    reach: int = 1
+    reach: Reach = 1
     remat_above: int | None = None
     slice_above: int | None = None
     execution: Execution | None = None

@@ -12,7 +12,7 @@ from lls_jax.rules import Rule
 from lls_jax.runs import callbacks
 from lls_jax.runs.source import OnDevices, Source
 from lls_jax.steps.loop import Loop
-from lls_jax.training import Optimizer, TrainState
+from lls_jax.training import Optimizer, Reach, TrainState
 
 Record = dict[str, Any]
 Examples = Split | batches.DeviceSplit
@@ -50,7 +50,7 @@ class Run(NamedTuple):
         eval_batch_size: examples a step of evaluation.
         test_views: by which each epoch is evaluated a second time; ``"none"`` for once.
         checkpoint_every: steps between checkpoints inside an epoch; 0 for none.
-        reach: how many blocks a local loss teaches.
+        reach: how many blocks a local loss teaches, or each of them.
         settings: of the run, JSON values, for its checkpoints.
         callbacks: are told what happens.
         should_stop: is asked before each step; a number other than 0 stops the run.
@@ -70,7 +70,7 @@ class Run(NamedTuple):
     eval_batch_size: int
     test_views: str
     checkpoint_every: int
-    reach: int
+    reach: Reach
     settings: Record
     callbacks: Sequence[callbacks.Callback]
     should_stop: Callable[[], int]

@@ -16,7 +16,7 @@ from lls_jax.steps.backpropagation import backpropagation_step
 from lls_jax.steps.feedback import feedback_step
 from lls_jax.steps.local import local_step
 from lls_jax.steps.reach import reach_step
-from lls_jax.steps.reach_schedule import check_reach
+from lls_jax.steps.reach_schedule import Reach, check_reach
 from lls_jax.steps.slice_plan import check_bytes
 from lls_jax.steps.state import Optimizer, TrainState, TrainStep
 
@@ -41,7 +41,7 @@ def make_train_step(
     rule: Rule,
     tx: Optimizer,
     *,
-    reach: int = 1,
+    reach: Reach = 1,
     remat_above: int | None = None,
     slice_above: int | None = None,
     in_order: bool = True,
@@ -61,7 +61,8 @@ def make_train_step(
         tx: what the state was created with: an optax transformation, or one a block.
         reach: how many blocks a local loss teaches: its own, and ``reach - 1`` below it, for which
             the gradient goes on down so far. The classifier counts as the block after the last.
-            Any number from the blocks and the classifier on is all of them. Local rules only
+            Any number from the blocks and the classifier on is all of them. Or a number for the
+            loss of each block, and at last the classifier's. Local rules only
             (:mod:`lls_jax.steps.reach`).
         remat_above: bytes; a convolution whose output takes more is computed again, in slices of
             the batch, instead of keeping it (:mod:`lls_jax.steps.sliced`). None keeps every one
@@ -85,8 +86,9 @@ def make_train_step(
         ``logits`` ``[batch, classes]``.
 
     Raises:
-        ValueError: `reach` is no number of blocks; `remat_above` or `slice_above` is below 1, or
-            both are given; or one of the options is given that only local losses have a use for.
+        ValueError: `reach` is no number of blocks, or not one a loss; `remat_above` or
+            `slice_above` is below 1, or both are given; or one of the options is given that only
+            local losses have a use for.
 
     >>> import jax.numpy as jnp, optax
     >>> from lls_jax import models, rules
@@ -99,7 +101,7 @@ def make_train_step(
     >>> int(state.step), metrics["layer_loss"].shape
     (1, (4,))
     """
-    reach = check_reach(rule, reach)
+    reach = check_reach(model, rule, reach)
     check_bytes(remat_above, slice_above)
     options = {"remat_above": remat_above, "slice_above": slice_above}
     _check_local(rule, **options)

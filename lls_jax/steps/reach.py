@@ -2,13 +2,13 @@
 
 With reach R the blocks j - R + 1 to j learn from the loss of block j, and the classifier counts as
 the block after the last: block j learns from the sum of the losses of blocks j to j + R - 1. Reach
-1 is :mod:`lls_jax.steps.local`.
+1 is :mod:`lls_jax.steps.local`. A reach may be given loss by loss too.
 
 A loss's gradient goes down through the blocks that it teaches and stops. So what comes down from
 different losses is passed on separately, as far as each goes, while a block's weights take one
-gradient, of the sum. The losses of the lowest R blocks never stop and go down together; with a
-reach of all blocks there is one way down, as in backpropagation. At most R blocks keep what a
-gradient needs, whatever the depth.
+gradient, of the sum. Losses that stop at the same block go down together, as those of the lowest R
+blocks do; with a reach of all blocks there is one way down, as in backpropagation. At most R blocks
+keep what a gradient needs, whatever the depth.
 
 References:
     Gomez et al., "Interlocking Backpropagation: Improving depthwise model-parallelism", JMLR 23
@@ -38,7 +38,7 @@ from lls_jax.steps.block import (
     merge_params,
     split_params,
 )
-from lls_jax.steps.reach_schedule import brings_own_loss, schedule
+from lls_jax.steps.reach_schedule import Reach, brings_own_loss, schedule
 from lls_jax.steps.slice_plan import plan_block
 from lls_jax.steps.state import (
     CLASSIFIER,
@@ -306,7 +306,7 @@ def reach_step(
     state: TrainState,
     batch: Batch,
     *,
-    reach: int,
+    reach: Reach,
     remat_above: int | None = None,
     in_order: bool = True,
     slice_above: int | None = None,
@@ -320,15 +320,16 @@ def reach_step(
     coming: dict[int, jax.Array] = {}
     total: dict[int, jax.Array] = {}
     losses: list[jax.Array] = []
+    # The names of what learned last.
+    learned: tuple[str, ...] = ()
     for move in schedule(len(units), reach):
         index = move.unit
         unit = units[index]
         own = tuple(states[name] for name in unit.names)
         if move.kind == "run":
-            if in_order and index >= reach:
-                # What is below the reach has its gradient, and what that needed is free again.
-                done = tuple(states[name].params for name in units[index - reach].names)
-                token = token_of(done)
+            if in_order and learned:
+                # What has learned has its gradient, and what that needed is free again.
+                token = token_of(tuple(states[name].params for name in learned))
                 own = tuple(one._replace(params=wait_for(token, one.params)) for one in own)
             runs[index] = unit.run(own, x, labels, state.key, state.step)
             x = runs[index].passed_on
@@ -342,5 +343,6 @@ def reach_step(
         else:
             new = unit.update(own, runs.pop(index), total.get(index))
             states.update(zip(unit.names, new))
+            learned = unit.names
     metrics = {"layer_loss": stack_losses(losses[:-1]), "loss": losses[-1], "logits": x}
     return join_states(states, state.step + 1, state.key), metrics

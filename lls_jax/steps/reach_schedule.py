@@ -1,25 +1,54 @@
 """In which order units run, pass gradients on and learn, where losses reach below their block."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from lls_jax.arguments import whole_number
+from lls_jax.models import Network
 from lls_jax.rules import Rule, has_local_losses
 
+# How many units a loss teaches, its own and those below it: a number for all losses, or one for
+# each, the classifier's last.
+Reach = int | Sequence[int]
 
-def check_reach(rule: Rule, reach: int) -> int:
-    """How many blocks a loss teaches, its own and those below it, as Python's own number.
+
+def check_reach(model: Network, rule: Rule, reach: Reach) -> int | tuple[int, ...]:
+    """A reach in Python's own numbers; one number where all losses go as far as it says.
 
     Raises:
-        ValueError: the rule's losses cannot reach so far, or it is no number of blocks.
+        ValueError: the rule's losses cannot reach so far, it is no number of blocks, or they are
+            not as many numbers as there are losses.
+
+    >>> from lls_jax import models, rules
+    >>> model, rule = models.make("small_conv", num_classes=10), rules.make("lls", num_classes=10)
+    >>> check_reach(model, rule, (1, 2, 2, 2, 2)), check_reach(model, rule, [1, 2, 2, 1, 2])
+    (2, (1, 2, 2, 1, 2))
     """
-    reach = whole_number("reach", reach, 1)
-    if reach > 1 and isinstance(rule, Rule) and not has_local_losses(rule):
+    checked: int | tuple[int, ...]
+    if isinstance(reach, Sequence) and not isinstance(reach, str):
+        checked = tuple(whole_number("reach", own, 1) for own in reach)
+        if len(checked) != model.num_units:
+            has = (
+                "with the classifier in the last one"
+                if model.classifier_in_last_group
+                else ("and the classifier")
+            )
+            raise ValueError(
+                f"`reach` has {len(checked)} numbers, {', '.join(map(str, checked))}; expected "
+                f"{model.num_units}, one for the loss of each of {len(model.specs)} blocks {has}; "
+                "or a single number for all."
+            )
+        most = max(checked)
+        if lowest_taught(len(checked), checked) == lowest_taught(len(checked), most):
+            checked = most
+    else:
+        checked = whole_number("reach", reach, 1)
+    if checked != 1 and isinstance(rule, Rule) and not has_local_losses(rule):
         raise ValueError(
             f"`reach` is {reach}, but rule {rule.name!r} has no local losses that could reach "
             "further; leave it out, or use a local rule."
         )
-    return reach
+    return checked
 
 
 class Move(NamedTuple):
@@ -37,30 +66,42 @@ class Move(NamedTuple):
     loss: int
 
 
-def schedule(units: int, reach: int) -> Iterator[Move]:
-    """What a step does, in order: at most `reach` units are between their run and their update.
+def lowest_taught(units: int, reach: Reach) -> tuple[int, ...]:
+    """The lowest unit that each unit's loss teaches.
+
+    >>> lowest_taught(4, 2), lowest_taught(4, (1, 2, 1, 2))
+    ((0, 0, 1, 2), (0, 0, 2, 2))
+    """
+    reaches = (reach,) * units if isinstance(reach, int) else reach
+    return tuple(max(loss - own + 1, 0) for loss, own in enumerate(reaches))
+
+
+def schedule(units: int, reach: Reach) -> Iterator[Move]:
+    """What a step does, in order: each unit learns as soon as the last gradient for it has come.
+
+    Losses whose way down ends at the same unit go down together, from the highest of them.
 
     >>> [f"{move.kind} {move.unit}" for move in schedule(3, 2)]
     ['run 0', 'run 1', 'pass 1', 'update 0', 'run 2', 'pass 2', 'update 2', 'update 1']
+    >>> [f"{move.kind} {move.unit}" for move in schedule(3, (1, 2, 1))]
+    ['run 0', 'run 1', 'pass 1', 'update 1', 'update 0', 'run 2', 'update 2']
     """
-    together = lowest_stopping(units, reach) - 1
+    lowest = lowest_taught(units, reach)
+    # The highest loss that teaches a unit.
+    last = [
+        max(loss for loss in range(unit, units) if lowest[loss] <= unit) for unit in range(units)
+    ]
     for loss in range(units):
         yield Move("run", loss, loss)
-        if loss < together:
-            continue
-        lowest = max(loss - reach + 1, 0)
-        for unit in range(loss, lowest - 1, -1):
-            if unit > lowest:
+        goes_later = lowest[loss] in lowest[loss + 1 :]
+        for unit in range(loss, lowest[loss] - 1, -1):
+            if unit > lowest[loss] and not goes_later:
                 yield Move("pass", unit, loss)
-            if unit == lowest or loss == units - 1:
+            if last[unit] == loss:
                 yield Move("update", unit, loss)
 
 
-def lowest_stopping(units: int, reach: int) -> int:
-    """The lowest unit whose loss does not teach the first; the losses below go down together."""
-    return min(units, reach)
-
-
-def brings_own_loss(move: Move, units: int, reach: int) -> bool:
+def brings_own_loss(move: Move, units: int, reach: Reach) -> bool:
     """Whether the gradient of a unit's own loss joins what is passed on there."""
-    return move.unit == move.loss or move.loss < lowest_stopping(units, reach)
+    lowest = lowest_taught(units, reach)
+    return lowest[move.unit] == lowest[move.loss]
