@@ -24,6 +24,7 @@ _OF_SUITES = {
     "precisions": ("training", "epochs"),
     "kernels": ("training", "epochs"),
     "reach": ("training", "epochs", "pipeline"),
+    "groups": ("training",),
     "remat": ("training", "epochs", "pipeline"),
     "slice": ("training", "epochs", "pipeline"),
     "against": ("training",),
@@ -75,6 +76,9 @@ class BenchmarkConfig:
     """Of --suite training, epochs and pipeline: blocks that a local loss teaches, its own and those
     below it, like 1 2, or 1,2,2,1,1 as of a training run; each rule with local losses is measured
     with each."""
+    groups: str | None = None
+    """Of --suite training: blocks that share one local loss, as of a training run; of local rules.
+    """
     remat: int | None = None
     """Of --suite training, epochs and pipeline: as of a training run; of local rules."""
     slice: int | None = None

@@ -622,9 +622,11 @@ def test_a_race_of_precisions_compares_each_with_its_like(monkeypatch):
         suites_training, "with_baselines", lambda one: [suites_training.Entrant(one)]
     )
     config = benchmark.BenchmarkConfig(
-        rules=["lls"], reach=[1, 2], precisions=["float32", "bfloat16"], width=0.5
+        rules=["lls"], reach=[1, 2], precisions=["float32", "bfloat16"], width=0.5, groups="2,2"
     )
     (group,) = suites_training._groups(config)
+    # Backpropagation's network has no losses to share.
+    assert {(one.config.rule, one.config.groups) for one in group} == {("lls", "2,2"), ("bp", None)}
     rows = suites_training.race(group, 1, 0)
     found = {
         (row["rule"], row["reach"], row["precision"]): (

@@ -46,6 +46,7 @@ _COLUMNS = {
     "model": "model",
     "rule": "rule",
     "reach": "reach",
+    "groups": "groups",
     "batch_size": "batch",
     "precision": "precision",
     "kernels": "kernels",
@@ -219,6 +220,7 @@ def race(
             "model": config.model,
             "rule": contestant.entrant.label,
             "reach": config.reach,
+            "groups": config.groups,
             "batch_size": config.batch_size,
             "precision": config.precision,
             "kernels": config.kernels,
@@ -266,12 +268,15 @@ def _groups(config: Any) -> list[list[Entrant]]:
                 width=config.width,
                 batch_size=batch_size,
                 precision=precision,
+                groups=config.groups,
                 kernels=config.kernels,
                 remat=config.remat,
                 slice=config.slice,
                 optimizer=optimizer,
             )
             for one in several_rules.of_rules(common, [*config.rules, "bp"], config.reach):
+                if not several_rules.has_local_losses(one):
+                    one = dataclasses.replace(one, groups=None)
                 group += with_baselines(one) if one.rule == "bp" else [Entrant(one)]
         groups.append(group)
     return groups
@@ -320,6 +325,8 @@ def _text(config: Any, rows: Sequence[report.Row]) -> str:
     head, columns = f"{report.device_line()}", dict(_COLUMNS)
     if all(row["speed_over_float32"] in (None, 1) for row in rows):
         del columns["speed_over_float32"]
+    if config.groups is None:
+        del columns["groups"]
     if config.width != 1:
         head += f", {config.width:g} times the published width"
     if config.against is not None:
