@@ -34,6 +34,8 @@ class AccountingConfig:
     reach: list[reaches.Reach] = field(default_factory=lambda: [1], type=reaches.parse, nargs="*")
     """Blocks that a local loss teaches, its own and those below it, like 1 2, or 1,2,2,1,1 as of a
     training run: each rule with local losses is counted with each."""
+    groups: str | None = None
+    """Blocks that share one local loss, as of a training run; of rules with local losses."""
     data_dir: str | None = None
     """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
     json: bool = flag(default=False, negative_prefix="--no-")
@@ -54,11 +56,16 @@ def accounting(config: AccountingConfig) -> int:
     names = [*dict.fromkeys([*config.rules, "local_classifier", "bp"])]
     accounts = {}
     for name in names:
-        task = make_task(
-            TrainConfig(
-                rule=name, model=config.model, dataset=config.dataset, data_dir=config.data_dir
-            )
+        asked = TrainConfig(
+            rule=name,
+            model=config.model,
+            groups=config.groups,
+            dataset=config.dataset,
+            data_dir=config.data_dir,
         )
+        task = make_task(asked)
+        if not has_local_losses(task.rule):
+            task = make_task(dataclasses.replace(asked, groups=None))
         # What is compared to is counted with a reach of 1 in any case.
         own = [*dict.fromkeys([*config.reach, *([1] if name == "local_classifier" else [])])]
         for reach in own if has_local_losses(task.rule) else [1]:

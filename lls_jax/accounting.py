@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lls_jax.blocks.costs import BLOCK_COSTS, BlockCost, dense_cost
 from lls_jax.models import Network
+from lls_jax.models.network import Group
 from lls_jax.rules import (
     LLS,
     AugLocal,
@@ -224,11 +225,51 @@ def _peak(sizes: list[int], reach: Reach) -> int:
     return peak
 
 
+def _of_rule(
+    own: Rule, params: Any, shape: Shape, pool_size: int, image_shape: Shape
+) -> tuple[int, int]:
+    """MACs of a block's own loss and its gradient, and what they keep beside the block's own."""
+    if isinstance(own, Backpropagation):
+        return 0, 0
+    if type(own) in _AUXILIARIES:
+        network = _AUXILIARIES[type(own)](params, shape, image_shape)
+        return 3 * network.forward, network.kept
+    if type(own) not in _SIGNALS:
+        raise ValueError(f"the operations of rule {own.name!r} are not known here.")
+    # Rules with a layer of their own keep its output too.
+    kept = math.prod(shape) if isinstance(own, PredSim | Decoupled) else 0
+    return _SIGNALS[type(own)](own, shape, latent_dim(shape, pool_size)), kept
+
+
+def _count(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[BlockCost, jax.ShapeDtypeStruct]:
+    """What a block costs, and its activation.
+
+    Args:
+        module: a block, or a group of them.
+        x: its input, a batch of one.
+    """
+    if isinstance(module, Group):
+        first, *others = zip(module.blocks, module.specs)
+        counts, activation = _count(first[0], x)
+        spec = first[1]
+        for block, following in others:
+            x = jax.eval_shape(lambda a, spec=spec: spec.transition(a, None), activation)
+            own, activation = _count(block, x)
+            counts, spec = counts.followed_by(own), following
+        return counts, activation
+    if type(module) not in BLOCK_COSTS:
+        raise ValueError(f"the operations of a {type(module).__name__} are not known here.")
+    activation = jax.eval_shape(
+        lambda key, x: module.init_with_output(key, x)[0], jax.random.key(0), x
+    )
+    return BLOCK_COSTS[type(module)](x.shape[1:], activation.shape[1:]), activation
+
+
 def account(model: Network, rule: Rule, image_shape: Shape, reach: Reach = 1) -> Account:
     """Count what training an image costs.
 
     Args:
-        model: one of the published models, without groups.
+        model: one of the published models, its blocks in groups or not.
         rule: one of this library's rules.
         image_shape: ``(height, width, channels)``.
         reach: as of :func:`lls_jax.training.make_train_step`.
@@ -250,38 +291,27 @@ def account(model: Network, rule: Rule, image_shape: Shape, reach: Reach = 1) ->
     x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     costs: list[Cost] = []
     blocks: list[BlockCost] = []
+    # The block that learns from the classifier's loss alone, if there is one, and not from its own.
+    is_joined = model.classifier_in_last_group and has_local_losses(rule)
+    silent = len(model.specs) - 1 if is_joined else None
     for index, (name, spec) in enumerate(zip(model.block_names, model.specs)):
-        module: nn.Module = spec.module
-        if type(module) not in BLOCK_COSTS:
-            raise ValueError(f"the operations of a {type(module).__name__} are not known here.")
         own = rule.at_block(index, len(model.specs))
-        activation = jax.eval_shape(
-            lambda key, x, m=module: m.init_with_output(key, x)[0], jax.random.key(0), x
-        )
+        counts, activation = _count(spec.module, x)
         shape = activation.shape[1:]
-        counts = BLOCK_COSTS[type(module)](x.shape[1:], shape)
         blocks.append(counts)
-        # Rules with a layer of their own keep its output too.
-        kept = counts.kept + isinstance(own, PredSim | Decoupled) * math.prod(shape)
-        latents = latent_dim(shape, spec.pool_size)
-        signal = 0
-        if type(own) in _AUXILIARIES:
-            own_params = params[name].get("rule", {})
-            network = _AUXILIARIES[type(own)](own_params, shape, image_shape)
-            signal, kept = 3 * network.forward, kept + network.kept
-        elif not isinstance(own, Backpropagation):
-            if type(own) not in _SIGNALS:
-                raise ValueError(f"the operations of rule {own.name!r} are not known here.")
-            signal = _SIGNALS[type(own)](own, shape, latents)
+        rule_params = params[name].get("rule", {})
+        signal, kept = 0, 0
+        if index != silent:
+            signal, kept = _of_rule(own, rule_params, shape, spec.pool_size, image_shape)
         costs.append(
             Cost(
                 name=name,
                 params=_size(params[name]["block"]),
-                rule_params=_size(params[name].get("rule", {})),
+                rule_params=_size(rule_params),
                 forward=counts.forward,
                 weight_gradient=counts.gradient,
                 signal=signal,
-                activation_bytes=4 * kept,
+                activation_bytes=4 * (counts.kept + kept),
             )
         )
         x = jax.eval_shape(lambda a, spec=spec: spec.transition(a, None), activation)
@@ -290,6 +320,10 @@ def account(model: Network, rule: Rule, image_shape: Shape, reach: Reach = 1) ->
     size = _size(params["classifier"])
     costs.append(Cost("classifier", size, 0, counts.forward, counts.gradient, 0, 4 * x.shape[-1]))
     sizes = [cost.activation_bytes for cost in costs]
+    if is_joined:
+        costs[-2] = costs[-2]._replace(signal=counts.to_input)
+        blocks[-2:] = [blocks[-2].followed_by(counts)]
+        sizes[-2:] = [sum(sizes[-2:])]
     # Until when a unit keeps what its update needs; and for backpropagation, how far gradients go.
     waits: Reach = reach
     if not has_local_losses(rule):
@@ -297,6 +331,7 @@ def account(model: Network, rule: Rule, image_shape: Shape, reach: Reach = 1) ->
     way_down = waits if isinstance(rule, Backpropagation) else reach
     costs = [
         cost._replace(signal=cost.signal + above)
-        for cost, above in zip(costs, _from_above(blocks, way_down))
+        # To a classifier that is updated with the last block nothing comes from above either.
+        for cost, above in zip(costs, [*_from_above(blocks, way_down), 0])
     ]
     return Account(rule.name, tuple(costs), _peak(sizes, waits))

@@ -147,6 +147,34 @@ def test_what_comes_from_above_is_counted_as_xla_does(module, image_shape, flatt
         assert ours == pytest.approx(theirs, rel=0.1), reach
 
 
+@pytest.mark.parametrize(
+    ("groups", "reach", "kept"),
+    [
+        # A layer keeps 512 elements, the classifier 256: it is with the last block or blocks, or
+        # by itself.
+        ((1, 1, 1, 2), 2, 512 + 512 + 256),
+        ((2, 3), 1, 2 * 512 + 256),
+        ((2, 1, 2), (1, 2, 1), 2 * 512 + 512),
+        ((1, 3), 2, 512 + 3 * 512),
+    ],
+)
+def test_groups_are_counted_as_xla_does(groups, reach, kept):
+    specs = (models.BlockSpec(DenseBlock(256), pool_size=2),) * 4
+    model = models.Network("straight", CLASSES, specs)
+    rule = rules.make("lls", num_classes=CLASSES)
+
+    def both(model, reach):
+        counted = account(model, rule, (256,), reach)
+        ours = sum(map(counted.total, ("forward", "weight_gradient", "signal")))
+        return counted, ours, step_macs(model, rule, (256,), 64, reach)
+
+    _, ours_alone, theirs_alone = both(model, 1)
+    counted, ours, theirs = both(model.grouped(groups), reach)
+    # A way down through a layer more or less is 65,536 of them.
+    assert ours - ours_alone == pytest.approx(theirs - theirs_alone, rel=0.1)
+    assert counted.peak_activation_bytes == 4 * kept
+
+
 def test_a_row_of_blocks_is_kept_until_their_losses_have_come():
     model, rule = models.make("vgg8", num_classes=CLASSES), rules.make("lls", num_classes=CLASSES)
     bp = account(model, rules.make("bp", num_classes=CLASSES), (32, 32, 3))
@@ -185,6 +213,11 @@ def test_the_command_prints_every_rule_and_block(capsys):
     report = json.loads(capsys.readouterr().out)
     assert [row["rule"] for row in report["totals"]] == ["lls", "dfa", "local_classifier", "bp"]
     assert len(report["blocks"]) == 4 * 5
+    shared = command.AccountingConfig(rules=["lls"], groups="2,3", reach=[2], json=True)
+    assert command.accounting(shared) == 0
+    blocks = json.loads(capsys.readouterr().out)["blocks"]
+    # Backpropagation's network has no losses to share.
+    assert [sum(row["rule"] == rule for row in blocks) for rule in ("lls", "bp")] == [3, 5]
     two = command.AccountingConfig(rules=["lls"], reach=[2, 1], json=True)
     assert command.accounting(two) == 0
     totals = json.loads(capsys.readouterr().out)["totals"]

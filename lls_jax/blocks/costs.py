@@ -23,6 +23,16 @@ class BlockCost(NamedTuple):
     kept: int
     within: int = 0
 
+    def followed_by(self, other: "BlockCost") -> "BlockCost":
+        """Of this block and another, through both of which one gradient goes."""
+        return BlockCost(
+            forward=self.forward + other.forward,
+            gradient=self.gradient + other.gradient + other.to_input,
+            to_input=self.to_input,
+            kept=self.kept + other.kept,
+            within=self.within + other.within + other.to_input,
+        )
+
 
 def _conv(x: Shape, out: Shape) -> BlockCost:
     macs = 9 * x[-1] * math.prod(out)
