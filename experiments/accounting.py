@@ -10,10 +10,9 @@ import json
 
 from simple_parsing import field, flag
 
-from experiments import reaches
+from experiments import reach_options
 from experiments.command_line import parse, run
 from experiments.config import TrainConfig
-from lls_jax.errors import UserError
 
 _RULES = (
     *("lls", "lls_m", "lls_mxm", "lls_mxm_reduced", "lls_random", "local_classifier"),
@@ -31,11 +30,13 @@ class AccountingConfig:
     """Data set, for the size of its images and the number of classes."""
     rules: list[str] = field(default_factory=lambda: list(_RULES))
     """Rules to count; bp and local_classifier are added for the ratios."""
-    reach: list[reaches.Reach] = field(default_factory=lambda: [1], type=reaches.parse, nargs="*")
+    reach: list[reach_options.TypedReach] = field(
+        default_factory=lambda: [1], type=reach_options.parse, nargs="*"
+    )
     """Blocks that a local loss teaches, its own and those below it, like 1 2, or 1,2,2,1,1 as of a
     training run: each rule with local losses is counted with each."""
     groups: str | None = None
-    """Blocks that share one local loss, as of a training run; of rules with local losses."""
+    """Blocks that share one local loss, as of a training run; bp is counted without."""
     data_dir: str | None = None
     """Folder of prepared data sets [default: $TFDS_DATA_DIR or ~/tensorflow_datasets]."""
     json: bool = flag(default=False, negative_prefix="--no-")
@@ -43,37 +44,32 @@ class AccountingConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming option and value, for what cannot be."""
-        reaches.check(self.reach)
+        reach_options.check(self.reach)
 
 
 def accounting(config: AccountingConfig) -> int:
     """Count and print; returns the exit status."""
-    from experiments.setup import make_task
+    from experiments import several_rules
+    from experiments.setup import as_user_error, make_task
     from experiments.suites.report import markdown
     from lls_jax.accounting import account
-    from lls_jax.rules import has_local_losses
 
-    names = [*dict.fromkeys([*config.rules, "local_classifier", "bp"])]
+    names = [*config.rules, "local_classifier", "bp"]
     accounts = {}
-    for name in names:
-        asked = TrainConfig(
-            rule=name,
+    with as_user_error():
+        common = TrainConfig(
             model=config.model,
             groups=config.groups,
             dataset=config.dataset,
             data_dir=config.data_dir,
         )
-        task = make_task(asked)
-        if not has_local_losses(task.rule):
-            task = make_task(dataclasses.replace(asked, groups=None))
+        asked = several_rules.of_rules(common, names, config.reach)
+        several_rules.check_used(common, asked)
         # What is compared to is counted with a reach of 1 in any case.
-        own = [*dict.fromkeys([*config.reach, *([1] if name == "local_classifier" else [])])]
-        for reach in own if has_local_losses(task.rule) else [1]:
-            taught, shape = reaches.of_losses(reach), task.spec.input_shape
-            try:
-                accounts[name, reach] = account(task.model, task.rule, shape, taught)
-            except ValueError as error:
-                raise UserError(str(error)) from error
+        for one in [*asked, *several_rules.of_rules(common, ["local_classifier"], [1])]:
+            task, reach = make_task(one), reach_options.of_losses(one.reach)
+            counted = account(task.model, task.rule, task.spec.input_shape, reach)
+            accounts[one.rule, one.reach] = counted
     bp, classifier = accounts["bp", 1], accounts["local_classifier", 1]
     totals = [
         {
@@ -100,7 +96,8 @@ def accounting(config: AccountingConfig) -> int:
         print(json.dumps({"totals": totals, "blocks": blocks}, indent=2))
         return 0
     counts = {"forward": "MACs forward", "weight_gradient": "to weights", "signal": "signal"}
-    print(f"{config.model} on {config.dataset}, one image\n")
+    shared = "" if config.groups is None else f", groups of {config.groups} but for bp"
+    print(f"{config.model} on {config.dataset}, one image{shared}\n")
     print(
         markdown(
             {

@@ -12,7 +12,7 @@ from typing import Any
 
 from simple_parsing import field
 
-from experiments import reaches, startup
+from experiments import reach_options, startup
 from experiments.command_line import parse, run
 from experiments.config_checks import check_seeds
 from experiments.config_choices import KERNELS, PRECISIONS, option
@@ -67,18 +67,19 @@ class BenchmarkConfig:
     width: float = 1.0
     """Of --suite training and epochs: factor of the networks' published widths."""
     precisions: list[str] = field(default_factory=list)
-    """Of --suite training and epochs: float32, bfloat16, or both, which race each other [default:
-    float32]."""
+    """Of --suite training and epochs: float32, bfloat16, or both, which race each other with
+    training [default: float32]."""
     kernels: str = "auto"
     """Of --suite training and epochs, what computes the local losses: auto, xla, split, pallas,
     triton."""
-    reach: list[reaches.Reach] = field(default_factory=lambda: [1], type=reaches.parse, nargs="*")
+    reach: list[reach_options.TypedReach] = field(
+        default_factory=lambda: [1], type=reach_options.parse, nargs="*"
+    )
     """Of --suite training, epochs and pipeline: blocks that a local loss teaches, its own and those
     below it, like 1 2, or 1,2,2,1,1 as of a training run; each rule with local losses is measured
     with each."""
     groups: str | None = None
-    """Of --suite training: blocks that share one local loss, as of a training run; of local rules.
-    """
+    """Of --suite training: blocks that share a local loss, as of a training run; bp is without."""
     remat: int | None = None
     """Of --suite training, epochs and pipeline: as of a training run; of local rules."""
     slice: int | None = None
@@ -129,7 +130,7 @@ class BenchmarkConfig:
                 raise ValueError(
                     f"{option(name)} is {unknown[0]!r}; expected one of {', '.join(known)}."
                 )
-        reaches.check(self.reach)
+        reach_options.check(self.reach)
         check_seeds("--seed", [self.seed])
         self._check_against()
 
@@ -154,6 +155,11 @@ class BenchmarkConfig:
         if self.against not in AGAINST:
             raise ValueError(
                 f"--against is {self.against!r}; expected one of {', '.join(AGAINST)}."
+            )
+        if self.groups is not None:
+            raise ValueError(
+                f"--groups {self.groups} does not go with --against {self.against}, whose blocks "
+                "have a loss each; leave it out."
             )
         given: tuple[tuple[str, list[Any], tuple[Any, ...]], ...] = (
             ("rules", self.rules, _TORCH_RULES),

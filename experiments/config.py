@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from simple_parsing import field, flag
 
-from experiments import reaches
+from experiments import reach_options
 from experiments.config_checks import check_values
 
 # Of what a run folder's config means. 2: schedule_free_adamw is the published optimizer, and not
@@ -37,7 +37,7 @@ class TrainConfig:
     groups: str | None = None
     """Blocks that share one local loss, like 2,2; with the classifier in the last one if they add
     up to one more than there are blocks [default: each block by itself]."""
-    reach: reaches.Reach = field(default=1, type=reaches.parse)
+    reach: reach_options.TypedReach = field(default=1, type=reach_options.parse)
     """Blocks that a local loss teaches: its own and N - 1 below it; the classifier counts as the
     block after the last; or one number for the loss of each block and at last the classifier's,
     like 1,2,2,1,1. A local rule only."""

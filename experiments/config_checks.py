@@ -9,7 +9,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import reaches
+from experiments import reach_options
 from experiments.config_choices import (
     AVERAGING,
     KERNELS,
@@ -91,7 +91,7 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             if value is not None and value < smallest:
                 raise ValueError(f"{option(name)} is {value}; it must be at least {smallest}.")
     check_seeds("--seed", [values["seed"]])
-    reaches.of_losses(values["reach"])
+    reach_options.check([values["reach"]])
     for name in _POSITIVE:
         value = values[name]
         if value is not None and not 0 < value < float("inf"):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.config import TrainConfig
-from experiments.reaches import of_losses
+from experiments.reach_options import of_losses
 from lls_jax import data, placement, training
 from lls_jax.errors import UserError
 from lls_jax.models import Network

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import data_sets, execution, optimizers, reaches
+from experiments import data_sets, execution, optimizers, reach_options
 from experiments.config import TrainConfig
 from experiments.config_choices import OF_CUTS, OF_RULES, option
 from experiments.data_sets import Examples
@@ -147,7 +147,7 @@ def _make_task(config: TrainConfig, spec: data.DatasetSpec) -> Task:
     names = config.rule.split(",")
     given = _rule_options(config, names)
     made = tuple(_make_rule(name, given, spec, config) for name in names)
-    reach = reaches.of_losses(config.reach)
+    reach = reach_options.of_losses(config.reach)
     if len(made) == 1:
         check_reach(model, made[0], reach)
         return Task(spec, model, made[0])

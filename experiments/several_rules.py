@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from experiments.config import TrainConfig
 from experiments.config_choices import OF_CUTS, OF_LOCAL_LOSSES, OF_RULES, option
-from experiments.reaches import Reach
+from experiments.reach_options import TypedReach
 from experiments.setup import as_user_error, sketch_task, useful_options, why_uncut
 from lls_jax import rules
 from lls_jax.errors import UserError
@@ -42,9 +42,11 @@ def without_useless(config: TrainConfig) -> TrainConfig:
 
 
 def of_rules(
-    config: TrainConfig, names: Iterable[str], reaches: Iterable[Reach]
+    config: TrainConfig, names: Iterable[str], reaches: Iterable[TypedReach]
 ) -> list[TrainConfig]:
     """Each rule with each reach, each once: without local losses there is one of 1 alone.
+
+    ``bp`` is without groups: blocks have no losses there that they could share.
 
     Args:
         config: what they have in common.
@@ -55,7 +57,11 @@ def of_rules(
         UserError: an unknown name, or an option out of range.
     """
     made = (
-        without_useless(dataclasses.replace(config, rule=rule, reach=reach))
+        without_useless(
+            dataclasses.replace(
+                config, rule=rule, reach=reach, groups=None if rule == "bp" else config.groups
+            )
+        )
         for rule, reach in itertools.product(names, reaches)
     )
     return [*dict.fromkeys(made)]
@@ -69,7 +75,7 @@ def check_used(common: TrainConfig, runs: Sequence[TrainConfig]) -> None:
         runs: what is left of it, see :func:`without_useless`.
     """
     plain = TrainConfig()
-    for name in (*OF_RULES, *OF_CUTS):
+    for name in (*OF_RULES, *OF_CUTS, "groups"):
         value = getattr(common, name)
         if value != getattr(plain, name) and all(getattr(one, name) != value for one in runs):
             rules_of_runs = ", ".join(dict.fromkeys(one.rule for one in runs))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from experiments import console, determinism, execution, reaches, run_config, setup
+from experiments import console, determinism, execution, reach_options, run_config, setup
 from experiments.commands import resume_command
 from experiments.config import TrainConfig
 from experiments.next_steps import next_steps
@@ -119,7 +119,7 @@ def train(
             callbacks=[_KeepOptions(config), *console.callbacks(config, run), *listeners],
             early_stopping=config.patience,
             checkpoint_every=config.checkpoint_every,
-            reach=reaches.of_losses(config.reach),
+            reach=reach_options.of_losses(config.reach),
             remat_above=execution.bytes_above(config.remat),
             slice_above=execution.slice_above(config),
             execution=run.execution,

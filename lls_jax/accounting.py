@@ -54,7 +54,8 @@ class Cost(NamedTuple):
         signal: MACs of making the signal that it learns from: for a local rule its loss, forward
             and back to the activation and the rule's parameters, and with a reach of more than 1
             the gradients to the activation from the losses above it; for ``bp`` the gradient to the
-            activation, which is the next layer's; for ``dfa`` and ``drtp`` the projection.
+            activation, which is the next layer's; for ``dfa`` and ``drtp`` the projection; for a
+            last block that learns with the classifier, the gradient of the classifier's loss.
         activation_bytes: of float32 activations that are kept until the block's update.
     """
 
@@ -75,7 +76,7 @@ class Account(NamedTuple):
         blocks: one entry a block, then the classifier's.
         peak_activation_bytes: kept at once, for one image: of all blocks together where a gradient
             waits for the output; of the largest block where each learns by itself, or of the
-            largest row of so many blocks as a loss reaches.
+            blocks that wait for the losses which teach them.
     """
 
     rule: str
@@ -324,14 +325,16 @@ def account(model: Network, rule: Rule, image_shape: Shape, reach: Reach = 1) ->
         costs[-2] = costs[-2]._replace(signal=counts.to_input)
         blocks[-2:] = [blocks[-2].followed_by(counts)]
         sizes[-2:] = [sum(sizes[-2:])]
-    # Until when a unit keeps what its update needs; and for backpropagation, how far gradients go.
-    waits: Reach = reach
-    if not has_local_losses(rule):
-        waits = 1 if isinstance(rule, DirectFeedback) and rule.signal != "error" else len(costs)
-    way_down = waits if isinstance(rule, Backpropagation) else reach
+    # Backpropagation's gradient goes all the way down.
+    from_above = _from_above(blocks, len(blocks) if isinstance(rule, Backpropagation) else reach)
+    if is_joined:
+        from_above.append(0)
     costs = [
         cost._replace(signal=cost.signal + above)
-        # To a classifier that is updated with the last block nothing comes from above either.
-        for cost, above in zip(costs, [*_from_above(blocks, way_down), 0])
+        for cost, above in zip(costs, from_above, strict=True)
     ]
+    # Until when a block keeps what its update needs: all, where it needs the classifier's error.
+    waits: Reach = reach
+    if not has_local_losses(rule):
+        waits = 1 if isinstance(rule, DirectFeedback) and rule.signal != "error" else len(blocks)
     return Account(rule.name, tuple(costs), _peak(sizes, waits))

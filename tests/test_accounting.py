@@ -175,6 +175,19 @@ def test_groups_are_counted_as_xla_does(groups, reach, kept):
     assert counted.peak_activation_bytes == 4 * kept
 
 
+@pytest.mark.parametrize("name", ["small_conv", "mobilenet_v1_small", "resnet32", "airbench"])
+def test_all_in_one_group_costs_what_backpropagation_does(name):
+    model = models.make(name, num_classes=CLASSES)
+    whole = model.grouped((len(model.specs) + 1,))
+    ours, bp = (
+        account(one, rules.make(rule, num_classes=CLASSES), (32, 32, 3))
+        for one, rule in ((whole, "lls"), (model, "bp"))
+    )
+    fields = ("forward", "weight_gradient", "signal")
+    assert sum(map(ours.total, fields)) == sum(map(bp.total, fields))
+    assert ours.peak_activation_bytes == bp.peak_activation_bytes
+
+
 def test_a_row_of_blocks_is_kept_until_their_losses_have_come():
     model, rule = models.make("vgg8", num_classes=CLASSES), rules.make("lls", num_classes=CLASSES)
     bp = account(model, rules.make("bp", num_classes=CLASSES), (32, 32, 3))

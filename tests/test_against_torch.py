@@ -113,6 +113,7 @@ def test_without_pytorch_one_line_says_what_to_install(tmp_path, monkeypatch):
         ({"against": "jax"}, "--against is 'jax'; expected one of torch"),
         ({"against": "torch", "suite": "epochs"}, "--against is of --suite training, not epochs"),
         ({"against": "torch", "rules": ["dfa"]}, "--rules dfa does not go with --against torch"),
+        ({"against": "torch", "groups": "2,2"}, "--groups 2,2 does not go with --against torch"),
         ({"torch_python": "python"}, "--torch-python is of --against torch"),
         ({"suite": "pipeline", "precisions": ["bfloat16"]}, "--precisions is of --suite training"),
     ],

@@ -233,6 +233,11 @@ def test_what_is_not_given_is_as_the_board_has_it_and_another_recipe_is_refused(
     ragged = extend(ragged, models=["vgg8"], rules=["bp"])
     ragged = extend(ragged, models=["small_conv"], rules=["lls"], reach=["1,2,1,1,1"])
     assert ragged.rows[-1].name == "small_conv-lls-r1+2+1+1+1-2epochs"
+    # A number for each loss is of networks with as many losses.
+    more = set(extend(ragged, rules=["lls_m"]).rows) - set(ragged.rows)
+    assert {(row.model, row.reach) for row in more} == {
+        ("small_conv", 1), ("small_conv", 2), ("small_conv", "1,2,1,1,1"), ("vgg8", 1), ("vgg8", 2),
+    }  # fmt: skip
     again = None
     for command in content.commands(ragged, str(tmp_path)):
         arguments = shlex.split(command.removeprefix("python -m experiments.board"))

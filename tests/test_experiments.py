@@ -24,6 +24,7 @@ import pytest
 from conftest import EMITTERS
 
 from experiments import (
+    accounting,
     batch,
     benchmark,
     command_line,
@@ -612,7 +613,8 @@ def test_a_race_of_precisions_compares_each_with_its_like(monkeypatch):
             config = entrant.config
             self.key = config.rule, config.reach, config.precision
             assert config.width == 0.5
-            self.temporary_bytes = self.peak_bytes = len(step_seconds)
+            self.temporary_bytes = int(1e6 * step_seconds[self.key])
+            self.peak_bytes = 2 * self.temporary_bytes
 
         def advance(self, steps, *, keep):
             self.times += [step_seconds[self.key]] * (steps * keep)
@@ -634,6 +636,8 @@ def test_a_race_of_precisions_compares_each_with_its_like(monkeypatch):
         )
         for row in rows
     }  # fmt: skip
+    for row in rows:
+        assert row["temporaries_over_bp"] == row["peak_over_bp"] == 1 / row["speed_over_bp"]
     assert found == {
         ("lls", 1, "float32"): (2.0, 1.0), ("lls", 2, "float32"): (1.5, 1.0),
         ("bp", 1, "float32"): (1.0, 1.0), ("lls", 1, "bfloat16"): (1.5, 3.0),
@@ -945,6 +949,11 @@ def run_benchmark():
     command_line.run(lambda: benchmark.benchmark(config))
 
 
+def run_accounting():
+    config = command_line.parse(accounting.AccountingConfig, "accounting", "")
+    command_line.run(lambda: accounting.accounting(config))
+
+
 def run_paper():
     config = command_line.parse(paper.PaperConfig, "paper", "")
     command_line.run(lambda: paper.paper(config))
@@ -992,7 +1001,10 @@ def run_import():
         (run_benchmark, "--batch-sizes 0", ["--batch-sizes is 0"]),
         (run_benchmark, "--reach 2 0", ["--reach is 0", "at least 1"]),
         (run_benchmark, "--reach", ["--reach is empty"]),
-        (run_benchmark, "--reach 2 1,2", ["`reach` has 2 numbers, 1, 2; expected 5"]),
+        (run_benchmark, "--reach 2 1,2", ["has 2 numbers (1, 2)", "give 5 numbers"]),
+        (run_benchmark, "--rules bp --groups 2,2", ["--groups 2,2 is of no use to any"]),
+        (run_accounting, "--groups two", ["--groups is 'two'"]),
+        (run_accounting, "--reach 1,2", ["model 'small_conv' has 4 blocks and the classifier"]),
         (run_benchmark, "--suite kernels --reach 2", ["training, epochs, pipeline, not kernels"]),
         (run_benchmark, "--against torch --reach 2", ["--reach 2 does not go", "races 1"]),
         (run_digits, "--loop while", ["'while'", "auto, dispatch, scan"]),
@@ -1003,7 +1015,7 @@ def run_import():
         (run_digits, "--data-parallel 2 --remat 4", ["--remat 4 does not go"]),
         (run_digits, "--reach 0", ["--reach is 0", "at least 1"]),
         (run_digits, "--reach 1,two", ["--reach is 1,two", "like 1,2,1,2"]),
-        (run_digits, "--reach 1,2,1", ["`reach` has 3 numbers", "4 blocks and the classifier"]),
+        (run_digits, "--reach 1,2,1", ["`reach` has 3 numbers", "give 5 numbers, or one"]),
         (run_digits, "--reach 2 --rule bp", ["`reach` is 2, but rule 'bp' has no local losses"]),
         (run_digits, "--measure norm", ["--measure has 'norm'", "alignment, norms, probes, heads"]),
         (run_digits, "--measure-every 2", ["--measure-every 2 is given without --measure"]),

@@ -420,9 +420,11 @@ def test_numbers_may_be_those_of_numpy(tmp_path):
 
 def test_a_run_whose_losses_reach_differently_goes_on(tmp_path):
     options = {"train": blobs(60), "batch_size": 15, "workdir": tmp_path}
-    fit(MODEL, RULE, TX, epochs=1, reach=(1, 2, 1), **options)
-    whole = fit(MODEL, RULE, TX, epochs=2, reach=[1, 2, 1], **options)
-    assert whole.records[0]["epoch"] == 1 and int(whole.state.step) == 8
+    half = fit(MODEL, RULE, TX, epochs=1, reach=(1, 2, 1), **options)
+    whole = fit(MODEL, RULE, TX, epochs=2, reach=np.array([1, 2, 1]), **options)
+    # Its seconds too.
+    assert whole.records[0] == half.records[0]
+    assert int(whole.state.step) == 8
     with pytest.raises(UserError, match="reach \\[1, 2, 1\\] there, 2 here"):
         fit(MODEL, RULE, TX, epochs=2, reach=2, **options)
 

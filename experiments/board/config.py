@@ -4,7 +4,7 @@ import dataclasses
 
 from simple_parsing import field, flag
 
-from experiments import reaches
+from experiments import reach_options
 from experiments.config_checks import check_seeds
 
 # bp as a user would save its memory; they are no rules, and a board has rows of them.
@@ -21,7 +21,9 @@ class BoardConfig:
     """Rules to add: names, or your own as package.module:function; bp_checkpointed: bp that
     computes its blocks again; bp_accumulated: bp over 4 micro-batches [default of a new board: lls
     lls_mxm local_classifier bp bp_checkpointed bp_accumulated]."""
-    reach: list[reaches.Reach] = field(default_factory=list, type=reaches.parse, nargs="*")
+    reach: list[reach_options.TypedReach] = field(
+        default_factory=list, type=reach_options.parse, nargs="*"
+    )
     """Blocks that a local loss teaches, or 1,2,2,1,1 and the like as of a training run; each rule
     with local losses is trained with each [default of a new board: 1 2]."""
     models: list[str] = field(default_factory=list)
@@ -56,7 +58,7 @@ class BoardConfig:
     def __post_init__(self) -> None:
         """Raise ValueError, naming option and value, for what cannot be."""
         if self.reach:
-            reaches.check(self.reach)
+            reach_options.check(self.reach)
         if self.seeds:
             check_seeds("--seeds", self.seeds)
         if self.epochs is not None and self.epochs < 1:

@@ -16,7 +16,7 @@ from experiments.config import TrainConfig
 from experiments.config_choices import BASELINES, OF_CUTS, OF_RULES, option
 from experiments.option_files import to_arguments
 from experiments.presets import default_config
-from experiments.reaches import Reach
+from experiments.reach_options import TypedReach
 from experiments.run_config import NOT_COMPARED, from_dict
 from lls_jax.errors import UserError
 
@@ -32,7 +32,7 @@ _NEVER = (
 # Options that change no training, but columns of the board.
 _SHOWN = ("remat", "slice", "test_views")
 
-Key = tuple[str, str, Reach]
+Key = tuple[str, str, TypedReach]
 
 
 class Board(NamedTuple):
@@ -166,15 +166,22 @@ def extend(config: BoardConfig, stored: Board | None) -> Board:
         return Board(dataset, recipe, tuple(config.seeds or (0, 1, 2)), _unique(rows), {})
     _check_same(config, stored)
     rows = list(stored.rows)
+    # A number for each loss is of networks with as many losses.
+    known = {(row.model, row.reach) for row in rows}
     if config.rules or config.models or config.reach or budgets:
         for budget in [budgets] if budgets else [{r.budget: r.amount} for r in stored.rows]:
-            rows += rows_of(
+            new = rows_of(
                 stored.recipe,
                 config.models or [row.model for row in stored.rows],
                 config.rules or [row.rule for row in stored.rows],
                 config.reach or _reaches(stored),
                 budget,
             )
+            rows += [
+                row
+                for row in new
+                if config.reach or isinstance(row.reach, int) or (row.model, row.reach) in known
+            ]
     seeds = dict.fromkeys((*stored.seeds, *config.seeds))
     return stored._replace(rows=_unique(rows), seeds=tuple(seeds))
 
@@ -183,7 +190,7 @@ def _unique(rows: list[Row]) -> tuple[Row, ...]:
     return tuple(dict.fromkeys(rows))
 
 
-def _reaches(board: Board) -> list[Reach]:
+def _reaches(board: Board) -> list[TypedReach]:
     """Of those that could have any."""
     return [row.reach for row in board.rows if _could_reach(board.recipe, row)] or [1]
 
@@ -222,7 +229,7 @@ def _check_same(config: BoardConfig, stored: Board) -> None:
 
 def _alike(board: Board) -> dict[tuple[Any, ...], tuple[list[str], list[str]]]:
     """By budget and reaches, models and rules of which all pairs are rows of the board."""
-    reaches: dict[tuple[Any, ...], list[Reach]] = {}
+    reaches: dict[tuple[Any, ...], list[TypedReach]] = {}
     for row in board.rows:
         has_reach = row.trained_rule not in BASELINES
         cell = row.budget, row.amount, has_reach, row.rule, row.model

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from experiments.board.config import CHECKPOINTED
 from experiments.board.rows import Row
 from experiments.parameters import count_parameters
-from experiments.reaches import of_losses
+from experiments.reach_options import of_losses
 from experiments.setup import Task
 from lls_jax.accounting import Account, account
 from lls_jax.rules import Backpropagation

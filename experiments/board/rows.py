@@ -9,7 +9,7 @@ from typing import Any
 from experiments import several_rules
 from experiments.board.config import ACCUMULATED, CHECKPOINTED
 from experiments.config import TrainConfig, folder_name
-from experiments.reaches import Reach
+from experiments.reach_options import TypedReach
 
 # The rule that a row of another name trains with, and the way its step is made.
 _WAYS = {CHECKPOINTED: "checkpointed", ACCUMULATED: "accumulated"}
@@ -29,7 +29,7 @@ class Row:
 
     model: str
     rule: str
-    reach: Reach
+    reach: TypedReach
     budget: str
     amount: float
 
@@ -86,7 +86,7 @@ def rows_of(
     recipe: TrainConfig,
     models: list[str],
     rules: list[str],
-    reaches: list[Reach],
+    reaches: list[TypedReach],
     budgets: dict[str, float],
 ) -> list[Row]:
     """All combinations; a rule without local losses has a reach of 1 alone.

@@ -24,7 +24,7 @@ class Entrant(NamedTuple):
     """What takes part in a race.
 
     Attributes:
-        config: model, rule, reach, batch size, precision and kernels count.
+        config: model, width, rule, reach, groups, batch size, precision and kernels count.
         baseline: of rule ``bp``: ``"checkpointed"``, ``"accumulated"``, or None for the plain step.
     """
 

@@ -65,7 +65,7 @@ def _groups(config: Any) -> list[list[TrainConfig]]:
     """Models x batch sizes x precisions, in each a run for each rule, that of ``bp`` first."""
     groups = []
     for model, batch_size, precision in itertools.product(
-        config.models, config.batch_sizes, config.precisions
+        config.models, config.batch_sizes, dict.fromkeys(config.precisions)
     ):
         common = dataclasses.replace(
             default_config(config.dataset),
@@ -94,7 +94,8 @@ def run(config: Any) -> int:
     for one in runs:
         setup.check_task(one)
     out, rows = pathlib.Path(config.out), []
-    head = f"{report.device_line()}; {config.dataset}, {config.epochs} epochs, each evaluated\n\n"
+    head = f"{report.device_line()}{report.width_in_words(config.width)}; {config.dataset}, "
+    head += f"{config.epochs} epochs, each evaluated\n\n"
     with tempfile.TemporaryDirectory() as folder:
         numbers = itertools.count()
         for group in groups:

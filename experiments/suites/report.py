@@ -44,6 +44,11 @@ def device_line() -> str:
     return f"{device.platform} ({device.device_kind}), jax {jax.__version__}"
 
 
+def width_in_words(width: float) -> str:
+    """What is said behind the device of networks that are not of the published width."""
+    return "" if width == 1 else f", {width:g} times the published width"
+
+
 def keep(folder: pathlib.Path, config: Any, results: Any, text: str) -> None:
     """Write ``benchmark.json`` and ``benchmark.md``."""
     folder.mkdir(parents=True, exist_ok=True)

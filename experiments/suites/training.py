@@ -29,7 +29,7 @@ import numpy as np
 from experiments import optimizers, setup, several_rules
 from experiments.config import TrainConfig
 from experiments.execution import bytes_above, slice_above
-from experiments.reaches import of_losses
+from experiments.reach_options import of_losses
 from experiments.setup import Task, example_image, make_task
 from experiments.suites import against_torch, report
 from experiments.suites.entrants import BASELINE_STEPS, Entrant, with_baselines
@@ -275,8 +275,6 @@ def _groups(config: Any) -> list[list[Entrant]]:
                 optimizer=optimizer,
             )
             for one in several_rules.of_rules(common, [*config.rules, "bp"], config.reach):
-                if not several_rules.has_local_losses(one):
-                    one = dataclasses.replace(one, groups=None)
                 group += with_baselines(one) if one.rule == "bp" else [Entrant(one)]
         groups.append(group)
     return groups
@@ -294,7 +292,9 @@ def run(config: Any) -> int:
     """The suite; returns the exit status."""
     groups = _groups(config)
     everybody = [entrant for group in groups for entrant in group]
-    asked = TrainConfig(kernels=config.kernels, remat=config.remat, slice=config.slice)
+    asked = TrainConfig(
+        kernels=config.kernels, groups=config.groups, remat=config.remat, slice=config.slice
+    )
     several_rules.check_used(asked, [entrant.config for entrant in everybody])
     for entrant in everybody:
         setup.check_task(entrant.config)
@@ -310,12 +310,14 @@ def run(config: Any) -> int:
         rows += new
         # Whatever becomes of the next group.
         report.keep(pathlib.Path(config.out), config, rows, _text(config, rows))
-        best = max(new, key=lambda row: row["speed_over_bp"])
-        print(
-            f"{best['model']}, batch {best['batch_size']}, {best['precision']}: {best['rule']}, "
-            f"reach {best['reach']}: {best['speed_over_bp']:.2f} times the speed of bp",
-            flush=True,
-        )
+        for precision in dict.fromkeys(row["precision"] for row in new):
+            own = [row for row in new if row["precision"] == precision]
+            best = max(own, key=lambda row: row["speed_over_bp"])
+            print(
+                f"{best['model']}, batch {best['batch_size']}, {precision}: {best['rule']}, "
+                f"reach {best['reach']}: {best['speed_over_bp']:.2f} times the speed of bp",
+                flush=True,
+            )
     report.write(pathlib.Path(config.out), config, rows, _text(config, rows))
     return 0
 
@@ -323,12 +325,11 @@ def run(config: Any) -> int:
 def _text(config: Any, rows: Sequence[report.Row]) -> str:
     """The table, and above it on what it was measured."""
     head, columns = f"{report.device_line()}", dict(_COLUMNS)
-    if all(row["speed_over_float32"] in (None, 1) for row in rows):
+    if len({row["precision"] for row in rows}) == 1:
         del columns["speed_over_float32"]
     if config.groups is None:
         del columns["groups"]
-    if config.width != 1:
-        head += f", {config.width:g} times the published width"
+    head += report.width_in_words(config.width)
     if config.against is not None:
         raced = next(row for row in rows if "torch" in row)
         head += f", torch {raced['torch']} ({raced['torch_threads']} threads), both with adamw"

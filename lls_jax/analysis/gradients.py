@@ -40,7 +40,8 @@ def make_gradients(model: Network, rule: Rule, *, reach: Reach = 1) -> MakeGradi
         schedule-free one's gradients are those at the weights where it takes them.
 
     Raises:
-        ValueError: `reach` is no number of blocks, or the rule has no losses that could reach.
+        ValueError: `reach` is no number of blocks, or not one a loss, or the rule has no losses
+            that could reach.
 
     >>> import optax
     >>> from lls_jax import models, rules, training

@@ -85,7 +85,7 @@ class Network:
 
     @property
     def num_units(self) -> int:
-        """What is updated at once: the blocks, and the classifier where it is not with the last."""
+        """How many learn for themselves: the blocks, and the classifier if not with the last."""
         return len(self.specs) + 1 - self.classifier_in_last_group
 
     def grouped(self, sizes: tuple[int, ...]) -> "Network":

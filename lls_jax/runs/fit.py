@@ -40,6 +40,13 @@ class _Warnings(listening.Callback):
         warnings.warn(message, stacklevel=2)
 
 
+def _reach_setting(reach: int | tuple[int, ...]) -> dict[str, Any]:
+    """What a folder has of a reach, as JSON gives it back; folders of before it was there: 1."""
+    if reach == 1:
+        return {}
+    return {"reach": [*reach] if isinstance(reach, tuple) else reach}
+
+
 def fit(
     model: Network,
     rule: Rule,
@@ -223,10 +230,7 @@ def fit(
                 # Of batches that somebody else makes it is theirs.
                 "batch_size": source.batch_size,
                 "augmentation": augmentation,
-                # Folders of before it was there have reach 1.
-                **(
-                    {"reach": [*reach] if isinstance(reach, tuple) else reach} if reach != 1 else {}
-                ),
+                **_reach_setting(reach),
                 "seed": seed,
                 "validation": held_out,
             }

@@ -62,8 +62,8 @@ def make_train_step(
         reach: how many blocks a local loss teaches: its own, and ``reach - 1`` below it, for which
             the gradient goes on down so far. The classifier counts as the block after the last.
             Any number from the blocks and the classifier on is all of them. Or a number for the
-            loss of each block, and at last the classifier's. Local rules only
-            (:mod:`lls_jax.steps.reach`).
+            loss of each block, and at last the classifier's, which is the last block's where both
+            are in one group. Local rules only (:mod:`lls_jax.steps.reach`).
         remat_above: bytes; a convolution whose output takes more is computed again, in slices of
             the batch, instead of keeping it (:mod:`lls_jax.steps.sliced`). None keeps every one
             but, with a `reach` of 2 or more and no `slice_above`, that of an image's own

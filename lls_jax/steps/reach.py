@@ -320,8 +320,8 @@ def reach_step(
     coming: dict[int, jax.Array] = {}
     total: dict[int, jax.Array] = {}
     losses: list[jax.Array] = []
-    # The names of what learned last.
-    learned: tuple[str, ...] = ()
+    # Names of what has learned since the last unit ran.
+    learned: list[str] = []
     for move in schedule(len(units), reach):
         index = move.unit
         unit = units[index]
@@ -331,6 +331,7 @@ def reach_step(
                 # What has learned has its gradient, and what that needed is free again.
                 token = token_of(tuple(states[name].params for name in learned))
                 own = tuple(one._replace(params=wait_for(token, one.params)) for one in own)
+                learned = []
             runs[index] = unit.run(own, x, labels, state.key, state.step)
             x = runs[index].passed_on
             losses.append(runs[index].loss[0])
@@ -343,6 +344,6 @@ def reach_step(
         else:
             new = unit.update(own, runs.pop(index), total.get(index))
             states.update(zip(unit.names, new))
-            learned = unit.names
+            learned += unit.names
     metrics = {"layer_loss": stack_losses(losses[:-1]), "loss": losses[-1], "logits": x}
     return join_states(states, state.step + 1, state.key), metrics

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from lls_jax.arguments import whole_number
 from lls_jax.models import Network
 from lls_jax.rules import Rule, has_local_losses
@@ -12,8 +14,23 @@ from lls_jax.rules import Rule, has_local_losses
 Reach = int | Sequence[int]
 
 
+def _check_each(model: Network, reach: Sequence[int]) -> tuple[int, ...]:
+    """A number for each loss, as far as there are blocks below."""
+    checked = tuple(whole_number(f"reach[{i}]", own, 1) for i, own in enumerate(reach))
+    if len(checked) != model.num_units:
+        blocks = f"{len(model.specs)} blocks"
+        has = f"{blocks} and the classifier, each with a loss"
+        if model.classifier_in_last_group:
+            has = f"{blocks}, each with a loss, the last one the classifier's"
+        raise ValueError(
+            f"`reach` has {len(checked)} numbers ({', '.join(map(str, checked))}), and model "
+            f"{model.name!r} has {has}; give {model.num_units} numbers, or one for all losses."
+        )
+    return tuple(min(own, loss + 1) for loss, own in enumerate(checked))
+
+
 def check_reach(model: Network, rule: Rule, reach: Reach) -> int | tuple[int, ...]:
-    """A reach in Python's own numbers; one number where all losses go as far as it says.
+    """A reach in Python's own numbers, alike for all that teach the same blocks.
 
     Raises:
         ValueError: the rule's losses cannot reach so far, it is no number of blocks, or they are
@@ -21,28 +38,17 @@ def check_reach(model: Network, rule: Rule, reach: Reach) -> int | tuple[int, ..
 
     >>> from lls_jax import models, rules
     >>> model, rule = models.make("small_conv", num_classes=10), rules.make("lls", num_classes=10)
-    >>> check_reach(model, rule, (1, 2, 2, 2, 2)), check_reach(model, rule, [1, 2, 2, 1, 2])
+    >>> check_reach(model, rule, (3, 2, 2, 2, 2)), check_reach(model, rule, [2, 2, 2, 1, 2])
     (2, (1, 2, 2, 1, 2))
     """
     checked: int | tuple[int, ...]
-    if isinstance(reach, Sequence) and not isinstance(reach, str):
-        checked = tuple(whole_number("reach", own, 1) for own in reach)
-        if len(checked) != model.num_units:
-            has = (
-                "with the classifier in the last one"
-                if model.classifier_in_last_group
-                else ("and the classifier")
-            )
-            raise ValueError(
-                f"`reach` has {len(checked)} numbers, {', '.join(map(str, checked))}; expected "
-                f"{model.num_units}, one for the loss of each of {len(model.specs)} blocks {has}; "
-                "or a single number for all."
-            )
+    if np.ndim(reach) == 0:
+        checked = whole_number("reach", reach, 1)
+    else:
+        checked = _check_each(model, reach)  # type: ignore[arg-type]
         most = max(checked)
         if lowest_taught(len(checked), checked) == lowest_taught(len(checked), most):
             checked = most
-    else:
-        checked = whole_number("reach", reach, 1)
     if checked != 1 and isinstance(rule, Rule) and not has_local_losses(rule):
         raise ValueError(
             f"`reach` is {reach}, but rule {rule.name!r} has no local losses that could reach "
