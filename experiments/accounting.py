@@ -30,9 +30,7 @@ class AccountingConfig:
     """Data set, for the size of its images and the number of classes."""
     rules: list[str] = field(default_factory=lambda: list(_RULES))
     """Rules to count; bp and local_classifier are added for the ratios."""
-    reach: list[reach_options.TypedReach] = field(
-        default_factory=lambda: [1], type=reach_options.parse, nargs="*"
-    )
+    reach: list[reach_options.TypedReach] = reach_options.several(1)
     """Blocks that a local loss teaches, its own and those below it, like 1 2, or 1,2,2,1,1 as of a
     training run: each rule with local losses is counted with each."""
     groups: str | None = None

@@ -72,9 +72,7 @@ class BenchmarkConfig:
     kernels: str = "auto"
     """Of --suite training and epochs, what computes the local losses: auto, xla, split, pallas,
     triton."""
-    reach: list[reach_options.TypedReach] = field(
-        default_factory=lambda: [1], type=reach_options.parse, nargs="*"
-    )
+    reach: list[reach_options.TypedReach] = reach_options.several(1)
     """Of --suite training, epochs and pipeline: blocks that a local loss teaches, its own and those
     below it, like 1 2, or 1,2,2,1,1 as of a training run; each rule with local losses is measured
     with each."""

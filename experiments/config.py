@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
-from simple_parsing import field, flag
+from simple_parsing import flag
 
 from experiments import reach_options
 from experiments.config_checks import check_values
@@ -37,7 +37,7 @@ class TrainConfig:
     groups: str | None = None
     """Blocks that share one local loss, like 2,2; with the classifier in the last one if they add
     up to one more than there are blocks [default: each block by itself]."""
-    reach: reach_options.TypedReach = field(default=1, type=reach_options.parse)
+    reach: reach_options.TypedReach = reach_options.one(1)
     """Blocks that a local loss teaches: its own and N - 1 below it; the classifier counts as the
     block after the last; or one number for the loss of each block and at last the classifier's,
     like 1,2,2,1,1. A local rule only."""

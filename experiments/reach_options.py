@@ -1,6 +1,9 @@
 """How many blocks local losses teach, as options say it: 2, or 1,2,1,2, each loss its own."""
 
 from collections.abc import Sequence
+from typing import Any
+
+from simple_parsing import field
 
 # As it is typed, and as a run's folder has it.
 TypedReach = int | str
@@ -24,6 +27,16 @@ def parse(text: str) -> TypedReach:
     if len(numbers) == 1:
         return numbers[0]
     return ",".join(map(str, numbers)) or text
+
+
+def one(default: TypedReach) -> Any:
+    """The field of an option that has one of them."""
+    return field(default=default, type=parse, metavar="N[,N...]")
+
+
+def several(*default: TypedReach) -> Any:
+    """The field of an option that has one or more of them, with spaces between."""
+    return field(default_factory=lambda: [*default], type=parse, nargs="*", metavar="N[,N...]")
 
 
 def of_losses(reach: TypedReach) -> int | tuple[int, ...]:

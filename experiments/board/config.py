@@ -21,9 +21,7 @@ class BoardConfig:
     """Rules to add: names, or your own as package.module:function; bp_checkpointed: bp that
     computes its blocks again; bp_accumulated: bp over 4 micro-batches [default of a new board: lls
     lls_mxm local_classifier bp bp_checkpointed bp_accumulated]."""
-    reach: list[reach_options.TypedReach] = field(
-        default_factory=list, type=reach_options.parse, nargs="*"
-    )
+    reach: list[reach_options.TypedReach] = reach_options.several()
     """Blocks that a local loss teaches, or 1,2,2,1,1 and the like as of a training run; each rule
     with local losses is trained with each [default of a new board: 1 2]."""
     models: list[str] = field(default_factory=list)
