@@ -16,7 +16,7 @@ from lls_jax.errors import UserError
 from lls_jax.runs import folder as folders
 
 # What a rule has and bp has not: runs that differ in these alone may be set side by side.
-_OF_RULES = ("rule", *OF_RULES, *OF_LOCAL_LOSSES)
+_OF_RULES = ("rule", "groups", *OF_RULES, *OF_LOCAL_LOSSES)
 
 
 def next_steps(config: TrainConfig) -> list[str]:
@@ -94,11 +94,11 @@ def _try_next(config: TrainConfig, folder: pathlib.Path, others: list[_Sibling])
     """The next run to make: bp, then a reach of 2, or a local rule after bp."""
     if config.coordinator is not None or config.pipeline is not None:
         return []
-    done = {(other.config.rule, other.config.reach) for other in others}
+    done = {(one.config.rule, one.config.reach, one.config.groups) for one in others}
     changes: dict[str, Any]
     if config.rule == "bp":
         what, changes = "try next, with no gradient between blocks:", {"rule": "lls_mxm"}
-    elif ("bp", 1) not in done and config.dataset not in BP_MEASURED:
+    elif all(one.config.rule != "bp" for one in others) and config.dataset not in BP_MEASURED:
         what = "try next, to know how far backpropagation gets:"
         # Options of a local rule are of no use to it.
         changes = {**{name: getattr(TrainConfig, name) for name in _OF_RULES}, "rule": "bp"}
@@ -107,7 +107,7 @@ def _try_next(config: TrainConfig, folder: pathlib.Path, others: list[_Sibling])
     else:
         return []
     new = dataclasses.replace(config, **changes, workdir=None)
-    if (new.rule, new.reach) in done:
+    if (new.rule, new.reach, new.groups) in done:
         return []
     # In a folder of its own, beside this one.
     beside = folder.parent / pathlib.Path(new.run_folder()).name

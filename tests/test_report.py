@@ -134,6 +134,7 @@ def test_what_to_do_next_depends_on_the_runs_that_are_there(tmp_path, monkeypatc
     assert f"--workdir {tmp_path}/mnist-small_conv-bp-s0" in lines()
     assert "--rule bp" in lines(reach=2, slice=2, temperature=0.3)
     assert "--temperature" not in lines(temperature=0.3).split("try next")[1]
+    assert "--groups" not in lines(groups="2,3").split("try next")[1]
     assert "--rule lls_mxm" in lines(rule="bp").split("try next")[1]
     measured = presets.Measured(98.7, "once", "python -m experiments.mnist --rule bp")
     monkeypatch.setitem(presets.BP_MEASURED, "mnist", measured)
@@ -159,6 +160,9 @@ def test_what_to_do_next_depends_on_the_runs_that_are_there(tmp_path, monkeypatc
     assert f"experiments.compare {tmp_path}/own {tmp_path}/c" in lines()
     fake(tmp_path / "e", dataclasses.replace(config, reach=2), 98.0)
     assert "try next" not in lines() and "try next" not in lines(reach=2)
+    # Backpropagation has no losses that blocks could share.
+    assert "bp reached 98.00 %" in lines(groups="2,3")
+    assert "--groups 2,3 --reach 2" in lines(groups="2,3")
 
 
 def test_a_network_of_fewer_blocks_than_the_records_is_not_counted():
