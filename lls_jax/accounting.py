@@ -5,6 +5,7 @@ pooling, normalisation, activation functions and losses, which are linear in the
 not counted. Zero padding counts as input.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -250,14 +251,12 @@ def _count(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[BlockCost, jax.S
         x: its input, a batch of one.
     """
     if isinstance(module, Group):
-        first, *others = zip(module.blocks, module.specs)
-        counts, activation = _count(first[0], x)
-        spec = first[1]
-        for block, following in others:
-            x = jax.eval_shape(lambda a, spec=spec: spec.transition(a, None), activation)
+        costs = []
+        for block, spec in zip(module.blocks, module.specs):
             own, activation = _count(block, x)
-            counts, spec = counts.followed_by(own), following
-        return counts, activation
+            costs.append(own)
+            x = jax.eval_shape(lambda a, spec=spec: spec.transition(a, None), activation)
+        return functools.reduce(BlockCost.followed_by, costs), activation
     if type(module) not in BLOCK_COSTS:
         raise ValueError(f"the operations of a {type(module).__name__} are not known here.")
     activation = jax.eval_shape(
