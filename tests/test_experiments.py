@@ -918,6 +918,15 @@ def test_commands_keep_what_jax_compiles(monkeypatch, tmp_path):
     assert pathlib.Path(folder).is_relative_to(tmp_path / "cache" / "lls_jax")
     assert pathlib.Path(folder).is_dir() and int(size) == 2**30
     forget()
+    # A program that was compiled for one CPU is slow on more.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {7}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    of_one = kept()[0]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {6, 7})
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    forget()
+    assert kept()[0] != of_one
+    forget()
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     assert kept() == ["elsewhere", None]
     forget()
