@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.blocks.costs import BLOCK_COSTS, BlockCost, dense_cost
-from lls_jax.models import Network
-from lls_jax.models.network import Group
+from lls_jax.models import Group, Network
 from lls_jax.rules import (
     LLS,
     AugLocal,

@@ -163,6 +163,30 @@ def test_classifier_and_last_group_reach_down_as_one(reach):
     assert metrics["layer_loss"].shape == (2,)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "reach", "option"),
+    [
+        ((2, 3), 1, "slice_above"),
+        ((3, 1), 2, "remat_above"),
+        pytest.param((2, 2), 1, "remat_above", marks=pytest.mark.exhaustive),
+        pytest.param((2, 3), 2, "slice_above", marks=pytest.mark.exhaustive),
+        pytest.param((5,), 1, "remat_above", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_groups_in_slices_learn_as_one_module_does(sizes, reach, option):
+    model = models.make("small_conv", num_classes=CLASSES, dropout=0.2).grouped(sizes)
+    rule, batch = make_rule(*["lls_mxm", "predsim"][: len(sizes)]), make_batch(size=7)
+    state = turn_scales(start(model, rule, batch))
+    ours, whole = (
+        train(model, rule, batch, state=state, reach=reach, **{option: above})[0]
+        for above in (20 * 1024, 2**40)
+    )
+    assert_close(ours.params, expected_params(model, rule, state, batch, reach))
+    assert_close(ours.batch_stats, whole.batch_stats)
+    pairs = zip(jax.tree.leaves(ours.params), jax.tree.leaves(whole.params))
+    assert not all(np.array_equal(a, b) for a, b in pairs), "nothing was in slices"
+
+
 @pytest.mark.parametrize("reach", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_computing_again_in_slices_is_training_as_before(reach):
     model = models.make("small_conv", num_classes=CLASSES, dropout=0.2)

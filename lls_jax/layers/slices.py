@@ -83,6 +83,44 @@ def _zeros_after(arrays: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.full(shape, start, dtype)
 
 
+def walk_slices(
+    function: Callable[..., tuple[Any, Any]], arrays: tuple[Any, ...], count: int, after: Any = None
+) -> tuple[Any, Any]:
+    """:func:`sum_slices` and :func:`map_slices` in one walk, of what `function` gives as a pair.
+
+    Args are those of :func:`map_slices`; `function` gives a tree of floats to sum, and a tree of
+    arrays ``[size of the slice, ...]`` to put together.
+    """
+    if count == 1:
+        return function(*arrays)
+    bodies, rests = _bodies(arrays, count), _rests(arrays, count)
+
+    def add_slice(i: jax.Array, carried: tuple[Any, Any]) -> tuple[Any, Any]:
+        (total, wholes), (summed, mapped) = carried, _apply(function, bodies, i)
+        wholes = jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, i, 1),
+            wholes,
+            mapped,
+        )
+        return jax.tree.map(jnp.add, total, summed), wholes
+
+    summed, mapped = jax.eval_shape(function, *_slice(bodies, 0))
+    start = jax.tree.map(lambda own: _zeros_after((arrays, after), own.shape, own.dtype), summed)
+    wholes = jax.tree.map(
+        lambda own: _zeros_after((arrays, after), (own.shape[0], count, *own.shape[1:]), own.dtype),
+        mapped,
+    )
+    total, wholes = jax.lax.fori_loop(0, count, add_slice, (start, wholes))
+    wholes = jax.tree.map(lambda whole: whole.reshape(-1, *whole.shape[2:]), wholes)
+    if rests is None:
+        return total, wholes
+    summed, mapped = function(*rests)
+    return (
+        jax.tree.map(jnp.add, total, summed),
+        jax.tree.map(lambda *parts: jnp.concatenate(parts), wholes, mapped),
+    )
+
+
 def sum_slices(function: Callable[..., Any], arrays: tuple[Any, ...], count: int) -> Any:
     """The sum of ``function(*slices)`` over `count` slices of the batch.
 
@@ -94,17 +132,7 @@ def sum_slices(function: Callable[..., Any], arrays: tuple[Any, ...], count: int
     Returns:
         In the shapes and dtypes that `function` gives.
     """
-    if count == 1:
-        return function(*arrays)
-    bodies, rests = _bodies(arrays, count), _rests(arrays, count)
-
-    def add_slice(i: jax.Array, total: Any) -> Any:
-        return jax.tree.map(jnp.add, total, _apply(function, bodies, i))
-
-    shapes = jax.eval_shape(function, *_slice(bodies, 0))
-    zeros = jax.tree.map(lambda own: _zeros_after(arrays, own.shape, own.dtype), shapes)
-    total = jax.lax.fori_loop(0, count, add_slice, zeros)
-    return total if rests is None else jax.tree.map(jnp.add, total, function(*rests))
+    return walk_slices(lambda *slices: (function(*slices), ()), arrays, count)[0]
 
 
 def map_slices(
@@ -121,23 +149,4 @@ def map_slices(
     Returns:
         A tree of arrays ``[batch, ...]``, in the order of the batch.
     """
-    if count == 1:
-        return function(*arrays)
-    bodies, rests = _bodies(arrays, count), _rests(arrays, count)
-
-    def put_slice(i: jax.Array, wholes: Any) -> Any:
-        own = _apply(function, bodies, i)
-        return jax.tree.map(
-            lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, i, 1), wholes, own
-        )
-
-    shapes = jax.eval_shape(function, *_slice(bodies, 0))
-    wholes = jax.tree.map(
-        lambda own: _zeros_after((arrays, after), (own.shape[0], count, *own.shape[1:]), own.dtype),
-        shapes,
-    )
-    wholes = jax.lax.fori_loop(0, count, put_slice, wholes)
-    wholes = jax.tree.map(lambda whole: whole.reshape(-1, *whole.shape[2:]), wholes)
-    if rests is None:
-        return wholes
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), wholes, function(*rests))
+    return walk_slices(lambda *slices: ((), function(*slices)), arrays, count, after)[1]

@@ -11,33 +11,12 @@ import jax.numpy as jnp
 
 from lls_jax.blocks import Classifier, LocalBlock, ResidualBlock, apply_module, call_options
 from lls_jax.models.block_spec import BlockSpec
+from lls_jax.models.group import Group
 from lls_jax.models.whitening import Whitening
 from lls_jax.rules import LaterBlock, Rule, Surroundings
 from lls_jax.rules.base import check_classes
 
 Variables = dict[str, Any]
-
-
-class Group(nn.Module):
-    """Consecutive blocks that learn from one loss: a gradient flows through all of them.
-
-    Attributes:
-        blocks: their modules, in order.
-        specs: what happens between them.
-    """
-
-    blocks: tuple[nn.Module, ...]
-    specs: tuple[BlockSpec, ...]
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """From the first block's input to the last one's activation."""
-        for i, (block, spec) in enumerate(zip(self.blocks, self.specs)):
-            x = block(x, **call_options(block, train))
-            if i + 1 < len(self.specs):
-                key = self.make_rng("dropout") if self.has_rng("dropout") and train else None
-                x = spec.transition(x, key)
-        return x
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The local step: each block from its own loss, one after another."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lls_jax.blocks import apply_module, run_block
+from lls_jax.blocks import run_block
 from lls_jax.layers.ordering import token_of, wait_for
 from lls_jax.models import BlockSpec, Network
 from lls_jax.rules import LocalRule, Rule, Targets, has_local_losses, labels_of
-from lls_jax.steps import sliced
+from lls_jax.steps import block_run
 from lls_jax.steps.block import (
     BlockOutput,
     BlockState,
@@ -21,7 +22,6 @@ from lls_jax.steps.block import (
     merge_params,
     split_params,
 )
-from lls_jax.steps.slice_plan import plan_block
 from lls_jax.steps.state import (
     CLASSIFIER,
     Batch,
@@ -64,11 +64,14 @@ def update_block(
         The new state, the local loss, and the next block's input: from the activation that was
         computed before the update.
     """
-    plan = plan_block(spec, rule, x, remat_above, slice_above)
+    cuts = block_run.Cuts(remat_above, slice_above)
 
     def apply(params: Any, batch_stats: Any, x: jax.Array, key: jax.Array | None) -> BlockOutput:
-        if plan is not None:
-            return sliced.apply_block(plan, params, batch_stats["block"], x)
+        if block_run.is_in_parts(spec, rule, cuts, x):
+            run_own = functools.partial(block_run.run, spec, rule, cuts)
+            own = block_run.differentiable(run_own, params, batch_stats["block"], x, key)
+            passed_on = own.after(jax.lax.stop_gradient(own.seen), key)
+            return BlockOutput(own.activation, {"block": own.batch_stats}, passed_on, own.pooled)
         activation, pooled, stats = run_block(
             spec.module,
             params,
@@ -77,12 +80,12 @@ def update_block(
             pool_size=spec.pool_size if rule.sees == "latents" else None,
             rngs={"dropout": key},
         )
-        return BlockOutput(activation, {"block": stats}, spec.downsample(activation), pooled)
+        passed_on = spec.transition(jax.lax.stop_gradient(activation), key)
+        return BlockOutput(activation, {"block": stats}, passed_on, pooled)
 
     labels = labels if rule.needs_image else labels_of(labels)
     update = local_update(apply, rule, tx, pool_size=spec.pool_size)
-    state, loss, downsampled = update(state, x, labels, dropout_key)
-    return state, loss, spec.after_pooling(downsampled, dropout_key)
+    return update(state, x, labels, dropout_key)
 
 
 def update_classifier(
@@ -111,6 +114,8 @@ def update_last_group(
     x: jax.Array,
     labels: jax.Array,
     dropout_key: jax.Array,
+    remat_above: int | None = None,
+    slice_above: int | None = None,
 ) -> tuple[tuple[BlockState, BlockState], jax.Array, jax.Array]:
     """The update of a last block that the classifier belongs to, from the classifier's loss.
 
@@ -122,27 +127,29 @@ def update_last_group(
         x: the block's input.
         labels: integers ``[batch]``.
         dropout_key: the block's own, of this step.
+        remat_above: as of :func:`lls_jax.training.make_train_step`.
+        slice_above: likewise.
 
     Returns:
         The new states, the loss, the logits.
     """
-    spec = model.specs[-1]
     block, classifier = states
+    cuts = block_run.Cuts(remat_above, slice_above)
+    run_last = functools.partial(block_run.run, model.specs[-1], None, cuts, from_above=True)
 
     def logits_loss(params: Any) -> tuple[jax.Array, Any]:
         own, classifier_params = params
-        activation, stats = apply_module(
-            spec.module,
+        outcome = block_run.differentiable(
+            run_last,
             own["block"],
             block.batch_stats["block"],
             jax.lax.stop_gradient(x),
-            train=True,
-            rngs={"dropout": dropout_key},
+            dropout_key,
         )
-        logits = model.classify(classifier_params, spec.transition(activation, dropout_key))
+        logits = model.classify(classifier_params, outcome.after(outcome.seen, dropout_key))
         return classifier_loss(logits, labels, model.classifier_smoothing), (
             logits,
-            {"block": stats},
+            {"block": outcome.batch_stats},
         )
 
     own = {"block": block.params["block"]}
@@ -237,7 +244,15 @@ def make_units(
         def update(states: Any, x: Any, labels: Any, key: Any, step: Any) -> Any:
             block_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
             states, loss, logits = update_last_group(
-                model, own_rule, own_tx, states, x.astype(model.dtype), labels_of(labels), block_key
+                model,
+                own_rule,
+                own_tx,
+                states,
+                x.astype(model.dtype),
+                labels_of(labels),
+                block_key,
+                remat_above,
+                slice_above,
             )
             return states, loss[None], logits
 
@@ -264,21 +279,19 @@ def local_step(
     in_order: bool = True,
 ) -> tuple[TrainState, Metrics]:
     """One step of all blocks and the classifier; see :func:`lls_jax.training.make_train_step`."""
-    *blocks, last = make_units(model, rule, tx, remat_above, slice_above)
+    units = make_units(model, rule, tx, remat_above, slice_above)
     x, labels = batch["image"], targets_of(model, rule, batch)
     states: dict[str, BlockState] = {}
     losses: list[jax.Array] = []
-    below: BlockState | None = None
-    for unit in blocks:
-        (own,) = (block_state(state, name) for name in unit.names)
-        if in_order and below is not None:
+    below: tuple[BlockState, ...] = ()
+    for unit in units:
+        own = tuple(block_state(state, name) for name in unit.names)
+        if in_order and below:
             # The block below has its gradient, and what it was taken from is free again.
-            own = own._replace(params=wait_for(token_of(below.params), own.params))
-        (below,), loss, x = unit.update((own,), x, labels, state.key, state.step)
-        states[unit.names[0]] = below
+            token = token_of(tuple(one.params for one in below))
+            own = tuple(one._replace(params=wait_for(token, one.params)) for one in own)
+        below, loss, x = unit.update(own, x, labels, state.key, state.step)
+        states.update(zip(unit.names, below))
         losses.append(loss[0])
-    own_states = tuple(block_state(state, name) for name in last.names)
-    new, loss, logits = last.update(own_states, x, labels, state.key, state.step)
-    states.update(zip(last.names, new))
-    metrics = {"layer_loss": stack_losses(losses), "loss": loss[0], "logits": logits}
+    metrics = {"layer_loss": stack_losses(losses[:-1]), "loss": losses[-1], "logits": x}
     return join_states(states, state.step + 1, state.key), metrics

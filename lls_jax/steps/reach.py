@@ -22,15 +22,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.tree_util import Partial
 
-from lls_jax.blocks import apply_module, run_block
 from lls_jax.layers.ordering import token_of, wait_for
-from lls_jax.models import BlockSpec, Network
+from lls_jax.models import Network
 from lls_jax.rules import LocalRule, Rule, Targets, labels_of
-from lls_jax.steps import sliced
+from lls_jax.steps import block_run
 from lls_jax.steps.block import (
     BlockState,
     apply_gradients,
@@ -38,8 +35,8 @@ from lls_jax.steps.block import (
     merge_params,
     split_params,
 )
+from lls_jax.steps.block_run import Cuts
 from lls_jax.steps.reach_schedule import Reach, brings_own_loss, schedule
-from lls_jax.steps.slice_plan import plan_block
 from lls_jax.steps.state import (
     CLASSIFIER,
     Batch,
@@ -109,40 +106,6 @@ class _BlockKept(NamedTuple):
     loss: jax.Array
 
 
-def _pull_whole(
-    shapes: tuple[Any, Any], pullback: Callable[..., Any], *cotangents: Any, **wanted: bool
-) -> tuple[Any, Any]:
-    """Both gradients; the compiler leaves out what is not asked for."""
-    d_params, d_input = pullback(
-        tuple(
-            jnp.zeros(shape.shape, shape.dtype) if given is None and shape is not None else given
-            for given, shape in zip(cotangents, shapes)
-        )
-    )
-    return (d_params if wanted["params"] else None), (d_input if wanted["input"] else None)
-
-
-def _run_whole(
-    spec: BlockSpec, rule: LocalRule, params: Any, stats: Any, x: jax.Array, key: jax.Array
-) -> tuple[Any, Any, Callable[..., Any]]:
-    """A block's activation and, where it has them, window means; statistics; the way back."""
-
-    def run(params: Any, x: jax.Array) -> Any:
-        activation, pooled, new = run_block(
-            spec.module,
-            params,
-            stats,
-            x,
-            pool_size=spec.pool_size if rule.sees == "latents" else None,
-            rngs={"dropout": key},
-        )
-        return (activation, pooled), new
-
-    outputs, pullback, new = jax.vjp(run, params, x, has_aux=True)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), outputs)
-    return outputs, new, Partial(functools.partial(_pull_whole, shapes), pullback)
-
-
 def _block_key(key: jax.Array, step: jax.Array, index: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, step), index)
 
@@ -152,8 +115,7 @@ def _block_unit(
     index: int,
     rule: LocalRule,
     tx: optax.GradientTransformation,
-    remat_above: int | None,
-    slice_above: int | None,
+    cuts: Cuts,
 ) -> ReachingUnit:
     spec = model.specs[index]
 
@@ -163,15 +125,11 @@ def _block_unit(
         key, x = _block_key(key, step, index), x.astype(model.dtype)
         trained, fixed = split_params(rule, state.params)
         own, stats = trained["block"], state.batch_stats["block"]
-        plan = plan_block(spec, rule, x, remat_above, slice_above, from_above=True)
-        if plan is None:
-            (seen, pooled), stats, pull_block = _run_whole(spec, rule, own, stats, x, key)
-            after: Callable[..., jax.Array] = spec.transition
-        else:
-            (seen, pooled), stats, pull_block = sliced.run_block(plan, own, stats, x)
-            after = spec.after_pooling
+        outcome, pull_block = block_run.run(spec, rule, cuts, own, stats, x, key, from_above=True)
         # In the model's dtype, as the gradient comes back, whatever the block's own is.
-        passed_on, pull_after = jax.vjp(lambda seen: after(seen, key).astype(model.dtype), seen)
+        passed_on, pull_after = jax.vjp(
+            lambda seen: outcome.after(seen, key).astype(model.dtype), outcome.seen
+        )
 
         def own_loss(learned: Any, activation: Any, pooled: Any) -> jax.Array:
             return rule.block_loss(
@@ -182,13 +140,11 @@ def _block_unit(
                 pooled=pooled,
             )
 
-        # A rule that is given means does not look at the activation.
-        activation = seen if pooled is None else None
         loss, (d_learned, *d_own) = jax.value_and_grad(own_loss, argnums=(0, 1, 2))(
-            trained.get("rule", {}), activation, pooled
+            trained.get("rule", {}), outcome.activation, outcome.pooled
         )
         kept = _BlockKept(pull_block, pull_after, tuple(d_own), d_learned, loss)
-        return UnitRun(loss[None], passed_on, ({"block": stats},), kept)
+        return UnitRun(loss[None], passed_on, ({"block": outcome.batch_stats},), kept)
 
     def pull(kept: _BlockKept, gradient: Any, own: bool, **wanted: bool) -> tuple[Any, Any]:
         d_activation = None if gradient is None else kept.pull_after(gradient)[0]
@@ -212,9 +168,10 @@ def _block_unit(
     return ReachingUnit((model.block_names[index],), run, pass_on, update)
 
 
-def _last_unit(model: Network, rule: Rule, tx: Optimizer) -> ReachingUnit:
+def _last_unit(model: Network, rule: Rule, tx: Optimizer, cuts: Cuts) -> ReachingUnit:
     """The classifier, and the last block where the classifier belongs to it."""
     index = len(model.specs) - 1
+    run_last = functools.partial(block_run.run, model.specs[index], None, cuts, from_above=True)
     names: tuple[str, ...] = (CLASSIFIER,)
     own_rules: tuple[Rule | None, ...] = (None,)
     if model.classifier_in_last_group:
@@ -233,16 +190,11 @@ def _last_unit(model: Network, rule: Rule, tx: Optimizer) -> ReachingUnit:
             *own, last = params
             stats = []
             for block_params, block in zip(own, blocks):
-                activation, new = apply_module(
-                    model.specs[index].module,
-                    block_params["block"],
-                    block.batch_stats["block"],
-                    x,
-                    train=True,
-                    rngs={"dropout": key},
+                outcome = block_run.differentiable(
+                    run_last, block_params["block"], block.batch_stats["block"], x, key
                 )
-                x = model.specs[index].transition(activation, key)
-                stats.append({"block": new})
+                x = outcome.after(outcome.seen, key)
+                stats.append({"block": outcome.batch_stats})
             logits = model.classify(last, x)
             return classifier_loss(logits, labels, model.classifier_smoothing), (
                 logits,
@@ -290,12 +242,13 @@ def make_reaching_units(
     """
     rows = list(enumerate(zip(model.block_names, model.block_rules(rule))))
     alone = len(rows) - model.classifier_in_last_group
+    cuts = Cuts(remat_above, slice_above)
     return [
         *(
-            _block_unit(model, index, own_rule, optimizer_of(tx, name), remat_above, slice_above)
+            _block_unit(model, index, own_rule, optimizer_of(tx, name), cuts)
             for index, (name, own_rule) in rows[:alone]
         ),
-        _last_unit(model, rows[-1][1][1], tx),
+        _last_unit(model, rows[-1][1][1], tx, cuts),
     ]
 
 

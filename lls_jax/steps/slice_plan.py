@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lls_jax.blocks import ConvBlock
+from lls_jax.blocks import ConvBlock, DenseBlock
 from lls_jax.layers.convolution import FEW_CHANNELS
 from lls_jax.layers.pooled_normalization import can_pool
 from lls_jax.layers.slices import choose_count
-from lls_jax.models import BlockSpec
+from lls_jax.models import BlockSpec, Group
 from lls_jax.platforms import by_platform
 from lls_jax.rules import LocalRule
 
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
         keeps_maxima: whether its 2x2 maxima are, of an output that is not.
         stride: of the convolution.
         dtype: of the activations.
-        pool_size: windows along each spatial axis.
+        pool_size: windows along each spatial axis whose means are wanted; None for none.
         max_pool: whether the activation's 2x2 maxima are what is passed on.
         downsample: from these, or from the activation, to what the next block takes, an image at a
             time.
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
     keeps_maxima: bool
     stride: int
     dtype: Any
-    pool_size: int
+    pool_size: int | None
     max_pool: bool
     downsample: Callable[[jax.Array], jax.Array]
 
@@ -103,15 +103,31 @@ def count_slices(shape: tuple[int, ...], dtype: Any, above: int) -> int:
     return choose_count(shape[0], math.ceil(size / above))
 
 
-def may_cut(spec: BlockSpec, rule: LocalRule) -> bool:
-    """Whether a block has one convolution and its rule sees the latents only: else it is whole."""
+def may_cut(spec: BlockSpec, rule: LocalRule | None) -> bool:
+    """Whether a block has one convolution and its rule sees the latents only: else it is whole.
+
+    Of a group of blocks, whether one of them may be.
+
+    Args:
+        spec: the block, and what follows it.
+        rule: its own; None where it has no loss of its own.
+    """
+    if isinstance(spec.module, Group):
+        *inner, last = spec.module.specs
+        pairs = [*((own, None) for own in inner), (last, rule)]
+        return walks_members(spec.module) and any(may_cut(*pair) for pair in pairs)
     # Not a module that is derived from it, whose function may be another.
-    return type(spec.module) is ConvBlock and rule.sees == "latents"
+    return type(spec.module) is ConvBlock and (rule is None or rule.sees == "latents")
+
+
+def walks_members(group: Group) -> bool:
+    """Whether a group's members are known to draw nothing at random: else it is one module."""
+    return all(type(block) in (ConvBlock, DenseBlock) for block in group.blocks)
 
 
 def plan_block(
     spec: BlockSpec,
-    rule: LocalRule,
+    rule: LocalRule | None,
     x: jax.Array,
     remat_above: int | None,
     slice_above: int | None,
@@ -125,7 +141,7 @@ def plan_block(
 
     Args:
         spec: the block, and what follows it.
-        rule: the block's own.
+        rule: the block's own; None where it has no loss of its own.
         x: its input; only shape and dtype count.
         remat_above: bytes above which the convolution's output is not kept; None keeps every one.
         slice_above: bytes above which, of an output that is kept, what follows is in slices; None
@@ -135,9 +151,9 @@ def plan_block(
             number is given, an output that is cheap to compute again is not kept: that of an image
             of at most :data:`~lls_jax.layers.convolution.FEW_CHANNELS`.
     """
-    if not may_cut(spec, rule):
-        return None
     module = spec.module
+    if isinstance(module, Group) or not may_cut(spec, rule):
+        return None
     batch, *sides, channels = x.shape
     height, width = (-(-side // module.stride) for side in sides)
     shape = (batch, height, width, module.features)
@@ -155,7 +171,8 @@ def plan_block(
         size = CHEAP_SLICE_BYTES if cheap else SLICE_BYTES
         slices = min(count_slices(shape, module.dtype, size), MOST_SLICES)
         slices = choose_count(batch, slices)
-    if not can_pool(shape, spec.pool_size) or slices == 1:
+    pool_size = None if rule is None else spec.pool_size
+    if slices == 1 or (pool_size is not None and not can_pool(shape, pool_size)):
         return None
     keeps_output = again == 1 and not cheap
     return Plan(
@@ -165,7 +182,7 @@ def plan_block(
         keeps_maxima=from_above and spec.max_pool and not keeps_output,
         stride=module.stride,
         dtype=module.dtype,
-        pool_size=spec.pool_size,
+        pool_size=pool_size,
         max_pool=spec.max_pool,
         downsample=spec.after_max_pool,
     )

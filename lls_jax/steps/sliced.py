@@ -33,7 +33,7 @@ from lls_jax.layers.normalization import (
     gradients_from_sums,
     input_gradient,
 )
-from lls_jax.layers.ordering import written_out
+from lls_jax.layers.ordering import token_of, wait_for, written_out
 from lls_jax.layers.pooled_normalization import (
     pool_from_sums,
     spread,
@@ -41,8 +41,7 @@ from lls_jax.layers.pooled_normalization import (
     window_sums,
 )
 from lls_jax.layers.pooling import max_pool, share_maxima, spread_maxima
-from lls_jax.layers.slices import map_slices, sum_slices
-from lls_jax.steps.block import BlockOutput
+from lls_jax.layers.slices import map_slices, sum_slices, walk_slices
 from lls_jax.steps.slice_plan import Plan
 
 
@@ -55,7 +54,8 @@ class Residuals(NamedTuple):
         output: of the convolution; None where it is not kept.
         maxima: from :func:`_maxima`, where the plan keeps these of it; else None.
         statistics: BatchNorm's.
-        sums: of :func:`lls_jax.layers.pooled_normalization.window_sums`.
+        sums: of :func:`lls_jax.layers.pooled_normalization.window_sums`; None where no means are
+            wanted.
     """
 
     x: jax.Array
@@ -64,30 +64,6 @@ class Residuals(NamedTuple):
     maxima: jax.Array | None
     statistics: Statistics
     sums: Any
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve_normalize_pool(
-    plan: Plan, x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """A 3x3 convolution, BatchNorm, LeakyReLU(0.01), and what is wanted of the activation.
-
-    Differentiable once, in reverse, with respect to kernel, scale and bias, and from `pooled`
-    alone; nothing flows back through the other results or to `x`.
-
-    Args:
-        plan: the slices.
-        x: ``[batch, height, width, channels]``.
-        kernel: float32 ``[3, 3, channels, features]``.
-        scale: float32 ``[features]``.
-        bias: float32 ``[features]``.
-
-    Returns:
-        ``(downsampled, pooled, mean, variance)``: what ``plan.downsample`` gives; the means over
-        windows, float32 ``[batch, p, p, features]``; the batch's statistics of the convolution's
-        output, float32 ``[features]``.
-    """
-    return _forward(plan, x, kernel, scale, bias)[0]
 
 
 def _convolve(plan: Plan, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -102,6 +78,20 @@ def _moments(y: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _forward(
     plan: Plan, x: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[Any, Residuals]:
+    """A 3x3 convolution, BatchNorm, LeakyReLU(0.01), and what is wanted of the activation.
+
+    Args:
+        plan: the slices.
+        x: ``[batch, height, width, channels]``.
+        kernel: float32 ``[3, 3, channels, features]``.
+        scale: float32 ``[features]``.
+        bias: float32 ``[features]``.
+
+    Returns:
+        ``(downsampled, pooled, mean, variance)``: what ``plan.downsample`` gives; the means over
+        windows, float32 ``[batch, p, p, features]``, or None; the batch's statistics of the
+        convolution's output, float32 ``[features]``. And what the gradients need.
+    """
     kept = _convolve(plan, x, kernel) if plan.keeps_output else None
     if kept is None:
         total, square = plan.run(sum_slices, lambda x: _moments(_convolve(plan, x, kernel)), x)
@@ -117,17 +107,19 @@ def _forward(
         # Cut out once: of bfloat16 XLA's CPU backend would cut and widen it again for each maximum
         # (0.12.0.1; in float32 it cuts once anyway).
         y = jax.lax.optimization_barrier(y)
-        sums = window_sums(y, statistics, plan.pool_size)
+        sums = None if plan.pool_size is None else window_sums(y, statistics, plan.pool_size)
         maxima = _maxima(plan, y, statistics)
         downsampled = plan.downsample(apply_statistics(maxima, *statistics))
-        return downsampled, (maxima if plan.keeps_maxima else None), *sums
+        return downsampled, (maxima if plan.keeps_maxima else None), sums
 
     if kept is None:
         outputs = plan.run(map_slices, lambda x: follow(_convolve(plan, x, kernel)), x)
     else:
         outputs = plan.run(map_slices, follow, kept)
-    downsampled, maxima, *sums = outputs
-    pooled = pool_from_sums(sums, statistics, _elements(plan, x) // plan.pool_size**2)
+    downsampled, maxima, sums = outputs
+    pooled = None
+    if plan.pool_size is not None:
+        pooled = pool_from_sums(sums, statistics, _elements(plan, x) // plan.pool_size**2)
     residuals = Residuals(x, kernel, kept, maxima, statistics, sums)
     return (downsampled, pooled, mean, variance), residuals
 
@@ -173,10 +165,13 @@ def _pull(
         input: whether the latter is.
     """
     x, kernel, kept, maxima, statistics, sums = residuals
-    window = _elements(plan, x) // plan.pool_size**2
-    d_downsampled, d_pooled = cotangents
-    d_window = jnp.zeros_like(sums[0]) if d_pooled is None else d_pooled / window
+    d_downsampled, d_window = cotangents
+    if d_window is not None and plan.pool_size is not None:
+        d_window = d_window / (_elements(plan, x) // plan.pool_size**2)
     own = d_downsampled, d_window
+    if d_downsampled is None and d_window is None:
+        nothing = jax.tree.map(jnp.zeros_like, (kernel, statistics.scale, statistics.bias))
+        return nothing, jnp.zeros_like(x)
 
     def output(x: jax.Array, kept: jax.Array | None) -> jax.Array:
         return _convolve(plan, x, kernel) if kept is None else kept
@@ -193,11 +188,13 @@ def _pull(
         seen = find_maxima(output(x, kept)) if maxima is None else maxima
         return gradient_sums(seen, statistics, before_pooling(seen, own[0]))
 
-    total = window_gradient_sums(d_window, sums)
+    totals = []
+    if d_window is not None:
+        totals.append(window_gradient_sums(d_window, sums))
     if d_downsampled is not None:
         source = (x, kept, None) if maxima is None else (None, None, maxima)
-        total = jax.tree.map(jnp.add, total, plan.run(sum_slices, to_sums, *source, own))
-    gradients = gradients_from_sums(total, statistics)
+        totals.append(plan.run(sum_slices, to_sums, *source, own))
+    gradients = gradients_from_sums(jax.tree.map(lambda *own: sum(own), *totals), statistics)
 
     def to_convolution(x: jax.Array, kept: jax.Array | None, own: Any) -> jax.Array:
         y, count = output(x, kept), residuals.x.shape[0] * _elements(plan, x)
@@ -215,37 +212,28 @@ def _pull(
         if plan.max_pool:
             share = written_out(share_maxima, y, seen, share)
 
-        def of_both(y: jax.Array, seen: jax.Array, share: jax.Array, d: jax.Array) -> jax.Array:
+        def of_both(y: jax.Array, seen: jax.Array, share: jax.Array, *d: jax.Array) -> jax.Array:
             above = spread_maxima(y, seen, share) if plan.max_pool else share
-            return through_norm(y, spread(d, y.shape) + above.astype(jnp.float32))
+            below = (spread(one, y.shape) for one in d)
+            return through_norm(y, sum(below, above.astype(jnp.float32)))
 
         # In the shape of `y`: XLA writes it three times as slowly into one that the kernel's
         # gradient wants (jax 0.10).
-        return written_out(of_both, y, seen, share, d_window)
+        return written_out(of_both, y, seen, share, *(() if d_window is None else (d_window,)))
 
-    def to_kernel(x: jax.Array, kept: jax.Array | None, own: Any) -> jax.Array:
+    def through_convolution(x: jax.Array, kept: jax.Array | None, own: Any) -> tuple[Any, Any]:
         dy = to_convolution(x, kept, own)
-        return jax.vjp(functools.partial(_convolve, plan, x), kernel)[1](dy)[0]
+        d_kernel: Any = ()
+        d_x: Any = ()
+        if params:
+            d_kernel = jax.vjp(functools.partial(_convolve, plan, x), kernel)[1](dy)[0]
+        if input:
+            dy = wait_for(token_of(d_kernel), dy) if params else dy
+            d_x = jax.vjp(lambda x: _convolve(plan, x, kernel), x)[1](dy)[0]
+        return d_kernel, d_x
 
-    def to_input(x: jax.Array, kept: jax.Array | None, own: Any) -> jax.Array:
-        dy = to_convolution(x, kept, own)
-        return jax.vjp(lambda x: _convolve(plan, x, kernel), x)[1](dy)[0]
-
-    d_params = d_input = None
-    if params:
-        d_kernel = plan.run(sum_slices, to_kernel, x, kept, own)
-        d_params = d_kernel, *gradients
-    if input:
-        d_input = plan.run(map_slices, to_input, x, kept, own)
-    return d_params, d_input
-
-
-def _backward(plan: Plan, residuals: Residuals, cotangents: tuple) -> tuple:
-    d_params, _ = _pull(plan, residuals, None, cotangents[1], params=True, input=False)
-    return jnp.zeros_like(residuals.x), *d_params
-
-
-_convolve_normalize_pool.defvjp(_forward, _backward)
+    d_kernel, d_input = plan.run(walk_slices, through_convolution, x, kept, own)
+    return ((d_kernel, *gradients) if params else None), (d_input if input else None)
 
 
 def _arrays(plan: Plan, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
@@ -258,8 +246,10 @@ def _new_statistics(params: Any, batch_stats: Any, mean: jax.Array, variance: ja
     return {"norm": new}
 
 
-def apply_block(plan: Plan, params: Any, batch_stats: Any, x: jax.Array) -> BlockOutput:
-    """A :class:`lls_jax.blocks.ConvBlock` in training, whose loss is of the pooled activation.
+def run_block(
+    plan: Plan, params: Any, batch_stats: Any, x: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array | None], Any, Callable[..., Any]]:
+    """A :class:`lls_jax.blocks.ConvBlock` in training, and its way back.
 
     Args:
         plan: from :func:`lls_jax.steps.slice_plan.plan_block`.
@@ -268,24 +258,8 @@ def apply_block(plan: Plan, params: Any, batch_stats: Any, x: jax.Array) -> Bloc
         x: its input, ``[batch, height, width, channels]``.
 
     Returns:
-        What the next block takes, but for dropout; the pooled activation, through which alone a
-        gradient flows; the new statistics.
-    """
-    downsampled, pooled, mean, variance = _convolve_normalize_pool(plan, *_arrays(plan, params, x))
-    downsampled, mean, variance = jax.lax.stop_gradient((downsampled, mean, variance))
-    stats = _new_statistics(params, batch_stats, mean, variance)
-    return BlockOutput(None, {"block": stats}, downsampled, pooled)
-
-
-def run_block(
-    plan: Plan, params: Any, batch_stats: Any, x: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], Any, Callable[..., Any]]:
-    """A :class:`lls_jax.blocks.ConvBlock` in training, for gradients from above and to below.
-
-    Its arguments are those of :func:`apply_block`.
-
-    Returns:
-        ``((downsampled, pooled), batch_stats, pull)``, the arrays as of :func:`apply_block`.
+        ``((downsampled, pooled), batch_stats, pull)``: what the next block takes, but for dropout;
+        the means over windows, None where the plan wants none; the new statistics.
         ``pull(d_downsampled, d_pooled, params=..., input=...)`` gives the gradients with respect to
         `params` and `x`, those that are asked for; a cotangent may be None, for zeros.
     """
