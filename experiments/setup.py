@@ -116,11 +116,15 @@ def why_uncut(config: TrainConfig, task: Task) -> str | None:
     # The data set's classes may not be known yet, so nothing is said of them here.
     specs = task.model.specs
     own: list[Any] = [task.rule.at_block(index, len(specs)) for index in range(len(specs))]
+    if task.model.classifier_in_last_group:
+        own[-1] = None
     if any(slice_plan.may_cut(spec, rule) for spec, rule in zip(specs, own)):
         return None
+    groups = "" if config.groups is None else f" and --groups {config.groups}"
     return (
-        f"--rule {config.rule} with --model {config.model}: it is for blocks of one convolution "
-        "whose rule sees the pooled activation alone"
+        f"--rule {config.rule} with --model {config.model}{groups}: it is for blocks of one "
+        "convolution whose rule sees the pooled activation alone, and groups of convolution and "
+        "dense blocks alone"
     )
 
 

@@ -1035,6 +1035,11 @@ def run_import():
         (run_digits, "--remat -1", ["--remat is -1", "at least 0"]),
         (run_digits, "--remat 8 --rule bp", ["--remat 8 is of no use to --rule bp"]),
         (run_digits, "--remat 8 --rule predsim", ["no use to --rule predsim with --model small_"]),
+        (
+            run_digits,
+            "--remat 8 --model mobilenet_v1 --groups 2,12",
+            ["--groups 2,12: it is for", "groups of convolution and dense blocks alone"],
+        ),
         (run_digits, "--slice 8 --model resnet32", ["--rule lls_mxm with --model resnet32"]),
         (run_digits, "--seed 4294967296", ["--seed is 4294967296", "less than 4294967296"]),
         (run_paper, "--table 2 --workdir x --seeds 4294967297", ["--seeds is 4294967297"]),

@@ -167,7 +167,9 @@ def test_temporaries_of_backpropagation_grow_by_two_activations_a_block():
     ("name", "groups", "side", "options", "most"),
     [
         ("small_conv", (1, 1, 1, 1), 32, {}, 0.62),
-        ("small_conv", (2, 3), 32, {}, 0.68),
+        ("small_conv", (2, 3), 32, {}, 0.64),
+        # Its last group waits for the block below: without that 0.54 (jax 0.12.0.1).
+        ("small_conv", (1, 1, 3), 32, {}, 0.5),
         pytest.param(
             *("vgg8", (1,) * 7, 32, {"remat_above": 2**23}, 0.42), marks=pytest.mark.exhaustive
         ),

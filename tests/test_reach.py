@@ -187,6 +187,33 @@ def test_groups_in_slices_learn_as_one_module_does(sizes, reach, option):
     assert not all(np.array_equal(a, b) for a, b in pairs), "nothing was in slices"
 
 
+@pytest.mark.parametrize(("sizes", "reach"), [((1, 1, 1), 2), ((2, 1), 1), ((4,), 1)])
+def test_members_in_slices_may_compute_in_another_dtype_than_their_network(sizes, reach):
+    dtypes = jnp.bfloat16, jnp.float32, jnp.bfloat16
+    specs = [BlockSpec(ConvBlock(6, dtype), pool_size=2, max_pool=True) for dtype in dtypes]
+    specs[-1] = dataclasses.replace(specs[-1], max_pool=False, flatten=True)
+    model = Network("mixed", CLASSES, tuple(specs)).grouped(sizes)
+    rule, batch = make_rule(*["lls"] * len(sizes)), make_batch()
+    state = start(model, rule, batch)
+    new, _ = train(model, rule, batch, reach=reach, state=state, slice_above=1024)
+    moved, expected = (
+        jax.tree.map(lambda a, b: np.asarray(a - b), state.params, params)
+        for params in (new.params, expected_params(model, rule, state, batch, reach))
+    )
+    # Of bfloat16's rounding through three convolutions.
+    assert_close(moved, expected, 8e-2)
+
+
+def test_a_block_that_is_twice_in_a_group_shares_its_parameters_in_slices_too():
+    twice = BlockSpec(ConvBlock(3), pool_size=2)
+    last = BlockSpec(ConvBlock(4), pool_size=2, flatten=True)
+    model = Network("twice", CLASSES, (twice, twice, last)).grouped((2, 1))
+    rule, batch = make_rule("lls", "lls"), make_batch()
+    state = start(model, rule, batch)
+    new, _ = train(model, rule, batch, state=state, slice_above=1024)
+    assert_close(new.params, expected_params(model, rule, state, batch, 1))
+
+
 @pytest.mark.parametrize("reach", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_computing_again_in_slices_is_training_as_before(reach):
     model = models.make("small_conv", num_classes=CLASSES, dropout=0.2)

@@ -86,10 +86,17 @@ def _zeros_after(arrays: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def walk_slices(
     function: Callable[..., tuple[Any, Any]], arrays: tuple[Any, ...], count: int, after: Any = None
 ) -> tuple[Any, Any]:
-    """:func:`sum_slices` and :func:`map_slices` in one walk, of what `function` gives as a pair.
+    """Of ``function(*slices)`` over `count` slices, a pair: the sum of one, the other as a whole.
 
-    Args are those of :func:`map_slices`; `function` gives a tree of floats to sum, and a tree of
-    arrays ``[size of the slice, ...]`` to put together.
+    Args:
+        function: of a slice of each array; gives a tree of floats to sum, and a tree of arrays
+            ``[size of the slice, ...]`` to put together.
+        arrays: trees of arrays ``[batch, ...]``.
+        count: slices; the batch need not divide into them.
+        after: arrays that `function` closes over, if these may be known later than `arrays`.
+
+    Returns:
+        The sum, as of :func:`sum_slices`, and the whole, as of :func:`map_slices`.
     """
     if count == 1:
         return function(*arrays)

@@ -49,7 +49,10 @@ class Outcome(NamedTuple):
 
     @property
     def activation(self) -> jax.Array | None:
-        """What a rule is shown: one that is given means does not look at the activation."""
+        """What a rule is shown: one that is given means does not look at the activation.
+
+        A block in slices always gives means to a rule: a rule that sees more has it whole.
+        """
         return self.seen if self.pooled is None else None
 
 
@@ -91,7 +94,11 @@ def run(
         batch_stats: the block's.
         x: its input, ``[batch, ...]``.
         key: random key of its dropout; None for none.
-        from_above: whether gradients of what follows come back through it.
+        from_above: whether gradients of what follows come back through it: then an image's own
+            convolution is computed again and not kept, where that is cheap.
+
+    Returns:
+        What it gives, and its way back.
     """
     if _is_walked(spec):
         return _run_members(spec, rule, cuts, params, batch_stats, x, key, from_above)
@@ -105,7 +112,7 @@ def run(
 def _pull_whole(
     shapes: tuple[Any, Any], pullback: Callable[..., Any], *cotangents: Any, **wanted: bool
 ) -> tuple[Any, Any]:
-    """Both gradients; the compiler leaves out what is not asked for."""
+    """Both gradients; within one program the compiler leaves out what is not asked for."""
     d_params, d_input = pullback(
         tuple(
             jnp.zeros(shape.shape, shape.dtype) if given is None and shape is not None else given

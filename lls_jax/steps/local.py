@@ -72,6 +72,8 @@ def update_block(
             own = block_run.differentiable(run_own, params, batch_stats["block"], x, key)
             passed_on = own.after(jax.lax.stop_gradient(own.seen), key)
             return BlockOutput(own.activation, {"block": own.batch_stats}, passed_on, own.pooled)
+        # Automatic differentiation knows that nothing comes back to an activation whose means the
+        # rule is given, and takes no gradient of its size.
         activation, pooled, stats = run_block(
             spec.module,
             params,

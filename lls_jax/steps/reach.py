@@ -171,11 +171,12 @@ def _block_unit(
 def _last_unit(model: Network, rule: Rule, tx: Optimizer, cuts: Cuts) -> ReachingUnit:
     """The classifier, and the last block where the classifier belongs to it."""
     index = len(model.specs) - 1
-    run_last = functools.partial(block_run.run, model.specs[index], None, cuts, from_above=True)
     names: tuple[str, ...] = (CLASSIFIER,)
     own_rules: tuple[Rule | None, ...] = (None,)
     if model.classifier_in_last_group:
         names, own_rules = (model.block_names[index], CLASSIFIER), (rule, None)
+    # Of that block, from the classifier's loss alone.
+    run_last = functools.partial(block_run.run, model.specs[index], None, cuts, from_above=True)
 
     def split(states: Any) -> Any:
         """What is trained of each, and what is not."""

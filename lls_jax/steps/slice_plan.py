@@ -71,7 +71,8 @@ class Plan(NamedTuple):
         """``function(*arrays)`` by a loop over slices, where these are called for.
 
         Args:
-            loop: :func:`lls_jax.layers.slices.sum_slices` or :func:`~.map_slices`.
+            loop: :func:`lls_jax.layers.slices.sum_slices`, :func:`~.map_slices`, or
+                :func:`~.walk_slices`.
             function: what they take.
             *arrays: trees of arrays ``[batch, ...]``.
         """
@@ -121,8 +122,14 @@ def may_cut(spec: BlockSpec, rule: LocalRule | None) -> bool:
 
 
 def walks_members(group: Group) -> bool:
-    """Whether a group's members are known to draw nothing at random: else it is one module."""
-    return all(type(block) in (ConvBlock, DenseBlock) for block in group.blocks)
+    """Whether a group is computed member by member: else it is one module, and whole.
+
+    It is if all are known to draw nothing at random, and none is there twice, which shares its
+    parameters with itself.
+    """
+    members = group.blocks
+    known = all(type(block) in (ConvBlock, DenseBlock) for block in members)
+    return known and len({id(block) for block in members}) == len(members)
 
 
 def plan_block(

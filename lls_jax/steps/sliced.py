@@ -42,6 +42,7 @@ from lls_jax.layers.pooled_normalization import (
 )
 from lls_jax.layers.pooling import max_pool, share_maxima, spread_maxima
 from lls_jax.layers.slices import map_slices, sum_slices, walk_slices
+from lls_jax.platforms import by_platform
 from lls_jax.steps.slice_plan import Plan
 
 
@@ -166,12 +167,12 @@ def _pull(
     """
     x, kernel, kept, maxima, statistics, sums = residuals
     d_downsampled, d_window = cotangents
+    if d_downsampled is None and d_window is None:
+        nothing = jax.tree.map(jnp.zeros_like, (kernel, statistics.scale, statistics.bias))
+        return (nothing if params else None), (jnp.zeros_like(x) if input else None)
     if d_window is not None and plan.pool_size is not None:
         d_window = d_window / (_elements(plan, x) // plan.pool_size**2)
     own = d_downsampled, d_window
-    if d_downsampled is None and d_window is None:
-        nothing = jax.tree.map(jnp.zeros_like, (kernel, statistics.scale, statistics.bias))
-        return nothing, jnp.zeros_like(x)
 
     def output(x: jax.Array, kept: jax.Array | None) -> jax.Array:
         return _convolve(plan, x, kernel) if kept is None else kept
@@ -194,7 +195,7 @@ def _pull(
     if d_downsampled is not None:
         source = (x, kept, None) if maxima is None else (None, None, maxima)
         totals.append(plan.run(sum_slices, to_sums, *source, own))
-    gradients = gradients_from_sums(jax.tree.map(lambda *own: sum(own), *totals), statistics)
+    gradients = gradients_from_sums(jax.tree.map(lambda *parts: sum(parts), *totals), statistics)
 
     def to_convolution(x: jax.Array, kept: jax.Array | None, own: Any) -> jax.Array:
         y, count = output(x, kept), residuals.x.shape[0] * _elements(plan, x)
@@ -228,12 +229,17 @@ def _pull(
         if params:
             d_kernel = jax.vjp(functools.partial(_convolve, plan, x), kernel)[1](dy)[0]
         if input:
-            dy = wait_for(token_of(d_kernel), dy) if params else dy
+            # After the kernel's gradient: not what both take in between at once.
+            dy = by_platform(d_kernel, dy, cpu=_after, elsewhere=lambda _, dy: dy)
             d_x = jax.vjp(lambda x: _convolve(plan, x, kernel), x)[1](dy)[0]
         return d_kernel, d_x
 
     d_kernel, d_input = plan.run(walk_slices, through_convolution, x, kept, own)
     return ((d_kernel, *gradients) if params else None), (d_input if input else None)
+
+
+def _after(tree: Any, dy: jax.Array) -> jax.Array:
+    return wait_for(token_of(tree), dy)
 
 
 def _arrays(plan: Plan, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
@@ -265,11 +271,16 @@ def run_block(
     """
     (downsampled, pooled, mean, variance), residuals = _forward(plan, *_arrays(plan, params, x))
     stats = _new_statistics(params, batch_stats, mean, variance)
-    return (downsampled, pooled), stats, Partial(functools.partial(_pull_block, plan), residuals)
+    # The gradient goes back in the dtype that the input came in, whatever the block's own is.
+    pull = Partial(functools.partial(_pull_block, plan, x.dtype), residuals)
+    return (downsampled, pooled), stats, pull
 
 
-def _pull_block(plan: Plan, residuals: Residuals, *cotangents: Any, **wanted: bool) -> Any:
+def _pull_block(
+    plan: Plan, dtype: Any, residuals: Residuals, *cotangents: Any, **wanted: bool
+) -> Any:
     d_params, d_input = _pull(plan, residuals, *cotangents, **wanted)
+    d_input = None if d_input is None else d_input.astype(dtype)
     if d_params is None:
         return None, d_input
     d_kernel, d_scale, d_bias = d_params
