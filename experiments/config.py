@@ -110,8 +110,9 @@ class TrainConfig:
     scan on GPUs and TPUs, dispatch on CPUs, whose loops run convolutions on one thread."""
     remat: int | None = None
     """Do not keep a convolution's output of more than N MiB: compute it again, in slices of the
-    batch; 0 keeps all but, with --reach 2 or more, what a CPU is no slower to compute again: that
-    of an image's own convolution; a local rule on its pooled activation only [default: 0]."""
+    batch; 0 keeps all but, with --reach 2 or more or in a group, what is cheap for a CPU to compute
+    again: that of an image's own convolution; a local rule on its pooled activation only
+    [default: 0]."""
     slice: int | None = None
     """Compute what follows a convolution's output of more than N MiB, and its gradients, in slices
     of the batch, which takes less memory; nothing is computed again; 0 never; a local rule on its

@@ -66,8 +66,8 @@ def make_train_step(
             are in one group. Local rules only (:mod:`lls_jax.steps.reach`).
         remat_above: bytes; a convolution whose output takes more is computed again, in slices of
             the batch, instead of keeping it (:mod:`lls_jax.steps.sliced`). None keeps every one
-            but, with a `reach` of 2 or more and no `slice_above`, that of an image's own
-            convolution, which on CPUs is no slower to compute again. Local rules only.
+            but, with a `reach` of 2 or more or in a group of blocks, and no `slice_above`, that of
+            an image's own convolution, which on CPUs is cheap to compute again. Local rules only.
         slice_above: bytes; the gradients of a convolution whose output takes more, and what they
             come from, are computed in slices of the batch. The output itself is kept, and nothing
             is convolved twice (:mod:`lls_jax.steps.sliced`). None for 2 MiB on CPUs, in about
