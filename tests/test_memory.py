@@ -167,9 +167,8 @@ def test_temporaries_of_backpropagation_grow_by_two_activations_a_block():
     ("name", "groups", "side", "options", "most"),
     [
         ("small_conv", (1, 1, 1, 1), 32, {}, 0.62),
-        ("small_conv", (2, 3), 32, {}, 0.64),
-        # Its last group waits for the block below: without that 0.54 (jax 0.12.0.1).
-        ("small_conv", (1, 1, 3), 32, {}, 0.5),
+        # 0.60 (jax 0.12.0.1) and 0.69 (0.10.2); whole groups 1.02 and more.
+        ("small_conv", (2, 3), 32, {}, 0.74),
         pytest.param(
             *("vgg8", (1,) * 7, 32, {"remat_above": 2**23}, 0.42), marks=pytest.mark.exhaustive
         ),
@@ -180,6 +179,16 @@ def test_the_local_step_takes_less_memory_than_backpropagation(name, groups, sid
     model = models.make(name, num_classes=10)
     ours = temporaries(model.grouped(groups), "lls_mxm", side, **options)
     assert ours < most * temporaries(model, "bp", side)
+
+
+@on_cpu
+def test_the_classifiers_group_waits_for_the_block_below():
+    model = models.make("small_conv", num_classes=10)
+    alone, grouped = (
+        temporaries(model.grouped(sizes), "lls_mxm", 32) for sizes in ((1, 1, 1, 1), (1, 1, 3))
+    )
+    # 1.00 (jax 0.12.0.1, 0.10.2); without the wait 1.2.
+    assert grouped < 1.1 * alone
 
 
 # Slices of one size; of two, with examples left over; one example each; the whole.
