@@ -166,7 +166,7 @@ class TrainConfig:
     TensorBoard [default: none]."""
     workdir: str | None = None
     """Folder of this run; the same command resumes it [default:
-    runs/DATASET-MODEL-RULE-sSEED, and -reachN, -OPTIMIZER where they are others]."""
+    runs/DATASET-MODEL-RULE-sSEED, and -groupsN+N, -reachN, -OPTIMIZER where they are others]."""
     checkpoint_every: int = 0
     """Steps between checkpoints inside an epoch, and each epoch's end; 0: ends of epochs only,
     those within 20 seconds of a checkpoint left out."""
@@ -188,6 +188,8 @@ class TrainConfig:
         """The folder of this run."""
         name = f"{self.dataset}-{self.model}-{self.rule}-s{self.seed}"
         # Options that one tries out beside the default; runs of both have room.
+        sizes = self.group_sizes()
+        name += f"-groups{','.join(map(str, sizes))}" if sizes else ""
         name += f"-reach{self.reach}" if self.reach != 1 else ""
         name += f"-{self.optimizer}" if self.optimizer != TrainConfig.optimizer else ""
         return self.workdir or f"runs/{folder_name(name)}"

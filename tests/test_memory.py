@@ -102,7 +102,7 @@ def test_outputs_that_are_not_computed_again_are_in_slices_by_default():
     module, rule = ConvBlock(32), rules.make("lls", num_classes=10)
     spec, x = BlockSpec(module, pool_size=4), jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.float32)
     plans = [
-        slice_plan.plan_block(spec, rule, x, *above)
+        slice_plan.plan_block(spec, rule, x, slice_plan.Cuts(*above))
         for above in ((None, None), (2**30, None), (2**22, None), (None, 2**22), (None, 2**40))
     ]
     shown = [plan and (plan.slices, plan.keeps_output, plan.only_on_cpu) for plan in plans]
@@ -112,7 +112,7 @@ def test_outputs_that_are_not_computed_again_are_in_slices_by_default():
     of_features = jax.ShapeDtypeStruct((128, 32, 32, 32), jnp.float32)
     pooled = dataclasses.replace(spec, max_pool=True)
     plans = [
-        slice_plan.plan_block(pooled, rule, own, *above, from_above=True)
+        slice_plan.plan_block(pooled, rule, own, slice_plan.Cuts(*above), from_above=True)
         for own, above in (
             (x, (None, None)), (x, (2**30, None)), (x, (None, 2**22)), (of_features, (None, None))
         )

@@ -96,6 +96,8 @@ def test_every_command_of_the_page_is_a_run(page):
     assert folder == "runs/mydata.load-mynet.make-myrule.NearestCentre-s0-myopt.make"
     other = TrainConfig(dataset="digits", rule="lls", seed=3, reach=2)
     assert other.run_folder() == "runs/digits-small_conv-lls-s3-reach2"
+    grouped = dataclasses.replace(other, groups="1, 3")
+    assert grouped.run_folder() == "runs/digits-small_conv-lls-s3-groups1+3-reach2"
     # Each command of the page has room for its run.
     assert len({config.run_folder() for config in configs.values()}) == len(configs)
 

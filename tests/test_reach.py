@@ -204,6 +204,23 @@ def test_members_in_slices_may_compute_in_another_dtype_than_their_network(sizes
     assert_close(moved, expected, 8e-2)
 
 
+class Constant(Silent):
+    """A rule whose loss depends on nothing."""
+
+    def loss(self, params, seen, labels, *, pool_size):
+        return jnp.zeros(())
+
+
+@pytest.mark.parametrize(("sizes", "above"), [((2, 2), 20 * 1024), ((1, 1, 2), 2**40)])
+def test_of_a_loss_that_depends_on_nothing_no_block_learns(sizes, above):
+    model = models.make("small_conv", num_classes=CLASSES).grouped(sizes)
+    rule, batch = rules.PerBlock((Constant(),) * len(sizes)), make_batch(size=7)
+    state = start(model, rule, batch)
+    new, _ = train(model, rule, batch, state=state, slice_above=above)
+    for name in model.block_names:
+        jax.tree.map(np.testing.assert_array_equal, new.params[name], state.params[name])
+
+
 def test_a_block_that_is_twice_in_a_group_shares_its_parameters_in_slices_too():
     twice = BlockSpec(ConvBlock(3), pool_size=2)
     last = BlockSpec(ConvBlock(4), pool_size=2, flatten=True)

@@ -14,7 +14,7 @@ from lls_jax.rules import Rule, Targets
 from lls_jax.steps.local import make_units
 from lls_jax.steps.reach import ReachingUnit, UnitRun, make_reaching_units
 from lls_jax.steps.reach_schedule import Move, Reach, brings_own_loss, check_reach, schedule
-from lls_jax.steps.slice_plan import check_bytes
+from lls_jax.steps.slice_plan import Cuts, check_cuts
 from lls_jax.training import BlockState, Optimizer
 
 States = dict[str, BlockState]
@@ -79,14 +79,15 @@ def make_pieces(
             losses; or `remat_above` or `slice_above` is below 1, or both are given.
     """
     reach = check_reach(model, rule, reach)
-    check_bytes(remat_above, slice_above)
-    units = make_units(model, rule, tx, remat_above, slice_above)
+    cuts = Cuts(remat_above, slice_above)
+    check_cuts(cuts)
+    units = make_units(model, rule, tx, cuts)
     names = [unit.names for unit in units]
     if reach == 1:
         updates = [jax.jit(unit.update, donate_argnums=0) for unit in units]
         moves = tuple(Move("run", index, index) for index in range(len(units)))
         return Pieces(names, moves, _learn_at_once(names, updates))
-    reaching = make_reaching_units(model, rule, tx, remat_above, slice_above)
+    reaching = make_reaching_units(model, rule, tx, cuts)
     return Pieces(names, tuple(schedule(len(units), reach)), _learn_later(reaching, reach))
 
 

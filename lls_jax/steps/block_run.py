@@ -17,19 +17,7 @@ from lls_jax import blocks
 from lls_jax.models import BlockSpec, Group
 from lls_jax.rules import LocalRule
 from lls_jax.steps import sliced
-from lls_jax.steps.slice_plan import plan_block, walks_members
-
-
-class Cuts(NamedTuple):
-    """How large an output may be before the batch is cut.
-
-    Attributes:
-        remat_above: as of :func:`lls_jax.training.make_train_step`.
-        slice_above: likewise.
-    """
-
-    remat_above: int | None = None
-    slice_above: int | None = None
+from lls_jax.steps.slice_plan import Cuts, plan_block, walks_members
 
 
 class Outcome(NamedTuple):
@@ -39,13 +27,13 @@ class Outcome(NamedTuple):
         seen: its activation; where the block was in slices, what follows it but for dropout.
         pooled: the means over the activation's windows, where there are such.
         batch_stats: the new statistics.
-        after: from `seen` and a random key to the next block's input; a pytree.
+        after: ``after(seen, dropout_key)`` gives the next block's input; a pytree.
     """
 
     seen: jax.Array
     pooled: jax.Array | None
     batch_stats: Any
-    after: Callable[[jax.Array, jax.Array | None], jax.Array]
+    after: Callable[..., jax.Array]
 
     @property
     def activation(self) -> jax.Array | None:
@@ -59,18 +47,6 @@ class Outcome(NamedTuple):
 # ``pull(d_seen, d_pooled, params=..., input=...)``, a pytree, gives the gradients with respect to a
 # block's parameters and to its input, those that are asked for; a cotangent may be None, for zeros.
 Pull = Callable[..., tuple[Any, Any]]
-
-
-def is_in_parts(spec: BlockSpec, rule: LocalRule | None, cuts: Cuts, x: jax.Array) -> bool:
-    """Whether :func:`run` would walk a group's members, or slices of the batch.
-
-    Args are those of :func:`run`, for a block through which nothing comes back from above.
-    """
-    return _is_walked(spec) or plan_block(spec, rule, x, *cuts) is not None
-
-
-def _is_walked(spec: BlockSpec) -> bool:
-    return isinstance(spec.module, Group) and walks_members(spec.module)
 
 
 def run(
@@ -100,30 +76,23 @@ def run(
     Returns:
         What it gives, and its way back.
     """
-    if _is_walked(spec):
+    if isinstance(spec.module, Group) and walks_members(spec.module):
         return _run_members(spec, rule, cuts, params, batch_stats, x, key, from_above)
-    plan = plan_block(spec, rule, x, *cuts, from_above=from_above)
+    plan = plan_block(spec, rule, x, cuts, from_above=from_above)
     if plan is None:
-        return _run_whole(spec, rule, params, batch_stats, x, key)
+        return _run_whole(spec, rule, params, batch_stats, x, key, from_above)
     (seen, pooled), stats, pull = sliced.run_block(plan, params, batch_stats, x)
     return Outcome(seen, pooled, stats, Partial(spec.after_pooling)), pull
 
 
-def _pull_whole(
-    shapes: tuple[Any, Any], pullback: Callable[..., Any], *cotangents: Any, **wanted: bool
-) -> tuple[Any, Any]:
-    """Both gradients; within one program the compiler leaves out what is not asked for."""
-    d_params, d_input = pullback(
-        tuple(
-            jnp.zeros(shape.shape, shape.dtype) if given is None and shape is not None else given
-            for given, shape in zip(cotangents, shapes)
-        )
-    )
-    return (d_params if wanted["params"] else None), (d_input if wanted["input"] else None)
-
-
 def _run_whole(
-    spec: BlockSpec, rule: LocalRule | None, params: Any, stats: Any, x: jax.Array, key: Any
+    spec: BlockSpec,
+    rule: LocalRule | None,
+    params: Any,
+    stats: Any,
+    x: jax.Array,
+    key: jax.Array | None,
+    from_above: bool,
 ) -> tuple[Outcome, Pull]:
     """The batch at once, by automatic differentiation."""
     shows_means = rule is not None and rule.sees == "latents"
@@ -137,13 +106,28 @@ def _run_whole(
             pool_size=spec.pool_size if shows_means else None,
             rngs={} if key is None else {"dropout": key},
         )
-        return (activation, pooled), new
+        # Of means alone nothing comes back to the activation, and no gradient of its size is taken.
+        learned_from = (activation, pooled) if from_above or pooled is None else (None, pooled)
+        return learned_from, (activation, pooled, new)
 
-    outputs, pullback, new = jax.vjp(run_block, params, x, has_aux=True)
-    activation, pooled = outputs
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), outputs)
+    learned_from, pullback, outcome = jax.vjp(run_block, params, x, has_aux=True)
+    activation, pooled, new = outcome
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), learned_from)
     pull = Partial(functools.partial(_pull_whole, shapes), pullback)
     return Outcome(activation, pooled, new, Partial(spec.transition)), pull
+
+
+def _pull_whole(
+    shapes: tuple[Any, Any], pullback: Callable[..., Any], *cotangents: Any, **wanted: bool
+) -> tuple[Any, Any]:
+    """Both gradients; within one program the compiler leaves out what is not asked for."""
+    d_params, d_input = pullback(
+        tuple(
+            jnp.zeros(shape.shape, shape.dtype) if given is None and shape is not None else given
+            for given, shape in zip(cotangents, shapes)
+        )
+    )
+    return (d_params if wanted["params"] else None), (d_input if wanted["input"] else None)
 
 
 def _run_members(
@@ -160,7 +144,9 @@ def _run_members(
     rngs = {} if key is None else {"dropout": key}
     keys = group.apply({}, True, method="dropout_keys", rngs=rngs)
 
-    def run_member(index: int, rule: LocalRule | None, from_above: bool) -> tuple[Outcome, Pull]:
+    def run_member(
+        index: int, x: jax.Array, rule: LocalRule | None, from_above: bool
+    ) -> tuple[Outcome, Pull]:
         member, own = group.specs[index], names[index]
         # No key: its dropout comes after it, and it has no other.
         return run(
@@ -170,11 +156,12 @@ def _run_members(
     links: list[tuple[Pull, Any]] = []
     new = {}
     for index, own_key in enumerate(keys):
-        outcome, pull = run_member(index, None, from_above=True)
-        x, pull_after = jax.vjp(lambda seen: outcome.after(seen, own_key), outcome.seen)  # noqa: B023
+        outcome, pull = run_member(index, x, None, from_above=True)
+        after = functools.partial(outcome.after, dropout_key=own_key)
+        x, pull_after = jax.vjp(after, outcome.seen)
         links.append((pull, pull_after))
         new[names[index]] = outcome.batch_stats
-    outcome, pull = run_member(len(names) - 1, rule, from_above)
+    outcome, pull = run_member(len(names) - 1, x, rule, from_above)
     links.append((pull, None))
     new[names[-1]] = outcome.batch_stats
     pull = Partial(functools.partial(_pull_members, names), tuple(links))

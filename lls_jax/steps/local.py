@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lls_jax.blocks import run_block
 from lls_jax.layers.ordering import token_of, wait_for
 from lls_jax.models import BlockSpec, Network
 from lls_jax.rules import LocalRule, Rule, Targets, has_local_losses, labels_of
@@ -22,6 +21,7 @@ from lls_jax.steps.block import (
     merge_params,
     split_params,
 )
+from lls_jax.steps.slice_plan import Cuts
 from lls_jax.steps.state import (
     CLASSIFIER,
     Batch,
@@ -44,8 +44,7 @@ def update_block(
     x: jax.Array,
     labels: Targets,
     dropout_key: jax.Array,
-    remat_above: int | None = None,
-    slice_above: int | None = None,
+    cuts: Cuts,
 ) -> tuple[BlockState, jax.Array, jax.Array]:
     """A block's own update, which needs nothing of the blocks above it.
 
@@ -57,33 +56,18 @@ def update_block(
         x: its input, ``[batch, ...]``.
         labels: integers ``[batch]``, or :class:`lls_jax.rules.LabeledImages`.
         dropout_key: the block's own, of this step.
-        remat_above: as of :func:`lls_jax.training.make_train_step`.
-        slice_above: likewise.
+        cuts: when the batch is cut.
 
     Returns:
         The new state, the local loss, and the next block's input: from the activation that was
         computed before the update.
     """
-    cuts = block_run.Cuts(remat_above, slice_above)
+    run_own = functools.partial(block_run.run, spec, rule, cuts)
 
     def apply(params: Any, batch_stats: Any, x: jax.Array, key: jax.Array | None) -> BlockOutput:
-        if block_run.is_in_parts(spec, rule, cuts, x):
-            run_own = functools.partial(block_run.run, spec, rule, cuts)
-            own = block_run.differentiable(run_own, params, batch_stats["block"], x, key)
-            passed_on = own.after(jax.lax.stop_gradient(own.seen), key)
-            return BlockOutput(own.activation, {"block": own.batch_stats}, passed_on, own.pooled)
-        # Automatic differentiation knows that nothing comes back to an activation whose means the
-        # rule is given, and takes no gradient of its size.
-        activation, pooled, stats = run_block(
-            spec.module,
-            params,
-            batch_stats["block"],
-            x,
-            pool_size=spec.pool_size if rule.sees == "latents" else None,
-            rngs={"dropout": key},
-        )
-        passed_on = spec.transition(jax.lax.stop_gradient(activation), key)
-        return BlockOutput(activation, {"block": stats}, passed_on, pooled)
+        own = block_run.differentiable(run_own, params, batch_stats["block"], x, key)
+        passed_on = own.after(jax.lax.stop_gradient(own.seen), key)
+        return BlockOutput(own.activation, {"block": own.batch_stats}, passed_on, own.pooled)
 
     labels = labels if rule.needs_image else labels_of(labels)
     update = local_update(apply, rule, tx, pool_size=spec.pool_size)
@@ -116,8 +100,7 @@ def update_last_group(
     x: jax.Array,
     labels: jax.Array,
     dropout_key: jax.Array,
-    remat_above: int | None = None,
-    slice_above: int | None = None,
+    cuts: Cuts,
 ) -> tuple[tuple[BlockState, BlockState], jax.Array, jax.Array]:
     """The update of a last block that the classifier belongs to, from the classifier's loss.
 
@@ -129,14 +112,12 @@ def update_last_group(
         x: the block's input.
         labels: integers ``[batch]``.
         dropout_key: the block's own, of this step.
-        remat_above: as of :func:`lls_jax.training.make_train_step`.
-        slice_above: likewise.
+        cuts: when the batch is cut.
 
     Returns:
         The new states, the loss, the logits.
     """
     block, classifier = states
-    cuts = block_run.Cuts(remat_above, slice_above)
     run_last = functools.partial(block_run.run, model.specs[-1], None, cuts, from_above=True)
 
     def logits_loss(params: Any) -> tuple[jax.Array, Any]:
@@ -187,8 +168,7 @@ def make_units(
     model: Network,
     rule: Rule,
     tx: Optimizer,
-    remat_above: int | None = None,
-    slice_above: int | None = None,
+    cuts: Cuts,
 ) -> list[Unit]:
     """A network's updates in order, each of which needs nothing of those after it.
 
@@ -198,8 +178,7 @@ def make_units(
         model: the network.
         rule: a local rule, or one a block.
         tx: the optimizer, or one a block.
-        remat_above: as of :func:`lls_jax.training.make_train_step`.
-        slice_above: likewise.
+        cuts: when the batch is cut.
 
     Raises:
         ValueError: the rule's blocks have no losses of their own.
@@ -223,8 +202,7 @@ def make_units(
                 x.astype(model.dtype),
                 labels,
                 block_key,
-                remat_above,
-                slice_above,
+                cuts,
             )
             return (state,), loss[None], x
 
@@ -253,8 +231,7 @@ def make_units(
                 x.astype(model.dtype),
                 labels_of(labels),
                 block_key,
-                remat_above,
-                slice_above,
+                cuts,
             )
             return states, loss[None], logits
 
@@ -276,12 +253,11 @@ def local_step(
     state: TrainState,
     batch: Batch,
     *,
-    remat_above: int | None = None,
-    slice_above: int | None = None,
+    cuts: Cuts,
     in_order: bool = True,
 ) -> tuple[TrainState, Metrics]:
     """One step of all blocks and the classifier; see :func:`lls_jax.training.make_train_step`."""
-    units = make_units(model, rule, tx, remat_above, slice_above)
+    units = make_units(model, rule, tx, cuts)
     x, labels = batch["image"], targets_of(model, rule, batch)
     states: dict[str, BlockState] = {}
     losses: list[jax.Array] = []

@@ -17,7 +17,7 @@ from lls_jax.steps.feedback import feedback_step
 from lls_jax.steps.local import local_step
 from lls_jax.steps.reach import reach_step
 from lls_jax.steps.reach_schedule import Reach, check_reach
-from lls_jax.steps.slice_plan import check_bytes
+from lls_jax.steps.slice_plan import Cuts, check_cuts
 from lls_jax.steps.state import Optimizer, TrainState, TrainStep
 
 # What asks for nothing: no output has more bytes than the largest number.
@@ -102,11 +102,11 @@ def make_train_step(
     (1, (4,))
     """
     reach = check_reach(model, rule, reach)
-    check_bytes(remat_above, slice_above)
-    options = {"remat_above": remat_above, "slice_above": slice_above}
-    _check_local(rule, **options)
+    cuts = Cuts(remat_above, slice_above)
+    check_cuts(cuts)
+    _check_local(rule, **cuts._asdict())
     step: Any = local_step if reach == 1 else functools.partial(reach_step, reach=reach)
-    step = functools.partial(step, in_order=in_order, **options)
+    step = functools.partial(step, cuts=cuts, in_order=in_order)
     if isinstance(rule, Backpropagation):
         step = backpropagation_step
     elif isinstance(rule, DirectFeedback):

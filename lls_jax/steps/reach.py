@@ -35,8 +35,8 @@ from lls_jax.steps.block import (
     merge_params,
     split_params,
 )
-from lls_jax.steps.block_run import Cuts
 from lls_jax.steps.reach_schedule import Reach, brings_own_loss, schedule
+from lls_jax.steps.slice_plan import Cuts
 from lls_jax.steps.state import (
     CLASSIFIER,
     Batch,
@@ -229,8 +229,7 @@ def make_reaching_units(
     model: Network,
     rule: Rule,
     tx: Optimizer,
-    remat_above: int | None = None,
-    slice_above: int | None = None,
+    cuts: Cuts,
 ) -> list[ReachingUnit]:
     """A network's units in order, for :func:`lls_jax.steps.reach_schedule.schedule`.
 
@@ -238,12 +237,10 @@ def make_reaching_units(
         model: the network.
         rule: a local rule, or one a block.
         tx: the optimizer, or one a block.
-        remat_above: as of :func:`lls_jax.training.make_train_step`.
-        slice_above: likewise.
+        cuts: when the batch is cut.
     """
     rows = list(enumerate(zip(model.block_names, model.block_rules(rule))))
     alone = len(rows) - model.classifier_in_last_group
-    cuts = Cuts(remat_above, slice_above)
     return [
         *(
             _block_unit(model, index, own_rule, optimizer_of(tx, name), cuts)
@@ -261,12 +258,11 @@ def reach_step(
     batch: Batch,
     *,
     reach: Reach,
-    remat_above: int | None = None,
+    cuts: Cuts,
     in_order: bool = True,
-    slice_above: int | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of all blocks and the classifier; see :func:`lls_jax.training.make_train_step`."""
-    units = make_reaching_units(model, rule, tx, remat_above, slice_above)
+    units = make_reaching_units(model, rule, tx, cuts)
     x, labels = batch["image"], targets_of(model, rule, batch)
     states = {name: block_state(state, name) for unit in units for name in unit.names}
     runs: dict[int, UnitRun] = {}

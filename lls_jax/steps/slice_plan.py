@@ -41,6 +41,18 @@ MOST_SLICES = 8
 CHEAP_SLICE_BYTES = 4 * 2**20
 
 
+class Cuts(NamedTuple):
+    """How large a convolution's output may be before the batch is cut.
+
+    Attributes:
+        remat_above: as of :func:`lls_jax.training.make_train_step`, in bytes.
+        slice_above: likewise.
+    """
+
+    remat_above: int | None = None
+    slice_above: int | None = None
+
+
 class Plan(NamedTuple):
     """What is computed in slices, besides its arrays.
 
@@ -82,15 +94,15 @@ class Plan(NamedTuple):
         return by_platform(arrays, cpu=cut, elsewhere=lambda arrays: function(*arrays))
 
 
-def check_bytes(remat_above: int | None, slice_above: int | None) -> None:
+def check_cuts(cuts: Cuts) -> None:
     """Raise ValueError, naming the argument, for what no output can be above."""
-    for name, above in (("remat_above", remat_above), ("slice_above", slice_above)):
+    for name, above in cuts._asdict().items():
         if above is not None and above < 1:
             raise ValueError(f"`{name}` is {above}; it must be a number of bytes from 1, or None.")
-    if slice_above is not None and remat_above is not None:
+    if None not in cuts:
         raise ValueError(
-            f"`slice_above` is {slice_above} and `remat_above` is {remat_above}; the latter does "
-            "not keep the outputs that the former is about: leave one of them out."
+            f"`slice_above` is {cuts.slice_above} and `remat_above` is {cuts.remat_above}; the "
+            "latter does not keep the outputs that the former is about: leave one of them out."
         )
 
 
@@ -136,8 +148,7 @@ def plan_block(
     spec: BlockSpec,
     rule: LocalRule | None,
     x: jax.Array,
-    remat_above: int | None,
-    slice_above: int | None,
+    cuts: Cuts,
     *,
     from_above: bool = False,
 ) -> Plan | None:
@@ -150,15 +161,15 @@ def plan_block(
         spec: the block, and what follows it.
         rule: the block's own; None where it has no loss of its own.
         x: its input; only shape and dtype count.
-        remat_above: bytes above which the convolution's output is not kept; None keeps every one.
-        slice_above: bytes above which, of an output that is kept, what follows is in slices; None
-            for :data:`SLICE_BYTES` on CPUs, in about :data:`MOST_SLICES` at most, and for never
+        cuts: bytes above which the convolution's output is not kept, None keeps every one; and
+            above which, of an output that is kept, what follows is in slices, None for
+            :data:`SLICE_BYTES` on CPUs, in about :data:`MOST_SLICES` at most, and for never
             elsewhere.
         from_above: whether gradients of blocks above come back through it. Then, where neither
             number is given, an output that is cheap to compute again is not kept: that of an image
             of at most :data:`~lls_jax.layers.convolution.FEW_CHANNELS`.
     """
-    module = spec.module
+    module, (remat_above, slice_above) = spec.module, cuts
     if isinstance(module, Group) or not may_cut(spec, rule):
         return None
     batch, *sides, channels = x.shape

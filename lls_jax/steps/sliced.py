@@ -2,15 +2,15 @@
 
 Plainly, a gradient of the convolution's output is an array as large as that output, and so are
 the activation and what its gradient is made of. Here the output itself is the only such array: what
-follows it, and all gradients toward it, are of one slice at a time, in a near cache. No convolution
-is computed twice.
+follows it, and all gradients toward it, are of one slice at a time, in a near cache. (And the
+gradient toward the input, where that is asked for.) No convolution is computed twice.
 
 Or the output is not kept either: time for memory, but for an image's few channels. Then the batch
 goes through the convolution once for BatchNorm's statistics, which are those of the whole batch;
-once for what the next block takes, and the pooled activation; and once for each gradient of the
-weights or the input. With one from above there are the gradients of BatchNorm's scale and bias
-before, which are sums over the whole batch: for these the maxima between blocks are kept, a quarter
-of the output; where there are none the batch goes through it once more.
+once for what the next block takes, and the pooled activation; and once for each way back, to the
+weights, the input, or both. With one from above there are the gradients of BatchNorm's scale and
+bias before, which are sums over the whole batch: for these the maxima between blocks are kept, a
+quarter of the output; where there are none the batch goes through it once more.
 """
 
 import functools
