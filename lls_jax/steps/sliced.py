@@ -104,20 +104,29 @@ def _forward(
     variance = jnp.maximum(square / count - jnp.square(mean), 0.0)
     statistics = Statistics(mean, variance, scale, bias)
 
-    def follow(y: jax.Array) -> Any:
-        # Cut out once: of bfloat16 XLA's CPU backend would cut and widen it again for each maximum
-        # (0.12.0.1; in float32 it cuts once anyway).
-        y = jax.lax.optimization_barrier(y)
-        sums = None if plan.pool_size is None else window_sums(y, statistics, plan.pool_size)
+    def pass_on(y: jax.Array) -> tuple[jax.Array, jax.Array]:
         maxima = _maxima(plan, y, statistics)
-        downsampled = plan.downsample(apply_statistics(maxima, *statistics))
-        return downsampled, (maxima if plan.keeps_maxima else None), sums
+        return plan.downsample(apply_statistics(maxima, *statistics)), maxima
+
+    def sum_windows(y: jax.Array, statistics: Statistics) -> Any:
+        return None if plan.pool_size is None else window_sums(y, statistics, plan.pool_size)
+
+    def follow(x: jax.Array) -> Any:
+        # Written once: of bfloat16 XLA's CPU backend would find and widen it again for each maximum
+        # (0.12.0.1; in float32 it does so once anyway).
+        y = jax.lax.optimization_barrier(_convolve(plan, x, kernel))
+        downsampled, maxima = pass_on(y)
+        return downsampled, (maxima if plan.keeps_maxima else None), sum_windows(y, statistics)
 
     if kept is None:
-        outputs = plan.run(map_slices, lambda x: follow(_convolve(plan, x, kernel)), x)
+        downsampled, maxima, sums = plan.run(map_slices, follow, x)
     else:
-        outputs = plan.run(map_slices, follow, kept)
-    downsampled, maxima, sums = outputs
+        # Of the whole batch: it takes nothing in between, and a loop would find a slice's maxima
+        # after it has copied the slice. Written out: else XLA 0.10 finds it for each who reads it,
+        # and keeps the convolution's output for the last of them.
+        downsampled, maxima = written_out(lambda y: pass_on(y)[0], kept), None
+        own = by_platform(downsampled, statistics, cpu=_after, elsewhere=lambda _, own: own)
+        sums = plan.run(map_slices, lambda y: sum_windows(y, own), kept)
     pooled = None
     if plan.pool_size is not None:
         pooled = pool_from_sums(sums, statistics, _elements(plan, x) // plan.pool_size**2)
@@ -238,8 +247,8 @@ def _pull(
     return ((d_kernel, *gradients) if params else None), (d_input if input else None)
 
 
-def _after(tree: Any, dy: jax.Array) -> jax.Array:
-    return wait_for(token_of(tree), dy)
+def _after(tree: Any, later: Any) -> Any:
+    return wait_for(token_of(tree), later)
 
 
 def _arrays(plan: Plan, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
