@@ -114,10 +114,10 @@ class TrainConfig:
     again: that of an image's own convolution; a local rule on its pooled activation only
     [default: 0]."""
     slice: int | None = None
-    """Compute what follows a convolution's output of more than N MiB, and its gradients, in slices
-    of the batch, which takes less memory; nothing is computed again; 0 never; a local rule on its
-    pooled activation only [default: 2, in about 8 slices at most, on CPUs, where it is no
-    slower; 0 elsewhere and with --data-parallel]."""
+    """Compute the gradients of a convolution whose output has more than N MiB, and what they come
+    from, in slices of the batch, which takes less memory; nothing is computed again; 0 never; a
+    local rule on its pooled activation only [default: 2, in about 8 slices at most, on CPUs; 0
+    elsewhere and with --data-parallel]."""
     pipeline: int | None = None
     """Put consecutive blocks on N devices, which learn at the same time; a local rule only."""
     stages: str | None = None

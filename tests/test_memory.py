@@ -166,9 +166,10 @@ def test_temporaries_of_backpropagation_grow_by_two_activations_a_block():
 @pytest.mark.parametrize(
     ("name", "groups", "side", "options", "most"),
     [
-        ("small_conv", (1, 1, 1, 1), 32, {}, 0.62),
-        # 0.60 (jax 0.12.0.1) and 0.69 (0.10.2); whole groups 1.02 and more.
-        ("small_conv", (2, 3), 32, {}, 0.74),
+        # 0.45 (jax 0.12.0.1) and 0.48 (0.10.2); 0.73 if the next block's input is not written out.
+        ("small_conv", (1, 1, 1, 1), 32, {}, 0.54),
+        # 0.60 and 0.64; whole groups 1.02 and more.
+        ("small_conv", (2, 3), 32, {}, 0.7),
         pytest.param(
             *("vgg8", (1,) * 7, 32, {"remat_above": 2**23}, 0.42), marks=pytest.mark.exhaustive
         ),

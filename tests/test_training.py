@@ -5,6 +5,7 @@ import pkgutil
 import sys
 
 import cuda
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -343,6 +344,27 @@ def test_dropout_follows_the_pooling_and_is_off_in_evaluation():
         training.predict(dropping, again, batch["image"]),
         training.predict(plain, again, batch["image"]),
     )
+
+
+class Rescaled(nn.Module):
+    """Halves its input until it is small: a loop that reverse differentiation refuses."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jax.lax.while_loop(lambda x: jnp.max(jnp.abs(x)) > 0.1, lambda x: x / 2, x)
+        return nn.relu(nn.Conv(4, (3, 3))(x))
+
+
+def test_a_block_need_not_be_differentiable_in_its_input():
+    rule, batch, tx = make_rule("lls"), make_batch(), optax.sgd(0.1)
+    specs = (BlockSpec(ConvBlock(4), 2), BlockSpec(Rescaled(), 2, average_pool=1, flatten=True))
+    model, state = make_state(rule, tx, batch, Network("loop", CLASSES, specs))
+    before = state.params["block_1"]
+    after, _ = training.make_train_step(model, rule, tx, donate=False)(state, batch)
+    kernels = [one["block"]["Conv_0"]["kernel"] for one in (before, after.params["block_1"])]
+    assert not np.allclose(*kernels)
+    with pytest.raises(ValueError, match="while_loop"):
+        training.make_train_step(model, rule, tx, reach=2)(state, batch)
 
 
 EVERY_BLOCK = (

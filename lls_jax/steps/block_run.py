@@ -59,6 +59,7 @@ def run(
     key: jax.Array | None,
     *,
     from_above: bool = False,
+    to_input: bool = True,
 ) -> tuple[Outcome, Pull]:
     """A block in training, and its way back.
 
@@ -70,17 +71,20 @@ def run(
         batch_stats: the block's.
         x: its input, ``[batch, ...]``.
         key: random key of its dropout; None for none.
-        from_above: whether gradients of what follows come back through it: then an image's own
+        from_above: whether gradients of what follows come back through it: else there is no way
+            back from its activation where the rule is given means. With it an image's own
             convolution is computed again and not kept, where that is cheap.
+        to_input: whether the gradient with respect to its input may be asked for: else the block
+            need not be differentiable in it.
 
     Returns:
         What it gives, and its way back.
     """
     if isinstance(spec.module, Group) and walks_members(spec.module):
-        return _run_members(spec, rule, cuts, params, batch_stats, x, key, from_above)
+        return _run_members(spec, rule, cuts, params, batch_stats, x, key, from_above, to_input)
     plan = plan_block(spec, rule, x, cuts, from_above=from_above)
     if plan is None:
-        return _run_whole(spec, rule, params, batch_stats, x, key, from_above)
+        return _run_whole(spec, rule, params, batch_stats, x, key, from_above, to_input)
     (seen, pooled), stats, pull = sliced.run_block(plan, params, batch_stats, x)
     return Outcome(seen, pooled, stats, Partial(spec.after_pooling)), pull
 
@@ -93,11 +97,12 @@ def _run_whole(
     x: jax.Array,
     key: jax.Array | None,
     from_above: bool,
+    to_input: bool,
 ) -> tuple[Outcome, Pull]:
     """The batch at once, by automatic differentiation."""
     shows_means = rule is not None and rule.sees == "latents"
 
-    def run_block(params: Any, x: jax.Array) -> Any:
+    def run_block(params: Any, x: jax.Array = x) -> Any:
         activation, pooled, new = blocks.run_block(
             spec.module,
             params,
@@ -110,7 +115,8 @@ def _run_whole(
         learned_from = (activation, pooled) if from_above or pooled is None else (None, pooled)
         return learned_from, (activation, pooled, new)
 
-    learned_from, pullback, outcome = jax.vjp(run_block, params, x, has_aux=True)
+    arguments = (params, x) if to_input else (params,)
+    learned_from, pullback, outcome = jax.vjp(run_block, *arguments, has_aux=True)
     activation, pooled, new = outcome
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), learned_from)
     pull = Partial(functools.partial(_pull_whole, shapes), pullback)
@@ -121,13 +127,13 @@ def _pull_whole(
     shapes: tuple[Any, Any], pullback: Callable[..., Any], *cotangents: Any, **wanted: bool
 ) -> tuple[Any, Any]:
     """Both gradients; within one program the compiler leaves out what is not asked for."""
-    d_params, d_input = pullback(
+    d_params, *d_input = pullback(
         tuple(
             jnp.zeros(shape.shape, shape.dtype) if given is None and shape is not None else given
             for given, shape in zip(cotangents, shapes)
         )
     )
-    return (d_params if wanted["params"] else None), (d_input if wanted["input"] else None)
+    return (d_params if wanted["params"] else None), (d_input[0] if wanted["input"] else None)
 
 
 def _run_members(
@@ -139,6 +145,7 @@ def _run_members(
     x: jax.Array,
     key: jax.Array | None,
     from_above: bool,
+    to_input: bool,
 ) -> tuple[Outcome, Pull]:
     group, names = spec.module, spec.module.member_names()
     rngs = {} if key is None else {"dropout": key}
@@ -150,7 +157,9 @@ def _run_members(
         member, own = group.specs[index], names[index]
         # No key: its dropout comes after it, and it has no other.
         return run(
-            *(member, rule, cuts, params[own], stats.get(own, {}), x, None), from_above=from_above
+            *(member, rule, cuts, params[own], stats.get(own, {}), x, None),
+            from_above=from_above,
+            to_input=to_input or index > 0,
         )
 
     links: list[tuple[Pull, Any]] = []
@@ -196,21 +205,24 @@ def differentiable(
 ) -> Outcome:
     """A block for automatic differentiation, in reverse, of what is seen and pooled.
 
+    (Of what is seen only where :func:`run` is told that gradients come from above.)
+
     Args:
-        run_block: ``run_block(params, batch_stats, x, key)``: :func:`run` of a block.
+        run_block: ``run_block(params, batch_stats, x, key, to_input=...)``: :func:`run` of a block.
         params: the block's own.
         batch_stats: the block's.
         x: its input, ``[batch, ...]``.
         key: random key of its dropout; None for none.
     """
-    return run_block(params, batch_stats, x, key)[0]
+    return run_block(params, batch_stats, x, key, to_input=False)[0]
 
 
 def _forward(run_block: Callable[..., tuple[Outcome, Pull]], *pairs: Any) -> tuple[Outcome, Any]:
     """With `symbolic_zeros` an array comes as its value, and whether it is perturbed."""
     values = jax.tree.map(lambda pair: pair.value, pairs, is_leaf=_is_pair)
-    outcome, pull = run_block(*values)
-    return outcome, Partial(functools.partial(_pull_for, pairs[2].perturbed), pull)
+    to_input = pairs[2].perturbed
+    outcome, pull = run_block(*values, to_input=to_input)
+    return outcome, Partial(functools.partial(_pull_for, to_input), pull)
 
 
 def _is_pair(leaf: Any) -> bool:

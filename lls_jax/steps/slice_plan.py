@@ -61,6 +61,7 @@ class Plan(NamedTuple):
         only_on_cpu: whether it is cut on CPUs alone.
         keeps_output: whether the convolution's output is kept.
         keeps_maxima: whether its 2x2 maxima are, of an output that is not.
+        passes_on_at_once: whether what the next block takes is made of the whole batch at once.
         stride: of the convolution.
         dtype: of the activations.
         pool_size: windows along each spatial axis whose means are wanted; None for none.
@@ -73,6 +74,7 @@ class Plan(NamedTuple):
     only_on_cpu: bool
     keeps_output: bool
     keeps_maxima: bool
+    passes_on_at_once: bool
     stride: int
     dtype: Any
     pool_size: int | None
@@ -162,7 +164,7 @@ def plan_block(
         rule: the block's own; None where it has no loss of its own.
         x: its input; only shape and dtype count.
         cuts: bytes above which the convolution's output is not kept, None keeps every one; and
-            above which, of an output that is kept, what follows is in slices, None for
+            above which, of an output that is kept, its gradients are taken in slices, None for
             :data:`SLICE_BYTES` on CPUs, in about :data:`MOST_SLICES` at most, and for never
             elsewhere.
         from_above: whether gradients of blocks above come back through it. Then, where neither
@@ -198,6 +200,8 @@ def plan_block(
         only_on_cpu=again == 1 and slice_above is None,
         keeps_output=keeps_output,
         keeps_maxima=from_above and spec.max_pool and not keeps_output,
+        # A function of somebody's own may take much in between.
+        passes_on_at_once=keeps_output and spec.then is None,
         stride=module.stride,
         dtype=module.dtype,
         pool_size=pool_size,

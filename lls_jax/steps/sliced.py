@@ -1,9 +1,10 @@
 """A convolution block whose gradients are taken in slices of the batch: less memory.
 
 Plainly, a gradient of the convolution's output is an array as large as that output, and so are
-the activation and what its gradient is made of. Here the output itself is the only such array: what
-follows it, and all gradients toward it, are of one slice at a time, in a near cache. (And the
-gradient toward the input, where that is asked for.) No convolution is computed twice.
+the activation and what its gradient is made of. Here the output itself is the only such array (and,
+where that is asked for, the gradient toward the input): the means over windows, and all gradients
+toward the output, are of one slice at a time, in a near cache. What the next block takes is made of
+the output in one pass, or in slices too where that takes more. No convolution is computed twice.
 
 Or the output is not kept either: time for memory, but for an image's few channels. Then the batch
 goes through the convolution once for BatchNorm's statistics, which are those of the whole batch;
@@ -111,22 +112,24 @@ def _forward(
     def sum_windows(y: jax.Array, statistics: Statistics) -> Any:
         return None if plan.pool_size is None else window_sums(y, statistics, plan.pool_size)
 
-    def follow(x: jax.Array) -> Any:
-        # Written once: of bfloat16 XLA's CPU backend would find and widen it again for each maximum
-        # (0.12.0.1; in float32 it does so once anyway).
-        y = jax.lax.optimization_barrier(_convolve(plan, x, kernel))
+    def follow(x: jax.Array, kept: jax.Array | None) -> Any:
+        # Cut out once: of bfloat16 XLA's CPU backend would cut and widen it again for each maximum
+        # (0.12.0.1; in float32 it cuts once anyway).
+        y = jax.lax.optimization_barrier(_convolve(plan, x, kernel) if kept is None else kept)
         downsampled, maxima = pass_on(y)
         return downsampled, (maxima if plan.keeps_maxima else None), sum_windows(y, statistics)
 
-    if kept is None:
-        downsampled, maxima, sums = plan.run(map_slices, follow, x)
-    else:
-        # Of the whole batch: it takes nothing in between, and a loop would find a slice's maxima
-        # after it has copied the slice. Written out: else XLA 0.10 finds it for each who reads it,
-        # and keeps the convolution's output for the last of them.
+    if kept is not None and plan.passes_on_at_once:
+        # It takes little in between, and a loop would copy a slice before it finds its maxima.
+        # Written out: else XLA 0.10 finds it for each who reads it, and keeps the convolution's
+        # output for the last of them.
         downsampled, maxima = written_out(lambda y: pass_on(y)[0], kept), None
-        own = by_platform(downsampled, statistics, cpu=_after, elsewhere=lambda _, own: own)
-        sums = plan.run(map_slices, lambda y: sum_windows(y, own), kept)
+        # Only then the sums, which the gradient needs: memory is least in this order.
+        waiting = by_platform(downsampled, statistics, cpu=_after, elsewhere=lambda _, own: own)
+        sums = plan.run(map_slices, lambda y: sum_windows(y, waiting), kept)
+    else:
+        source = (x, None) if kept is None else (None, kept)
+        downsampled, maxima, sums = plan.run(map_slices, follow, *source)
     pooled = None
     if plan.pool_size is not None:
         pooled = pool_from_sums(sums, statistics, _elements(plan, x) // plan.pool_size**2)
