@@ -61,7 +61,8 @@ class Plan(NamedTuple):
         only_on_cpu: whether it is cut on CPUs alone.
         keeps_output: whether the convolution's output is kept.
         keeps_maxima: whether its 2x2 maxima are, of an output that is not.
-        passes_on_at_once: whether what the next block takes is made of the whole batch at once.
+        passes_on_at_once: whether what the next block takes is made of a kept output at once, and
+            not a slice at a time.
         stride: of the convolution.
         dtype: of the activations.
         pool_size: windows along each spatial axis whose means are wanted; None for none.
