@@ -44,8 +44,8 @@ def draw(batch, size, channels, features, dtype, stride=1):
 
 
 # On a CPU: gathered windows and a product, a product for each row of the kernel, one for each tap,
-# Winograd's form forward and back, of sizes that its tiles of two by two do not divide; in bfloat16
-# with factors of both dtypes, whichever this machine would take.
+# Winograd's form forward and back, of sizes that its tiles of two by four do not divide; in
+# bfloat16 with factors of both dtypes, whichever this machine would take.
 @pytest.mark.parametrize("channels", [3, 8, 20, 70])
 @pytest.mark.parametrize(("stride", "size"), [(1, (5, 6)), (1, (4, 3)), (2, (6, 5))])
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_equals_loops_over_taps(monkeypatch, channels, stride, size, dtype, narr
         y, pullback = jax.vjp(lambda x, k: convolve_3x3(x, k, stride), x, kernel)
         return y, *pullback(dy)
 
-    # Of the sums' longest, and of the result's own rounding.
+    # Of the sums' longest, and of the result's own rounding; of Winograd's, which is more.
     terms = max(9 * channels, exact[0].size // 20)
-    tolerance = (1e-6 if dtype == jnp.float32 else 2e-2) * np.sqrt(terms) * 4
+    tolerance = (3e-6 if dtype == jnp.float32 else 2e-2) * np.sqrt(terms) * 4
     for ours, expected in zip(both(*given), exact, strict=True):
         assert ours.dtype == dtype
         np.testing.assert_allclose(np.asarray(ours, np.float64), expected, atol=tolerance)
@@ -73,8 +73,8 @@ def test_equals_loops_over_taps(monkeypatch, channels, stride, size, dtype, narr
 @pytest.mark.parametrize(
     ("forward", "gradient", "dtype", "rows"),
     [
-        # Rows of products: three by three tiles, and two fours of columns in part.
-        (winograd.convolve, winograd.weight_gradient, jnp.float32, 9),
+        # Rows of products: three by two tiles, and two fours of columns in part.
+        (winograd.convolve, winograd.weight_gradient, jnp.float32, 6),
         (
             *(convolution._by_packed_slices, convolution._gradient_by_packed_slices),
             *(jnp.bfloat16, 7),
@@ -89,7 +89,7 @@ def test_slices_equal_loops_over_taps(monkeypatch, slices, forward, gradient, dt
     monkeypatch.setattr(in_slices, "_FEWEST_ROWS", batch * rows // slices)
     (x, kernel, dy), (y, _, d_kernel) = draw(batch, size, channels, 18, dtype)
     # Factors are as they came, sums are float32: what is rounded is the output.
-    tolerance = 4e-6 * np.sqrt(max(9 * channels, batch * size[0] * size[1]))
+    tolerance = 1e-5 * np.sqrt(max(9 * channels, batch * size[0] * size[1]))
     rounding = 2.0**-8 if dtype == jnp.bfloat16 else 0.0
     # Functions that were not compiled before, with another number of slices.
     run = jax.jit(lambda x, kernel: forward(x, kernel))
@@ -101,13 +101,13 @@ def test_slices_equal_loops_over_taps(monkeypatch, slices, forward, gradient, dt
     np.testing.assert_allclose(ours, d_kernel, atol=tolerance)
 
 
-# Each forward and for both gradients: packed rows' one product, Winograd's sixteen.
+# Each forward and for both gradients: packed rows' one product, Winograd's sixteen, or 24.
 @pytest.mark.parametrize(
     ("channels", "narrow", "factors", "error"),
     [
         (24, True, ["bf16"] * 3, 2.0**-9),
         (40, True, ["bf16"] * 48, 2.0**-7.5),
-        (40, False, ["f32"] * 48, 2.0**-9),
+        (40, False, ["f32"] * 72, 2.0**-9),
     ],
 )
 def test_factors_are_bfloat16_where_the_machine_multiplies_it(
@@ -127,6 +127,17 @@ def test_factors_are_bfloat16_where_the_machine_multiplies_it(
     for ours, expected in zip(both(*given), exact, strict=True):
         apart = np.asarray(ours, np.float64) - expected
         assert np.std(apart) < error * np.std(expected)
+
+
+@pytest.mark.parametrize(("precision", "products"), [(None, 24), ("highest", 16), ("float32", 16)])
+def test_rounds_less_where_a_program_asks_for_it(precision, products):
+    (x, kernel, _), (y, _, _) = draw(2, (8, 8), 32, 32, jnp.float32)
+    with jax.default_matmul_precision(precision):
+        run = jax.jit(lambda x, kernel: winograd.convolve(x, kernel))
+        assert run.lower(x, kernel).as_text().count("dot_general") == products
+        apart = np.std(np.asarray(run(x, kernel), np.float64) - y)
+    # Its own rounding to float32 is up to 2^-24 of each; the sums are of 288 products.
+    assert apart < (2.0**-21 if precision else 2.0**-19.5) * np.std(y)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,16 @@ def product_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
     return jnp.bfloat16 if dtype == jnp.bfloat16 and multiplies_bfloat16() else jnp.float32
 
 
+def wants_least_rounding() -> bool:
+    """Whether the program asks JAX for products as exact as float32 can be.
+
+    By ``jax.default_matmul_precision("highest")``, as one who compares numbers does; it is read
+    when a function is traced.
+    """
+    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return asked in ("highest", "float32", "F32_F32_F32")
+
+
 def sum_over_rows(below: jax.Array, above: jax.Array) -> jax.Array:
     """``below' above``, the product of a weight gradient.
 
