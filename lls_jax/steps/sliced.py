@@ -109,7 +109,7 @@ def _forward(
         maxima = _maxima(plan, y, statistics)
         return plan.downsample(apply_statistics(maxima, *statistics)), maxima
 
-    def sum_windows(y: jax.Array, statistics: Statistics) -> Any:
+    def sum_windows(y: jax.Array) -> Any:
         return None if plan.pool_size is None else window_sums(y, statistics, plan.pool_size)
 
     def follow(x: jax.Array, kept: jax.Array | None) -> Any:
@@ -117,16 +117,14 @@ def _forward(
         # (0.12.0.1; in float32 it cuts once anyway).
         y = jax.lax.optimization_barrier(_convolve(plan, x, kernel) if kept is None else kept)
         downsampled, maxima = pass_on(y)
-        return downsampled, (maxima if plan.keeps_maxima else None), sum_windows(y, statistics)
+        return downsampled, (maxima if plan.keeps_maxima else None), sum_windows(y)
 
     if kept is not None and plan.passes_on_at_once:
         # It takes little in between, and a loop would copy a slice before it finds its maxima.
         # Written out: else XLA 0.10 finds it for each who reads it, and keeps the convolution's
         # output for the last of them.
         downsampled, maxima = written_out(lambda y: pass_on(y)[0], kept), None
-        # Only then the sums, which the gradient needs: memory is least in this order.
-        waiting = by_platform(downsampled, statistics, cpu=_after, elsewhere=lambda _, own: own)
-        sums = plan.run(map_slices, lambda y: sum_windows(y, waiting), kept)
+        sums = sum_windows(kept)
     else:
         source = (x, None) if kept is None else (None, kept)
         downsampled, maxima, sums = plan.run(map_slices, follow, *source)
