@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lls_jax.layers.convolution import by_convolution, pad_sides, windows_of
+from lls_jax.layers.ordering import written_out
+from lls_jax.layers.passes import add_parts
 from lls_jax.platforms import by_platform
 
 
@@ -64,37 +66,32 @@ def _depthwise_input_gradient(
     return dx[:, : sides[0], : sides[1]]
 
 
-# What is read nine times is read from a cache near by, row after row of all images. (What automatic
-# differentiation makes of the forward pass keeps nine products in memory, and one window after the
-# other reads everything nine times.) Milliseconds of CPU time, 32 images on two AVX2 cores, medians
-# of seven, jax 0.10.2 / 0.12.0.1, before and after:
+# A row of the kernel in a pass: each element of the output's gradient is read three times, and
+# its inputs from a cache near by. (What automatic differentiation makes of the forward pass keeps
+# nine products in memory, and one window after the other reads everything nine times.) Milliseconds
+# for 32 images on two cores of an Intel Xeon, jax 0.12.0.1 / 0.10.2, of a loop over rows, which has
+# one thread, and of passes, by kernel's element, row, and all at once:
 #
-#   64x64x32               35 / 19    11 / 11
-#   64x64x64, stride 2     28 / 15    17 / 13
-#   33x33x128              38 / 20    19 / 13
-#   18x18x256              20 / 10     8 /  8
-#   10x10x512              17 /  7     6 /  5
+#                    loop           element        row            all
+#   64x64x32         11.3           9.4            8.5            10.4
+#   33x33x128        23.2           12.1           10.1           13.6
+#   10x10x512        7.0            3.2            3.2            3.9
 def _depthwise_gradient(padded: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
     """The sum of window times output's gradient for each of nine windows, float32."""
-    batch, rows, columns, channels = dy.shape
-    # Two rows at once: fewer sums to read and write.
-    together = 2 if rows % 2 == 0 else 1
-    span = (batch, 1, (columns - 1) * stride + 1, channels)
 
-    def add_rows(first: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        added = []
-        for (i, j), total in zip(itertools.product(range(3), range(3)), sums):
-            for row in (first * together + k for k in range(together)):
-                # Cut by one operation where it is used: XLA copies a slice of a slice (0.10).
-                window = jax.lax.dynamic_slice(padded, (0, row * stride + i, j, 0), span)
-                own = jax.lax.dynamic_slice_in_dim(dy, row, 1, axis=1).astype(jnp.float32)
-                total = total + window[:, :, ::stride].astype(jnp.float32) * own
-            added.append(total)
-        return tuple(added)
+    def at(part: slice, offset: int) -> slice:
+        return slice(part.start * stride + offset, (part.stop - 1) * stride + offset + 1, stride)
 
-    zeros = jnp.zeros((batch, 1, columns, channels), jnp.float32)
-    sums = jax.lax.fori_loop(0, rows // together, add_rows, (zeros,) * 9)
-    return jnp.stack([jnp.sum(total, (0, 1, 2)) for total in sums])
+    def pass_over(padded: jax.Array, dy: jax.Array, i: int) -> jax.Array:
+        def product(rows: slice, columns: slice, j: int) -> jax.Array:
+            window = padded[:, at(rows, i), at(columns, j)].astype(jnp.float32)
+            return window * dy[:, rows, columns].astype(jnp.float32)
+
+        taps = (functools.partial(product, j=j) for j in range(3))
+        return jnp.stack([add_parts(tap, dy.shape[1:3], axes=(1, 2)) for tap in taps], axis=1)
+
+    rows = (written_out(functools.partial(pass_over, i=i), padded, dy) for i in range(3))
+    return jnp.stack([jnp.sum(row, (0, 2, 3)) for row in rows])
 
 
 _depthwise_on_cpu.defvjp(_depthwise_forward, _depthwise_backward)

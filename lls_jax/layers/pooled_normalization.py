@@ -5,7 +5,6 @@ activation nor a gradient of its size.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,21 +22,10 @@ from lls_jax.layers.normalization import (
     input_gradient,
 )
 from lls_jax.layers.ordering import written_out
+from lls_jax.layers.passes import add_parts
 from lls_jax.layers.pooling import spread_bins
 from lls_jax.platforms import by_platform
 from pallas_kernels.local_loss.pooling import bin_sizes, bins_of, sum_bins
-
-# Elements of a window that one pass over an activation adds up on a CPU. Milliseconds of the
-# sums of 128 images, 4x4 windows, two cores of an Intel Xeon, jax 0.12.0.1 / 0.10.2, in turns:
-#
-#                      row after row, in    whole         16 in a pass     64 in a pass
-#                      8 slices of the batch
-#   32x32x32           5.4 / 3.9            4.4 / 2.3     1.6 / 1.4        1.5 / 1.2
-#   16x16x64           2.7 / 2.3            2.5 / 1.2     1.2 / 0.6        1.0 / 0.5
-#   32 of 32x32x256    9.7 / 6.9            8.7 / 4.4     2.5 / 2.1        2.6 / 2.5
-#
-# (XLA runs a small loop on one thread.) Of 64 the first takes 0.9 s to compile, of sixteen 0.4.
-_ADDED = 16
 
 
 def can_pool(shape: tuple[int, ...], pool_size: int) -> bool:
@@ -126,38 +114,33 @@ def _uneven_window_sums(
 def _window_sums_in_passes(
     x: jax.Array, slope: jax.Array, offset: jax.Array, *, pool_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """:func:`_window_sums`, by passes that add up to :data:`_ADDED` elements of a window each.
+    """:func:`_window_sums` on a CPU.
 
-    XLA's CPU backend would write ``m`` to memory and read it twice; here it reads `x` twice, and
-    writes a sixteenth.
+    Milliseconds for 4x4 windows, two cores of an Intel Xeon, jax 0.12.0.1 / 0.10.2, in turns with a
+    loop over the rows of a window, of eight slices of the batch and of all of it, and with what XLA
+    makes of the plain form, which writes ``m`` to memory and reads it twice:
+
+                              slices       loop         plain        passes
+        128 of 32x32x32       5.4 / 3.9    4.4 / 2.3    5.2 / 4.0    1.6 / 1.4
+        128 of 16x16x64       2.7 / 2.3    2.5 / 1.2    2.0 / 2.0    1.2 / 0.6
+        32 of 32x32x256       9.7 / 6.9    8.7 / 4.4                 2.5 / 2.1
     """
     windows = _windows(x, pool_size)
-    batch, _, rows, _, columns, channels = windows.shape
-    by_row = _divisor(rows, _ADDED)
-    by_column = _divisor(columns, _ADDED // by_row)
-    parts = windows.reshape(
-        *(batch, pool_size, rows // by_row, by_row),
-        *(pool_size, columns // by_column, by_column, channels),
-    )
+    sides = windows.shape[2], windows.shape[4]
 
     def add_up(of: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        def pass_over(parts: jax.Array) -> jax.Array:
-            at = itertools.product(range(by_row), range(by_column))
-            return functools.reduce(
-                jnp.add, [of(parts[:, :, :, i, :, :, j].astype(jnp.float32)) for i, j in at]
-            )
+        def pass_over(windows: jax.Array) -> jax.Array:
+            def part(rows: slice, columns: slice) -> jax.Array:
+                return of(windows[:, :, rows, :, columns].astype(jnp.float32))
 
-        return jnp.sum(written_out(pass_over, parts), (2, 4))
+            return add_parts(part, sides, axes=(2, 4))
+
+        return jnp.sum(written_out(pass_over, windows), (2, 4))
 
     def times_slope(x: jax.Array) -> jax.Array:
         return _slope_at(x, slope, offset) * x
 
     return add_up(functools.partial(_slope_at, slope=slope, offset=offset)), add_up(times_slope)
-
-
-def _divisor(number: int, most: int) -> int:
-    """The largest that is `most` or less."""
-    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
 
 
 def pool_from_sums(sums: Sequence[jax.Array], statistics: Statistics, window: Any) -> jax.Array:
