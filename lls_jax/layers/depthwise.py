@@ -79,6 +79,8 @@ def _depthwise_input_gradient(
 def _depthwise_gradient(padded: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
     """The sum of window times output's gradient for each of nine windows, float32."""
 
+    sides = dy.shape[1], dy.shape[2]
+
     def at(part: slice, offset: int) -> slice:
         return slice(part.start * stride + offset, (part.stop - 1) * stride + offset + 1, stride)
 
@@ -88,7 +90,7 @@ def _depthwise_gradient(padded: jax.Array, dy: jax.Array, stride: int) -> jax.Ar
             return window * dy[:, rows, columns].astype(jnp.float32)
 
         taps = (functools.partial(product, j=j) for j in range(3))
-        return jnp.stack([add_parts(tap, dy.shape[1:3], axes=(1, 2)) for tap in taps], axis=1)
+        return jnp.stack([add_parts(tap, sides, axes=(1, 2)) for tap in taps], axis=1)
 
     rows = (written_out(functools.partial(pass_over, i=i), padded, dy) for i in range(3))
     return jnp.stack([jnp.sum(row, (0, 2, 3)) for row in rows])
