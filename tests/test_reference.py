@@ -83,11 +83,17 @@ def normalized(image):
 
 
 # Rounding compounds through backpropagation's chained gradients: up to 1.7e-3 in the logits after
-# four steps, by the processor's instructions.
+# four steps, by the processor's instructions. (Ten times that in the form of a convolution that is
+# taken where nobody asks for less rounding, where another element is a window's largest.)
 @pytest.mark.parametrize(
-    ("rule_name", "logits_bound", "params_bound"), [("lls_mxm", 1e-5, 1e-5), ("bp", 5e-3, 1e-2)]
+    ("rule_name", "precision", "logits_bound", "params_bound"),
+    [
+        ("lls_mxm", "highest", 1e-5, 1e-5),
+        ("lls_mxm", None, 5e-5, 1e-4),
+        ("bp", "highest", 5e-3, 1e-2),
+    ],
 )
-def test_four_training_steps(rule_name, logits_bound, params_bound):
+def test_four_training_steps(rule_name, precision, logits_bound, params_bound):
     with np.load(REFERENCE / f"smallconv_{rule_name}_sgd.npz") as store:
         data = {k: store[k] for k in store.files}
     model = models.make("small_conv", num_classes=10)
@@ -97,7 +103,7 @@ def test_four_training_steps(rule_name, logits_bound, params_bound):
     def part(prefix):
         return {k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)}
 
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision(precision):
         state = interop.from_lls_dnn(model, rule, tx, part("init/"))
         step = training.make_train_step(model, rule, tx)
         for i in range(4):

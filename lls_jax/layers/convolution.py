@@ -215,8 +215,21 @@ def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bo
 #   500,   7x7, 256 to 256    159         89         -         109        125
 #   128, 16x16,  32 to  64     16         13         -          10         18
 #
+# Tiles of two by four outputs in place of two by two, two cores of an Intel Xeon, jax 0.12.0.1 /
+# 0.10.2, medians of five to seven, in turns:
+#
+#                              forward                      gradient of the kernel
+#                              two by two    two by four    two by two     two by four
+#   128, 16x16,  32 to  64     10.6 / 11.0    7.6 /  9.8    15.2 / 15.5    11.9 / 12.4
+#   128,   8x8,  64 to 128      5.6 /  7.3    5.7 /  5.8     8.1 /  8.8     7.3 /  6.9
+#    32, 32x32, 128 to 256       68 / 67       52 / 55        94 / 80        68 / 64
+#    32,   8x8, 256 to 512       12.5          10.5           15.4           13.8
+#
+# (One axis alone by four, three rows as one factor: level with two by two. Four by two: slower than
+# two by four. The sums in two passes each: no faster.)
+#
 # (PyTorch 2.14 gets through 3x3 convolutions at 100 to 120 GFLOP/s on such cores; 82 ms of the
-# third line are 235.)
+# first table's fourth line are 235.)
 FEW_CHANNELS = 4
 _WINOGRAD_FROM = 16
 _SMALL_MAP = 16

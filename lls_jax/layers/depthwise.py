@@ -32,7 +32,7 @@ def _depthwise_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple:
 
 def _depthwise_backward(stride: int, residuals: tuple, dy: jax.Array) -> tuple:
     padded, kernel = residuals
-    d_kernel = _depthwise_gradient(padded, dy, stride)
+    d_kernel = _depthwise_gradient(padded, kernel, dy, stride)
     sides = tuple(size - 2 * stride for size in padded.shape[1:3])
     dx = _depthwise_input_gradient(kernel, dy, stride, sides)
     return dx, d_kernel.reshape(kernel.shape).astype(kernel.dtype)
@@ -76,7 +76,9 @@ def _depthwise_input_gradient(
 #   64x64x32         11.3           9.4            8.5            10.4
 #   33x33x128        23.2           12.1           10.1           13.6
 #   10x10x512        7.0            3.2            3.2            3.9
-def _depthwise_gradient(padded: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
+def _depthwise_gradient(
+    padded: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int
+) -> jax.Array:
     """The sum of window times output's gradient for each of nine windows, float32."""
 
     sides = dy.shape[1], dy.shape[2]
@@ -92,7 +94,8 @@ def _depthwise_gradient(padded: jax.Array, dy: jax.Array, stride: int) -> jax.Ar
         taps = (functools.partial(product, j=j) for j in range(3))
         return jnp.stack([add_parts(tap, sides, axes=(1, 2)) for tap in taps], axis=1)
 
-    rows = (written_out(functools.partial(pass_over, i=i), padded, dy) for i in range(3))
+    passes = (functools.partial(pass_over, i=i) for i in range(3))
+    rows = [written_out(one, padded, dy, decided_by=kernel) for one in passes]
     return jnp.stack([jnp.sum(row, (0, 2, 3)) for row in rows])
 
 

@@ -43,7 +43,9 @@ def wait_for(token: jax.Array, tree: Any) -> Any:
     return jax.tree.map(waiting, tree)
 
 
-def written_out(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+def written_out(
+    function: Callable[..., jax.Array], *arrays: jax.Array, decided_by: jax.Array | None = None
+) -> jax.Array:
     """``function(*arrays)``, an array of floats that no CPU's compiler fuses into what reads it.
 
     For what is slow to find element by element and read more than once. (XLA's CPU backend looks
@@ -52,7 +54,10 @@ def written_out(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.A
 
     Args:
         function: pure.
-        *arrays: floats; the result is NaN if what :func:`token_of` looks at is.
+        *arrays: floats.
+        decided_by: floats whose first element decides on the branch: the result is NaN if it is.
+            By default the arrays are; where these are shards of a batch all devices have to ask
+            the one with the first element, so name something that each of them has.
     """
     shape = jax.eval_shape(function, *arrays)
 
@@ -60,7 +65,8 @@ def written_out(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.A
         return jnp.full(shape.shape, jnp.nan, shape.dtype)
 
     def chosen(*arrays: jax.Array) -> jax.Array:
-        return jax.lax.cond(jnp.isnan(token_of(arrays)), lost, function, *arrays)
+        decides = arrays if decided_by is None else decided_by
+        return jax.lax.cond(jnp.isnan(token_of(decides)), lost, function, *arrays)
 
     return by_platform(*arrays, cpu=chosen, elsewhere=function)
 

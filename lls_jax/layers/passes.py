@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# What is written after a pass is a sixteenth of what is read, and what is compiled is small.
+# What a pass writes is a sixteenth to an eighth of what it reads, and what is compiled is small.
 _PARTS = 16
 
 
@@ -30,7 +30,7 @@ def add_parts(
 ) -> jax.Array:
     """The sum, element by element, of what a function gives for up to sixteen parts of an image.
 
-    What is left to sum are the two axes of the result.
+    The result is still to be summed over its two axes.
 
     Args:
         function: of the rows and the columns of a part; gives an array of floats that has as many

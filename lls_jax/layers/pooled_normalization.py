@@ -135,7 +135,7 @@ def _window_sums_in_passes(
 
             return add_parts(part, sides, axes=(2, 4))
 
-        return jnp.sum(written_out(pass_over, windows), (2, 4))
+        return jnp.sum(written_out(pass_over, windows, decided_by=slope), (2, 4))
 
     def times_slope(x: jax.Array) -> jax.Array:
         return _slope_at(x, slope, offset) * x

@@ -18,11 +18,11 @@ def product_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
 def wants_least_rounding() -> bool:
     """Whether the program asks JAX for products as exact as float32 can be.
 
-    By ``jax.default_matmul_precision("highest")``, as one who compares numbers does; it is read
-    when a function is traced.
+    By ``jax.default_matmul_precision("highest")``, as one who compares numbers does. It is read
+    when a function is traced, and when its way back is.
     """
     asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    return asked in ("highest", "float32", "F32_F32_F32")
+    return asked in ("highest", "float32", "F32_F32_F32", "F64_F64_F64")
 
 
 def sum_over_rows(below: jax.Array, above: jax.Array) -> jax.Array:

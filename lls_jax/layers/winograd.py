@@ -15,10 +15,10 @@ fewer products still, be no faster on a CPU, whose memory the sums around keep b
 as much again.
 
 Tiles are of two by two, whose matrices hold 0, 1, -1 and a half and round as the direct form does,
-where a program asks for that (:func:`~lls_jax.layers.products.wants_least_rounding`), and where
-products are of bfloat16 (:func:`~lls_jax.layers.products.product_dtype`): sums of inputs and of the
-kernel are rounded to it then, which the direct form's factors are not, for an error of two to three
-times that of the output's own rounding to bfloat16.
+where a program asks for that (:func:`~lls_jax.layers.products.wants_least_rounding`), where columns
+are few, and where products are of bfloat16 (:func:`~lls_jax.layers.products.product_dtype`): sums
+of inputs and of the kernel are rounded to it then, which the direct form's factors are not, for an
+error of two to three times that of the output's own rounding to bfloat16.
 
 References:
     Lavin, Gray, "Fast Algorithms for Convolutional Neural Networks",
@@ -97,9 +97,12 @@ class Tile(NamedTuple):
         return -(-height // self.rows.outputs), -(-width // self.columns.outputs)
 
 
-def _tile_for(dtype: jax.typing.DTypeLike) -> Tile:
-    may_round = product_dtype(dtype) == jnp.float32 and not wants_least_rounding()
-    return Tile(_TWO, _FOUR if may_round else _TWO)
+def _tile_for(x: jax.Array) -> Tile:
+    width = x.shape[2]
+    may_round = product_dtype(x.dtype) == jnp.float32 and not wants_least_rounding()
+    # Columns of four leave more of the last tile empty: no fewer products up to six columns.
+    pays = -(-width // 4) * _FOUR.elements < -(-width // 2) * _TWO.elements
+    return Tile(_TWO, _FOUR if may_round and pays else _TWO)
 
 
 def _transposed(matrix: Matrix) -> Matrix:
@@ -216,7 +219,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
         ``[batch, height, width, features]``, in the dtype of `x`; all sums are float32.
     """
-    tile = _tile_for(x.dtype)
+    tile = _tile_for(x)
     taps = [list(row) for row in kernel.astype(jnp.float32)]
     grid = _sandwich(tile.rows.of_kernel, taps, tile.columns.of_kernel)
     kernels = _as_factors(grid, x.dtype)
@@ -247,7 +250,7 @@ def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     Returns:
         float32 ``[3, 3, channels, features]``.
     """
-    tile = _tile_for(x.dtype)
+    tile = _tile_for(x)
 
     def products(x: jax.Array, dy: jax.Array) -> list[jax.Array]:
         pairs = zip(_input_tiles(x, tile), _output_tiles(dy, tile))

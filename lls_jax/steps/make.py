@@ -68,8 +68,8 @@ def make_train_step(
             the batch, instead of keeping it (:mod:`lls_jax.steps.sliced`). None keeps every one
             but, with a `reach` of 2 or more or in a group of blocks, and no `slice_above`, that of
             an image's own convolution, which on CPUs is cheap to compute again. Local rules only.
-        slice_above: bytes; the gradients of a convolution whose output takes more, and what they
-            come from, are computed in slices of the batch. The output itself is kept, and nothing
+        slice_above: bytes; the gradients of a convolution whose output takes more are computed in
+            slices of the batch. The output itself is kept, and nothing
             is convolved twice (:mod:`lls_jax.steps.sliced`). None for 2 MiB on CPUs, in about
             eight slices at most, which are no slower, and for never elsewhere. Not of what is
             computed again (`remat_above`). Local rules only.

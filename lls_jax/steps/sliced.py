@@ -2,9 +2,10 @@
 
 Plainly, a gradient of the convolution's output is an array as large as that output, and so are
 the activation and what its gradient is made of. Here the output itself is the only such array (and,
-where that is asked for, the gradient toward the input): the means over windows, and all gradients
-toward the output, are of one slice at a time, in a near cache. What the next block takes is made of
-the output in one pass, or in slices too where that takes more. No convolution is computed twice.
+where that is asked for, the gradient toward the input): all gradients toward the output are of one
+slice at a time, in a near cache. What the next block takes, and the means over windows, are made of
+the output in one pass each, or in slices too where the former takes more. No convolution is
+computed twice.
 
 Or the output is not kept either: time for memory, but for an image's few channels. Then the batch
 goes through the convolution once for BatchNorm's statistics, which are those of the whole batch;
