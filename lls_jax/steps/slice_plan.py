@@ -39,7 +39,7 @@ MOST_SLICES = 8
 #
 # Without gradients from above it is read once less: SmallConv's step loses 2 %, and saves nothing.
 # Since sums over windows of what is kept are one pass, keeping is faster: SmallConv's step with
-# reach 2 has 0.93 / 1.03 times bp's speed in place of 0.83 / 0.93 (in turns, medians of ten). But
+# reach 2 has 0.91 / 0.98 times bp's speed in place of 0.87 / 0.92 (in turns, medians of nine). But
 # it takes 45 MB in place of 33, and little memory is why somebody takes local losses. `slice_above`
 # of a number keeps the output.
 CHEAP_SLICE_BYTES = 4 * 2**20
