@@ -135,11 +135,11 @@ def test_factors_are_bfloat16_where_the_machine_multiplies_it(
 
 # Fewer products than two by two where there are columns enough, and more rounding.
 @pytest.mark.parametrize(
-    ("precision", "width", "products"),
+    ("precision", "width", "count"),
     [(None, 8, 24), (None, 7, 24), (None, 6, 16), ("highest", 8, 16), ("float32", 8, 16)],
 )
 def test_tiles_are_wide_where_that_pays_and_no_program_asks_for_less_rounding(
-    precision, width, products
+    precision, width, count
 ):
     given, exact = draw(2, (8, width), 32, 32, jnp.float32)
 
@@ -149,11 +149,11 @@ def test_tiles_are_wide_where_that_pays_and_no_program_asks_for_less_rounding(
         return y, *pullback(dy)
 
     with jax.default_matmul_precision(precision):
-        assert both.lower(*given).as_text().count("stablehlo.dot_general") == 3 * products
+        assert both.lower(*given).as_text().count("stablehlo.dot_general") == 3 * count
         results = both(*given)
     for ours, expected in zip(results, exact, strict=True):
         apart = np.std(np.asarray(ours, np.float64) - expected) / np.std(expected)
-        assert apart < (2.0**-20 if products == 16 else 2.0**-18.5)
+        assert apart < (2.0**-20 if count == 16 else 2.0**-18.5)
 
 
 @pytest.mark.parametrize(
@@ -178,21 +178,23 @@ def test_asks_the_cpu_for_products_of_bfloat16(monkeypatch, tmp_path, text, mult
 
 
 # In parts of one row or of two, and of one at last; of columns likewise.
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("batch", "height", "stride"), [(16, 6, 1), (2, 6, 2), (3, 7, 2), (2, 17, 1), (2, 7, 3)]
 )
-def test_depthwise_equals_loops_over_taps(batch, height, stride):
+def test_depthwise_equals_loops_over_taps(batch, height, stride, dtype):
     width, channels = 5, 4
     rng = random_generator()
     rows, columns = ((side + 2 * stride - 3) // stride + 1 for side in (height, width))
-    x, kernel, dy = (
-        rng.normal(size=shape)
+    given = [
+        jnp.asarray(rng.normal(size=shape), dtype)
         for shape in (
             (batch, height, width, channels),
             (3, 3, 1, channels),
             (batch, rows, columns, channels),
         )
-    )
+    ]
+    x, kernel, dy = (np.asarray(value, np.float64) for value in given)
     padded = np.pad(x, ((0, 0), (stride, stride), (stride, stride), (0, 0)))
     y, d_padded, d_kernel = np.zeros(dy.shape), np.zeros(padded.shape), np.zeros(kernel.shape)
     for i, j in itertools.product(range(3), range(3)):
@@ -210,9 +212,12 @@ def test_depthwise_equals_loops_over_taps(batch, height, stride):
         return y, *pullback(dy)
 
     tolerance = 4e-6 * np.sqrt(max(9, batch * rows * columns))
-    narrow = (jnp.asarray(value, jnp.float32) for value in (x, kernel, dy))
-    for ours, expected in zip(both(*narrow), (y, d_x, d_kernel), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=tolerance)
+    # All sums are float32: what is rounded is the result.
+    rounding = 2.0**-8 if dtype == jnp.bfloat16 else 0.0
+    for ours, expected in zip(both(*given), (y, d_x, d_kernel), strict=True):
+        assert ours.dtype == dtype
+        ours = np.asarray(ours, np.float64)
+        np.testing.assert_allclose(ours, expected, rtol=rounding, atol=tolerance)
 
 
 def test_pointwise_equals_products():
@@ -230,14 +235,15 @@ def test_pointwise_equals_products():
         np.testing.assert_allclose(ours, theirs, atol=4e-6 * np.sqrt(60))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("height", "width", "pool_size"),
     # Windows of one size; that overlap, that differ, that repeat.
     [(8, 4, 2), (6, 9, 3), (2, 2, 2), (34, 6, 2), (4, 38, 2), (7, 7, 2), (8, 5, 3), (2, 3, 4)],
 )
-def test_window_sums_equal_sums_over_windows(height, width, pool_size):
+def test_window_sums_equal_sums_over_windows(height, width, pool_size, dtype):
     rng = random_generator()
-    # On a grid, so that the sign of no element depends on rounding.
+    # On a grid, so that no element is rounded, and none's sign depends on it.
     x = rng.integers(-8, 8, size=(3, height, width, 5)) + 0.5
     mean, variance, scale, bias = np.zeros(5), np.ones(5) - 1e-5, np.ones(5), np.zeros(5)
     m = np.where(x >= 0, 1.0, 0.01)
@@ -250,5 +256,6 @@ def test_window_sums_equal_sums_over_windows(height, width, pool_size):
         for sums, values in zip(expected, (m, m * x)):
             sums[:, i, j] = values[:, rows, columns].sum((1, 2))
     statistics = Statistics(*(jnp.float32(v) for v in (mean, variance, scale, bias)))
-    for ours, theirs in zip(window_sums(jnp.float32(x), statistics, pool_size), expected):
+    for ours, theirs in zip(window_sums(jnp.asarray(x, dtype), statistics, pool_size), expected):
+        assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=2e-6 * 8 * height * width)

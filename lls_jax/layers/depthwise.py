@@ -13,9 +13,10 @@ from lls_jax.platforms import by_platform
 
 
 def _sum_of_windows(padded: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    taps = kernel.reshape(9, 1, 1, 1, -1)
-    products = [window * tap for window, tap in zip(windows_of(padded, stride), taps)]
-    return functools.reduce(jnp.add, products)
+    taps = kernel.reshape(9, 1, 1, 1, -1).astype(jnp.float32)
+    windows = (window.astype(jnp.float32) for window in windows_of(padded, stride))
+    total = functools.reduce(jnp.add, [window * tap for window, tap in zip(windows, taps)])
+    return total.astype(padded.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -52,17 +53,18 @@ def _depthwise_input_gradient(
     around = [(outputs - 2, count + 2 - size, 0) for count, size in zip(counts, dy.shape[1:3])]
     dy = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *around, (0, 0, 0)])
     left = outputs * stride - 3
-    taps = jnp.pad(kernel[:, :, 0], ((0, left), (0, left), (0, 0)))
+    taps = jnp.pad(kernel[:, :, 0].astype(jnp.float32), ((0, left), (0, left), (0, 0)))
     taps = taps.reshape(outputs, stride, outputs, stride, channels)
     (rows, columns), last = counts, outputs - 1
 
     def product(i: int, j: int) -> jax.Array:
         window = dy[:, last - i : last - i + rows, last - j : last - j + columns]
+        window = window.astype(jnp.float32)
         return window[:, :, None, :, None] * taps[i, :, j].reshape(1, 1, stride, 1, stride, -1)
 
     places = itertools.product(range(outputs), range(outputs))
     total = functools.reduce(jnp.add, itertools.starmap(product, places))
-    dx = total.reshape(batch, rows * stride, columns * stride, channels)
+    dx = total.astype(dy.dtype).reshape(batch, rows * stride, columns * stride, channels)
     return dx[:, : sides[0], : sides[1]]
 
 

@@ -69,10 +69,10 @@ def make_train_step(
             but, with a `reach` of 2 or more or in a group of blocks, and no `slice_above`, that of
             an image's own convolution, which on CPUs is cheap to compute again. Local rules only.
         slice_above: bytes; the gradients of a convolution whose output takes more are computed in
-            slices of the batch. The output itself is kept, and nothing
-            is convolved twice (:mod:`lls_jax.steps.sliced`). None for 2 MiB on CPUs, in about
-            eight slices at most, which are no slower, and for never elsewhere. Not of what is
-            computed again (`remat_above`). Local rules only.
+            slices of the batch. The output itself is kept, and nothing is convolved twice
+            (:mod:`lls_jax.steps.sliced`). None for 2 MiB on CPUs, in about eight slices at most,
+            which are no slower, and for never elsewhere. Not of what is computed again
+            (`remat_above`). Local rules only.
         in_order: whether a local block waits for the gradient of the block below, so that its
             memory is free. Without, sums of gradients over devices may go on meanwhile. Other
             rules have no such order.
