@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -230,50 +231,69 @@ def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bo
 #
 # (PyTorch 2.14 gets through 3x3 convolutions at 100 to 120 GFLOP/s on such cores; 82 ms of the
 # first table's fourth line are 235.)
+#
+# Maps of four by four, whose Winograd's form compiles for seconds longer, which few channels do not
+# give back; the same machine, 0.12.0.1 / 0.10.2, in float32 and in bfloat16:
+#
+#                              forward                      gradient of the kernel
+#                              gathered       Winograd      taps           Winograd
+#    64,  4x4,  32 to  64       1.2 /  3.0    1.0 /  1.0     1.1 /  1.0    1.1 /  0.8
+#    32,  4x4, 512 to 512      18.8 / 26.9   12.1 / 11.8    18.8 / 20.1   12.3 / 12.6
+#   128,  4x4,  64 to 128       4.5 /  8.6    2.9 /  2.8     5.5 /  5.8    4.2 /  4.1
+#    32,  4x4, 512 to 512       8.3 / 21.1    7.1 /  7.2     7.9 / 11.1    7.8 / 13.0
+#    32,  2x2, 512 to 512       5.1           5.6            5.9 /  6.0    5.3 /  8.5
 FEW_CHANNELS = 4
-_WINOGRAD_FROM = 16
-_SMALL_MAP = 16
+# Channels from which a product takes one tap at a time, or a gather of a small map pays.
+_A_TAP_FROM = 16
 _BFLOAT16_WINOGRAD_FROM = 32
+_SMALL_MAP = 16
+# Channels and features from which Winograd's form is taken, of maps up to so many pixels.
+_WINOGRAD_FROM = {9: math.inf, _SMALL_MAP: 64, math.inf: 16}
 
 
-def _is_small(x: jax.Array) -> bool:
-    return x.shape[1] * x.shape[2] <= _SMALL_MAP
+def _pixels(x: jax.Array) -> int:
+    return x.shape[1] * x.shape[2]
 
 
 def _packs_slices(x: jax.Array, stride: int) -> bool:
-    few = x.shape[-1] < _BFLOAT16_WINOGRAD_FROM
-    return stride == 1 and few and not _is_small(x) and product_dtype(x.dtype) == jnp.bfloat16
+    few = stride == 1 and x.shape[-1] < _BFLOAT16_WINOGRAD_FROM
+    return few and _pixels(x) > _SMALL_MAP and product_dtype(x.dtype) == jnp.bfloat16
+
+
+def _takes_winograd(x: jax.Array, features: int, stride: int) -> bool:
+    enough = next(count for pixels, count in _WINOGRAD_FROM.items() if _pixels(x) <= pixels)
+    return stride == 1 and min(x.shape[-1], features) >= enough and not _packs_slices(x, stride)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     channels, features = kernel.shape[2:]
+    if _takes_winograd(x, features, stride):
+        return winograd.convolve(x, kernel)
     if channels <= FEW_CHANNELS and stride == 1:
         return _by_packed_rows(x, kernel)
-    if channels <= FEW_CHANNELS or (_is_small(x) and channels >= _WINOGRAD_FROM):
+    if channels <= FEW_CHANNELS or (channels >= _A_TAP_FROM and _pixels(x) <= _SMALL_MAP):
         return _by_matmul(x, kernel, stride)
     if _packs_slices(x, stride):
         return _by_packed_slices(x, kernel)
-    if stride == 1 and min(channels, features) >= _WINOGRAD_FROM:
-        return winograd.convolve(x, kernel)
     return by_convolution(x, kernel, stride, 1)
 
 
 def _weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
     channels = x.shape[-1]
+    if _takes_winograd(x, dy.shape[-1], stride):
+        return winograd.weight_gradient(x, dy)
     if channels <= FEW_CHANNELS and stride == 1:
         return _gradient_by_packed_rows(x, dy)
     if _packs_slices(x, stride):
         return _gradient_by_packed_slices(x, dy)
-    if channels < _WINOGRAD_FROM:
-        return _gradient_by_products(x, dy, stride, a_row=True)
-    if stride == 1 and not _is_small(dy):
-        return winograd.weight_gradient(x, dy)
-    return _gradient_by_products(x, dy, stride, a_row=False)
+    return _gradient_by_products(x, dy, stride, a_row=channels < _A_TAP_FROM)
 
 
 def _input_gradient(
     kernel: jax.Array, dy: jax.Array, stride: int, shape: tuple[int, ...]
 ) -> jax.Array:
+    if _takes_winograd(dy, kernel.shape[2], stride):
+        return winograd.input_gradient(kernel, dy)
     if stride == 1:
         # A convolution of the output's gradient with the kernel turned about.
         return _convolve(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), 1)

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lls_jax.layers.ordering import token_of, wait_for
 from lls_jax.layers.products import product_dtype, sum_over_rows, wants_least_rounding
 from lls_jax.layers.slices import count_for_cache, map_slices, sum_slices
 
@@ -219,18 +220,45 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
         ``[batch, height, width, features]``, in the dtype of `x`; all sums are float32.
     """
+    return _convolve(x, kernel, summed=0)
+
+
+def input_gradient(kernel: jax.Array, dy: jax.Array) -> jax.Array:
+    """The gradient of :func:`convolve` with respect to its input.
+
+    That is a convolution of `dy` with the kernel turned about, its channels in the place of its
+    features. These change places in the products, not in memory: of 512 channels and features, for
+    32 images of 8x8 pixels, it takes 25 ms so, and 73 with a kernel that is transposed first (two
+    cores of an Intel Xeon, jax 0.12.0.1; 26 and 78 on 0.10.2; of 256, 16x16 pixels, 37 and 43).
+
+    Args:
+        kernel: ``[3, 3, channels, features]``.
+        dy: ``[batch, height, width, features]``.
+
+    Returns:
+        ``[batch, height, width, channels]``, in the dtype of `dy`; all sums are float32.
+    """
+    # Not transformed before `dy` is known: else XLA does so first of all, and keeps it until then
+    # (vgg8 at batch 32, bp: 230 in place of 184 MB of temporaries).
+    turned = wait_for(token_of(dy), kernel)[::-1, ::-1]
+    return _convolve(dy, turned, summed=1)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, summed: int) -> jax.Array:
+    """A convolution that sums over the first or the second of the kernel's last two axes."""
     tile = _tile_for(x)
     taps = [list(row) for row in kernel.astype(jnp.float32)]
     grid = _sandwich(tile.rows.of_kernel, taps, tile.columns.of_kernel)
     kernels = _as_factors(grid, x.dtype)
-    features = kernel.shape[-1]
+    features = kernel.shape[3 - summed]
+    over = (((1,), (summed,)), ((), ()))
 
     def convolve_slice(part: jax.Array) -> jax.Array:
         products = [
             jax.lax.optimization_barrier(
-                jnp.matmul(factor, transformed, preferred_element_type=jnp.float32)
+                jax.lax.dot_general(factor, other, over, preferred_element_type=jnp.float32)
             )
-            for factor, transformed in zip(_input_tiles(part, tile), kernels)
+            for factor, other in zip(_input_tiles(part, tile), kernels)
         ]
         middle = _as_grid(products, tile)
         grid = _sandwich(tile.rows.of_output, middle, tile.columns.of_output)
