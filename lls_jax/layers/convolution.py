@@ -233,17 +233,17 @@ def _gradient_by_products(x: jax.Array, dy: jax.Array, stride: int, *, a_row: bo
 # first table's fourth line are 235.)
 #
 # Maps of four by four, whose Winograd's form compiles for seconds longer, which few channels do not
-# give back; the same machine, 0.12.0.1 / 0.10.2, in float32 and in bfloat16:
+# give back; the same machine, 0.12.0.1 / 0.10.2, float32 but for the last line:
 #
 #                              forward                      gradient of the kernel
 #                              gathered       Winograd      taps           Winograd
 #    64,  4x4,  32 to  64       1.2 /  3.0    1.0 /  1.0     1.1 /  1.0    1.1 /  0.8
-#    32,  4x4, 512 to 512      18.8 / 26.9   12.1 / 11.8    18.8 / 20.1   12.3 / 12.6
 #   128,  4x4,  64 to 128       4.5 /  8.6    2.9 /  2.8     5.5 /  5.8    4.2 /  4.1
-#    32,  4x4, 512 to 512       8.3 / 21.1    7.1 /  7.2     7.9 / 11.1    7.8 / 13.0
+#    32,  4x4, 512 to 512      18.8 / 26.9   12.1 / 11.8    18.8 / 20.1   12.3 / 12.6
 #    32,  2x2, 512 to 512       5.1           5.6            5.9 /  6.0    5.3 /  8.5
+#    the third in bfloat16      8.3 / 21.1    7.1 /  7.2     7.9 / 11.1    7.8 / 13.0
 FEW_CHANNELS = 4
-# Channels from which a product takes one tap at a time, or a gather of a small map pays.
+# Channels from which one tap is enough for a product of its own, and a small map is gathered.
 _A_TAP_FROM = 16
 _BFLOAT16_WINOGRAD_FROM = 32
 _SMALL_MAP = 16

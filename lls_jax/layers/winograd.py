@@ -252,9 +252,9 @@ def _convolve(x: jax.Array, kernel: jax.Array, summed: int) -> jax.Array:
     def convolve_slice(part: jax.Array) -> jax.Array:
         products = [
             jax.lax.optimization_barrier(
-                jax.lax.dot_general(factor, other, over, preferred_element_type=jnp.float32)
+                jax.lax.dot_general(factor, weights, over, preferred_element_type=jnp.float32)
             )
-            for factor, other in zip(_input_tiles(part, tile), kernels)
+            for factor, weights in zip(_input_tiles(part, tile), kernels)
         ]
         middle = _as_grid(products, tile)
         grid = _sandwich(tile.rows.of_output, middle, tile.columns.of_output)
